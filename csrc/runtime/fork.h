@@ -1,0 +1,12 @@
+// A GPU API does not survive fork(): the child of a process that has used an engine would hang in its driver.
+#pragma once
+
+namespace spiral {
+
+// From now on a fork()ed child is one that must not use an engine. Called by engines when they are opened.
+void watch_fork();
+
+// Throws c10::Error in such a child. One relaxed load.
+void check_not_forked();
+
+}  // namespace spiral

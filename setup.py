@@ -1,0 +1,89 @@
+"""Builds torch_spiral/_C: every .cpp under csrc, and what csrc/aten/generate.py writes for the installed torch."""
+
+import hashlib
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parent
+GENERATOR = ROOT / "csrc" / "aten" / "generate.py"
+GENERATED = ROOT / "build" / "generated"
+
+if sys.platform == "win32":
+    FLAGS = ["/std:c++17", "/O2", "/EHsc"]
+else:
+    FLAGS = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    # Part of the layout of ATen's DispatchStub, which we call and not only register with.
+    FLAGS += ["-DHAVE_AVX2_CPU_DEFINITION", "-DHAVE_AVX512_CPU_DEFINITION"]
+
+
+def generate() -> None:
+    """Runs the generator where its inputs changed, and touches only the files whose text changed, so that an
+    incremental build compiles those alone."""
+    if not GENERATOR.exists():
+        return
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(p for p in GENERATOR.parent.iterdir() if p.suffix in (".py", ".yaml", ".json")):
+        digest.update(path.name.encode() + path.read_bytes())
+    stamp = GENERATED / "stamp"
+    if stamp.exists() and stamp.read_text() == digest.hexdigest():
+        return
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=GENERATED.parent) as scratch:
+        subprocess.run([sys.executable, str(GENERATOR), scratch], check=True)
+        fresh = {path.name: path for path in Path(scratch).iterdir()}
+        for old in GENERATED.iterdir():
+            if old.name not in fresh:
+                old.unlink()
+        for name, path in fresh.items():
+            target = GENERATED / name
+            if not target.exists() or target.read_bytes() != path.read_bytes():
+                shutil.copyfile(path, target)
+    stamp.write_text(digest.hexdigest())
+
+
+def sources() -> list[str]:
+    found = [*(ROOT / "csrc").rglob("*.cpp"), *GENERATED.glob("*.cpp")]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def include_dirs() -> list[str]:
+    dirs = [str(ROOT / "csrc"), str(GENERATED), *include_paths()]
+    wgpu = importlib.util.find_spec("wgpu")
+    if wgpu is not None and wgpu.origin is not None:
+        dirs.append(str(Path(wgpu.origin).parent / "resources"))  # webgpu.h, wgpu.h
+    return dirs
+
+
+class Build(BuildExtension):
+    def run(self) -> None:
+        generate()
+        for extension in self.extensions:
+            extension.sources = sources()
+        super().run()
+
+
+setup(
+    ext_modules=[
+        # torch_python is left out: nothing here needs it, and its ABI is narrower than torch_cpu's.
+        Extension(
+            "torch_spiral._C",
+            sources(),
+            language="c++",
+            include_dirs=include_dirs(),
+            library_dirs=library_paths(),
+            libraries=["torch", "torch_cpu", "c10"],
+            extra_compile_args=FLAGS,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
