@@ -66,6 +66,8 @@ def include_dirs() -> list[str]:
 
 class Build(BuildExtension):
     def run(self) -> None:
+        if self.editable_mode:  # `pip install -e .` and `build_ext --inplace` share their object files
+            self.build_temp = str(Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         generate()
         for extension in self.extensions:
             extension.sources = sources()
