@@ -1,0 +1,180 @@
+"""Real models train and infer on every engine as on the CPU, without a fallback.
+
+A result may be off from float64 by a small multiple of what the CPU's own float32 is off, so tolerances follow
+each model's conditioning and none is picked by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import models as zoo
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_spiral.testing.devices import engines, fallbacks
+
+# SPIRAL_TEST_DEVICE=cpu checks the tests themselves.
+if os.environ.get("SPIRAL_TEST_DEVICE"):
+    DEVICES = {os.environ["SPIRAL_TEST_DEVICE"]: torch.device(os.environ["SPIRAL_TEST_DEVICE"])}
+else:
+    DEVICES = engines()
+
+# Make test keeps one model of each kind; the rest are marked full.
+QUICK = ("mlp", "resnet18", "unet", "gpt2", "lstm", "dcgan")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in zoo.MODELS]
+
+
+@pytest.fixture(params=list(DEVICES) or [pytest.param("none", marks=pytest.mark.skip(reason="no spiral device"))])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return DEVICES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    before = fallbacks()
+    yield
+    assert fallbacks() == before, "an op fell back to the CPU"
+
+
+def error(result: Tensor, reference: Tensor, scale: float = 0.0) -> float:
+    """Normwise relative error; a reference whose norm is below scale counts as scale."""
+    result, reference = result.detach().cpu().double(), reference.detach().double()
+    assert result.shape == reference.shape
+    if not reference.isfinite().all():
+        raise AssertionError("the reference is not finite")
+    return float((result - reference).norm() / max(float(reference.norm()), scale, 1e-12))
+
+
+def assert_as_good(result: Tensor, cpu: Tensor, exact: Tensor, what: str, scale: float = 0.0) -> None:
+    """result is as near to the float64 one as the CPU's float32, within a factor and a floor."""
+    allowed = 2e-6 + 8 * error(cpu, exact, scale)
+    off = error(result, exact, scale)
+    assert off <= allowed, f"{what}: off by {off:.2e}, allowed {allowed:.2e}"  # also fails on NaN
+
+
+def outputs(spec: zoo.Model, module: nn.Module, inputs: zoo.Inputs) -> tuple[Tensor, ...]:
+    out = spec.forward(module, inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference(name: str, device: torch.device) -> None:
+    spec = zoo.MODELS[name]
+    module, inputs = spec.build().eval(), spec.inputs(batch=3)
+    with torch.no_grad():
+        cpu = outputs(spec, module, inputs)
+        exact = outputs(spec, copy.deepcopy(module).double(), zoo.to(inputs, "cpu", torch.float64))
+        ours = outputs(spec, module.to(device), zoo.to(inputs, device))
+    for k, (o, c, e) in enumerate(zip(ours, cpu, exact, strict=True)):
+        assert o.device.type == device.type
+        assert_as_good(o, c, e, f"output {k}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward(name: str, device: torch.device) -> None:
+    spec = zoo.MODELS[name]
+    module, inputs = spec.build(), spec.inputs(batch=4)
+    runs = {
+        "cpu": (copy.deepcopy(module), inputs),
+        "exact": (copy.deepcopy(module).double(), zoo.to(inputs, "cpu", torch.float64)),
+        "ours": (copy.deepcopy(module).to(device), zoo.to(inputs, device)),
+    }
+    losses = {}
+    for run, (m, i) in runs.items():
+        losses[run] = spec.loss(m, i)
+        losses[run].backward()
+    assert_as_good(losses["ours"], losses["cpu"], losses["exact"], "loss")
+    exact = dict(runs["exact"][0].named_parameters())
+    cpu = dict(runs["cpu"][0].named_parameters())
+    # A gradient that is zero but for rounding (a bias before batch norm) is measured against the others.
+    scale = 1e-3 * max(float(p.grad.norm()) for p in exact.values() if p.grad is not None)
+    for key, p in runs["ours"][0].named_parameters():
+        if exact[key].grad is None:
+            assert p.grad is None
+            continue
+        assert p.grad is not None and p.grad.device.type == device.type
+        assert_as_good(p.grad, cpu[key].grad, exact[key].grad, f"gradient of {key}", scale)
+    for key, b in runs["ours"][0].named_buffers():  # running statistics
+        if b.is_floating_point():
+            c, e = runs["cpu"][0].get_buffer(key), runs["exact"][0].get_buffer(key)
+            assert_as_good(b, c, e, f"buffer {key}")
+
+
+@pytest.mark.parametrize("name", [n for n, s in zoo.MODELS.items() if s.generate])
+def test_generate(name: str, device: torch.device) -> None:
+    """Greedy decoding with a KV cache gives the CPU's tokens."""
+    spec = zoo.MODELS[name]
+    module, inputs = spec.build().eval(), spec.inputs(batch=2)
+    # A wider spread of logits, so that rounding cannot change which is largest.
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(3) if p.ndim > 1 else None
+        cpu = spec.generate(module, inputs, 8)
+        ours = spec.generate(module.to(device), zoo.to(inputs, device), 8)
+    assert ours.device.type == device.type
+    assert ours.tolist() == cpu.tolist()
+
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("form", ["plain", "foreach", "fused"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mlp" else pytest.mark.full) for n in zoo.MODELS])
+def test_optimizer_steps(name: str, optimizer: str, form: str, device: torch.device) -> None:
+    """Two steps from the same gradients move the parameters as on the CPU."""
+    spec = zoo.MODELS[name]
+    cls, options = OPTIMIZERS[optimizer]
+    cpu = spec.build()
+    spec.loss(cpu, spec.inputs(batch=4)).backward()
+    ours, exact = copy.deepcopy(cpu).to(device), copy.deepcopy(cpu).double()
+    for p, q, r in zip(cpu.parameters(), ours.parameters(), exact.parameters(), strict=True):
+        if p.grad is not None:
+            q.grad, r.grad = p.grad.to(device), p.grad.double()
+    flags = {"foreach": form == "foreach", "fused": form == "fused"}
+    for m in (cpu, ours, exact):
+        step = cls(m.parameters(), **options, **(flags if m is ours else {"foreach": False}))
+        step.step()
+        step.step()
+    for (key, p), c, e in zip(ours.named_parameters(), cpu.parameters(), exact.parameters(), strict=True):
+        assert p.device.type == device.type
+        assert_as_good(p, c, e, key)
+
+
+def train(spec: zoo.Model, module: nn.Module, device: torch.device, steps: int, lr: float) -> list[float]:
+    module.to(device)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+    batches = [zoo.to(spec.inputs(batch=8, seed=s), device) for s in range(4)]
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = spec.loss(module, batches[step % len(batches)])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu().tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("resnet18", marks=pytest.mark.full), pytest.param("gpt_4x256", marks=pytest.mark.full)]
+)
+def test_training_curve(name: str, device: torch.device) -> None:
+    """Fifty steps of AdamW: the loss falls and tracks the CPU's.
+
+    Rounding differences grow during training, so early losses are held tightly and the whole curve by its mean drift.
+    """
+    spec = zoo.MODELS[name]
+    module, steps, lr = spec.build(), 50, 1e-3
+    cpu = train(spec, copy.deepcopy(module), torch.device("cpu"), steps, lr)
+    ours = train(spec, copy.deepcopy(module), device, steps, lr)
+    assert ours[0] == pytest.approx(cpu[0], rel=1e-5)
+    assert ours[9] == pytest.approx(cpu[9], rel=1e-2)
+    assert sum(ours[-4:]) < 0.8 * sum(ours[:4]), "the loss does not fall"
+    drift = sum(abs(a - b) for a, b in zip(ours, cpu, strict=True)) / sum(cpu)
+    assert drift < 0.05, f"mean drift of the curve {drift:.3f}"
