@@ -28,6 +28,7 @@ struct Device {
   Memory* error_buffer = nullptr;
   // Whoever enqueues a kernel that takes error_buffer sets this, so that other read-backs needn't fetch it.
   bool errors_possible = false;
+  uint32_t error_words[2] = {0, 0};  // where it is read to
 };
 
 using DeviceLock = std::lock_guard<std::recursive_mutex>;

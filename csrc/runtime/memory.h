@@ -21,7 +21,7 @@ struct Segment {
   uintptr_t address;
   uint64_t size;
   int device;
-  bool small;             // of the pool for small blocks
+  int pool;
   Block** blocks;         // by offset / kBlockUnit: the block that starts there
 };
 
@@ -50,7 +50,7 @@ extern std::atomic<uint64_t> epochs;
 inline Segment& segment_of(const void* address) {
   const uint64_t distance = reinterpret_cast<uintptr_t>(address) - base;
   Segment* segment = distance < span ? chunks[distance >> kChunkBits].load(std::memory_order_acquire) : nullptr;
-  if (__builtin_expect(segment == nullptr, 0)) not_spiral_memory(address);
+  if (C10_UNLIKELY(segment == nullptr)) not_spiral_memory(address);
   return *segment;
 }
 
@@ -107,8 +107,8 @@ void empty_cache(c10::DeviceIndex device);
 uint64_t memory_budget(c10::DeviceIndex device);
 void set_memory_budget(c10::DeviceIndex device, uint64_t bytes);
 
-uint64_t memory_reserved(c10::DeviceIndex device) noexcept;
-uint64_t memory_allocated(c10::DeviceIndex device) noexcept;
+uint64_t memory_reserved(c10::DeviceIndex device);
+uint64_t memory_allocated(c10::DeviceIndex device);
 
 // "PyTorch-like" numbers of an out-of-memory text and of memory_summary: 1.50 GiB, 20.00 MiB.
 std::string format_bytes(uint64_t bytes);
@@ -118,6 +118,6 @@ c10::Allocator* pinned_allocator();
 bool is_pinned(const void* data);
 // An asynchronous read into pinned memory was queued: its block stays allocated until the device is next synchronized.
 void pin_until_synchronized(const void* data, Device&);
-void release_pinned(Device&) noexcept;  // called by synchronize() and read_back()
+void release_pinned(Device&) noexcept;  // called by synchronize()
 
 }  // namespace spiral
