@@ -3,10 +3,8 @@
 import hashlib
 import importlib.util
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -27,28 +25,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 def generate() -> None:
-    """Runs the generator where its inputs changed, and touches only the files whose text changed, so that an
-    incremental build compiles those alone."""
-    if not GENERATOR.exists():
-        return
+    """Runs the generator where its inputs changed. It rewrites only the files whose text changed, so an incremental build
+    compiles those alone."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(p for p in GENERATOR.parent.iterdir() if p.suffix in (".py", ".yaml", ".json")):
         digest.update(path.name.encode() + path.read_bytes())
     stamp = GENERATED / "stamp"
-    if stamp.exists() and stamp.read_text() == digest.hexdigest():
-        return
-    GENERATED.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=GENERATED.parent) as scratch:
-        subprocess.run([sys.executable, str(GENERATOR), scratch], check=True)
-        fresh = {path.name: path for path in Path(scratch).iterdir()}
-        for old in GENERATED.iterdir():
-            if old.name not in fresh:
-                old.unlink()
-        for name, path in fresh.items():
-            target = GENERATED / name
-            if not target.exists() or target.read_bytes() != path.read_bytes():
-                shutil.copyfile(path, target)
-    stamp.write_text(digest.hexdigest())
+    if not stamp.exists() or stamp.read_text() != digest.hexdigest():
+        GENERATED.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, str(GENERATOR), str(GENERATED)], check=True)
+        stamp.write_text(digest.hexdigest())
 
 
 def sources() -> list[str]:

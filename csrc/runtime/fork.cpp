@@ -23,9 +23,11 @@ void watch_fork() {
 #endif
 }
 
+bool is_forked() noexcept { return forked.load(std::memory_order_relaxed); }
+
 void check_not_forked() {
   TORCH_CHECK(
-      !forked.load(std::memory_order_relaxed),
+      !is_forked(),
       "The spiral device cannot be used in a forked child of a process that has used it already. "
       "Use the 'spawn' start method: torch.multiprocessing.set_start_method('spawn').");
 }

@@ -6,7 +6,10 @@ namespace spiral {
 // From now on a fork()ed child is one that must not use an engine. Called by engines when they are opened.
 void watch_fork();
 
-// Throws c10::Error in such a child. One relaxed load.
+// True in such a child. One relaxed load.
+bool is_forked() noexcept;
+
+// Throws c10::Error there.
 void check_not_forked();
 
 }  // namespace spiral

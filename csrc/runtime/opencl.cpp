@@ -1,0 +1,696 @@
+// The OpenCL engine: OpenCL 1.2 through whatever loader or driver library is found at run time.
+#include "runtime/engine.h"
+#include "runtime/fork.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/opencl_api.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <sstream>
+
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+
+namespace spiral {
+namespace {
+
+using namespace cl;
+
+// Work is handed to the device after so many commands: late enough to batch, early enough to keep the device busy.
+constexpr uint32_t kFlushAfter = 64;
+
+// Writes up to a segment's size go through a ring of pinned host memory, so that they neither wait for the queue nor need
+// their data to live on. Larger ones are dominated by the copy itself and block.
+constexpr uint64_t kStagingSegment = 4 << 20;
+constexpr int kStagingSegments = 4;
+
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+
+const char* error_name(cl_int code) {
+  switch (code) {
+    case -1: return "CL_DEVICE_NOT_FOUND";
+    case -2: return "CL_DEVICE_NOT_AVAILABLE";
+    case -3: return "CL_COMPILER_NOT_AVAILABLE";
+    case -4: return "CL_MEM_OBJECT_ALLOCATION_FAILURE";
+    case -5: return "CL_OUT_OF_RESOURCES";
+    case -6: return "CL_OUT_OF_HOST_MEMORY";
+    case -7: return "CL_PROFILING_INFO_NOT_AVAILABLE";
+    case -8: return "CL_MEM_COPY_OVERLAP";
+    case -11: return "CL_BUILD_PROGRAM_FAILURE";
+    case -14: return "CL_EXEC_STATUS_ERROR_FOR_EVENTS_IN_WAIT_LIST";
+    case -30: return "CL_INVALID_VALUE";
+    case -33: return "CL_INVALID_DEVICE";
+    case -34: return "CL_INVALID_CONTEXT";
+    case -36: return "CL_INVALID_COMMAND_QUEUE";
+    case -38: return "CL_INVALID_MEM_OBJECT";
+    case -42: return "CL_INVALID_BINARY";
+    case -43: return "CL_INVALID_BUILD_OPTIONS";
+    case -44: return "CL_INVALID_PROGRAM";
+    case -45: return "CL_INVALID_PROGRAM_EXECUTABLE";
+    case -46: return "CL_INVALID_KERNEL_NAME";
+    case -48: return "CL_INVALID_KERNEL";
+    case -49: return "CL_INVALID_ARG_INDEX";
+    case -50: return "CL_INVALID_ARG_VALUE";
+    case -51: return "CL_INVALID_ARG_SIZE";
+    case -52: return "CL_INVALID_KERNEL_ARGS";
+    case -54: return "CL_INVALID_WORK_GROUP_SIZE";
+    case -55: return "CL_INVALID_WORK_ITEM_SIZE";
+    case -59: return "CL_INVALID_OPERATION";
+    case -61: return "CL_INVALID_BUFFER_SIZE";
+    case -63: return "CL_INVALID_GLOBAL_WORK_SIZE";
+    case -1001: return "CL_PLATFORM_NOT_FOUND_KHR";
+    default: return "OpenCL error";
+  }
+}
+
+std::string describe(cl_int code) { return std::string(error_name(code)) + " (" + std::to_string(code) + ")"; }
+
+#define CL_CHECK(expression, ...)                                                    \
+  do {                                                                               \
+    const cl_int code_ = (expression);                                               \
+    TORCH_CHECK(code_ == CL_SUCCESS, "OpenCL: ", __VA_ARGS__, ": ", describe(code_)); \
+  } while (false)
+
+bool is_out_of_memory(cl_int code) {
+  return code == CL_MEM_OBJECT_ALLOCATION_FAILURE || code == CL_OUT_OF_RESOURCES || code == CL_OUT_OF_HOST_MEMORY ||
+         code == CL_INVALID_BUFFER_SIZE;
+}
+
+void* open_library(const std::string& name) {
+#ifdef _WIN32
+  return reinterpret_cast<void*>(LoadLibraryA(name.c_str()));
+#else
+  return dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+#endif
+}
+
+void* find_symbol(void* library, const char* name) {
+#ifdef _WIN32
+  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
+#else
+  return dlsym(library, name);
+#endif
+}
+
+// The functions of the library, loaded once and never unloaded: drivers keep threads. Null, with `why`, where it fails.
+const Api* load_api(const std::string& requested, std::string& why) {
+  static std::mutex mutex;
+  static std::map<std::string, Api> loaded;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (auto found = loaded.find(requested); found != loaded.end()) return &found->second;
+
+  std::vector<std::string> names = {requested};
+  if (requested.empty()) {
+#if defined(_WIN32)
+    names = {"OpenCL.dll"};
+#elif defined(__APPLE__)
+    names = {"/System/Library/Frameworks/OpenCL.framework/OpenCL"};
+#else
+    names = {"libOpenCL.so.1", "libOpenCL.so"};
+#endif
+  }
+  void* library = nullptr;
+  for (const std::string& name : names) {
+    if ((library = open_library(name))) break;
+  }
+  if (!library) {
+    why = "no OpenCL library (" + names[0] +
+          ") could be loaded. Install an OpenCL loader (Debian and Ubuntu: ocl-icd-libopencl1) and the driver of your "
+          "device (for CPUs: pocl-opencl-icd)";
+    return nullptr;
+  }
+  Api api;
+#define SPIRAL_CL_LOAD(result, name, parameters)                                      \
+  api.name = reinterpret_cast<decltype(api.name)>(find_symbol(library, #name));       \
+  if (!api.name) {                                                                    \
+    why = "the OpenCL library lacks " #name ": OpenCL 1.2 or later is needed";        \
+    return nullptr;                                                                   \
+  }
+  SPIRAL_CL_FUNCTIONS(SPIRAL_CL_LOAD)
+#undef SPIRAL_CL_LOAD
+  return &loaded.emplace(requested, api).first->second;
+}
+
+std::string device_string(const Api& api, cl_device_id device, cl_uint what) {
+  size_t size = 0;
+  if (api.clGetDeviceInfo(device, what, 0, nullptr, &size) != CL_SUCCESS || size == 0) return "";
+  std::string text(size, '\0');
+  if (api.clGetDeviceInfo(device, what, size, text.data(), nullptr) != CL_SUCCESS) return "";
+  text.resize(std::strlen(text.c_str()));
+  // Drivers pad names with blanks.
+  const size_t first = text.find_first_not_of(' ');
+  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(' ') - first + 1);
+}
+
+template <typename T>
+T device_value(const Api& api, cl_device_id device, cl_uint what) {
+  T value{};
+  api.clGetDeviceInfo(device, what, sizeof(value), &value, nullptr);
+  return value;
+}
+
+int64_t saturate(cl_ulong value) { return int64_t(std::min<cl_ulong>(value, cl_ulong(kNoLimit))); }
+
+struct Found {
+  const Api* api;
+  cl_platform_id platform;
+  cl_device_id device;
+  std::string platform_version;
+  std::string build_options;
+  bool migrate;  // whether buffers must be touched to find out that they don't fit
+};
+
+DeviceProperties query_properties(const Api& api, cl_device_id device) {
+  DeviceProperties p;
+  p.engine = "opencl";
+  p.name = device_string(api, device, CL_DEVICE_NAME);
+  p.vendor = device_string(api, device, CL_DEVICE_VENDOR);
+  p.driver = device_string(api, device, CL_DRIVER_VERSION);
+  p.api_version = device_string(api, device, CL_DEVICE_VERSION);
+  p.language = Language::OpenCL;
+
+  const auto type = device_value<cl_bitfield>(api, device, CL_DEVICE_TYPE);
+  const bool unified = device_value<cl_bool>(api, device, CL_DEVICE_HOST_UNIFIED_MEMORY);
+  const bool simulator = p.name.find("Oclgrind") != std::string::npos;  // says that it is of every type
+  p.schedule_class = type & CL_DEVICE_TYPE_CPU ? ScheduleClass::Vector : ScheduleClass::Simt;
+  p.type = simulator                   ? DeviceType::Software
+           : type & CL_DEVICE_TYPE_CPU ? DeviceType::CPU
+           : unified                   ? DeviceType::IntegratedGPU
+                                       : DeviceType::DiscreteGPU;
+
+  p.total_memory = saturate(device_value<cl_ulong>(api, device, CL_DEVICE_GLOBAL_MEM_SIZE));
+  p.max_allocation = saturate(device_value<cl_ulong>(api, device, CL_DEVICE_MAX_MEM_ALLOC_SIZE));
+  p.max_binding = p.max_allocation;
+  // A buffer costs a pointer among the arguments and an 8-byte offset in the block: half for each, and 64-bit scalars
+  // and the rest of the block come out of the buffers that a kernel doesn't have.
+  const auto parameters = int64_t(device_value<size_t>(api, device, CL_DEVICE_MAX_PARAMETER_SIZE));
+  p.max_params = parameters / 2;
+  p.max_bindings = parameters / 2 / int64_t(sizeof(void*));
+  p.compute_units = device_value<cl_uint>(api, device, CL_DEVICE_MAX_COMPUTE_UNITS);
+  p.max_workgroup_size = int64_t(device_value<size_t>(api, device, CL_DEVICE_MAX_WORK_GROUP_SIZE));
+  p.max_workgroup_memory = saturate(device_value<cl_ulong>(api, device, CL_DEVICE_LOCAL_MEM_SIZE));
+  p.max_workgroups = kNoLimit;
+
+  const std::string extensions = " " + device_string(api, device, CL_DEVICE_EXTENSIONS) + " ";
+  const auto has = [&](const char* name) { return extensions.find(" " + std::string(name) + " ") != std::string::npos; };
+  p.float16 = has("cl_khr_fp16");
+  p.float64 = device_value<cl_bitfield>(api, device, CL_DEVICE_DOUBLE_FP_CONFIG) != 0;
+  p.int64 = device_string(api, device, CL_DEVICE_PROFILE) == "FULL_PROFILE" || has("cles_khr_int64");
+  p.int64_atomics = has("cl_khr_int64_base_atomics") && has("cl_khr_int64_extended_atomics");
+  // Intel's extension is the one that adds subgroups to OpenCL C 1.2, which kernels are written in.
+  if (has("cl_intel_subgroups") && has("cl_intel_required_subgroup_size")) {
+    size_t sizes[16] = {}, bytes = 0;
+    if (api.clGetDeviceInfo(device, CL_DEVICE_SUB_GROUP_SIZES_INTEL, sizeof(sizes), sizes, &bytes) == CL_SUCCESS && bytes) {
+      const size_t count = bytes / sizeof(size_t);
+      p.subgroup_min = int64_t(*std::min_element(sizes, sizes + count));
+      p.subgroup_max = int64_t(*std::max_element(sizes, sizes + count));
+    }
+  }
+  p.timestamps = device_value<cl_bitfield>(api, device, CL_DEVICE_QUEUE_PROPERTIES) & CL_QUEUE_PROFILING_ENABLE;
+  return p;
+}
+
+struct CLMemory final : Memory {
+  cl_mem handle;
+  uint64_t id;  // never used again, unlike handles
+};
+
+struct CLKernel final : Kernel {
+  cl_kernel handle;
+  uint32_t bindings, params_size;
+  size_t workgroup[3];
+  std::vector<uint64_t> bound;  // ids of the memories that the arguments hold now
+};
+
+struct CLEvent final : EventHandle {
+  const Api& api;
+  cl_event handle;
+  uint64_t flushes;  // how often the queue had been flushed before
+  bool timed;
+  CLEvent(const Api& api, cl_event handle, uint64_t flushes, bool timed)
+      : api(api), handle(handle), flushes(flushes), timed(timed) {}
+  ~CLEvent() override {
+    if (!is_forked()) api.clReleaseEvent(handle);
+  }
+};
+
+class OpenCLEngine final : public Engine {
+ public:
+  OpenCLEngine(Found found, DeviceProperties properties)
+      : found_(std::move(found)), api_(*found_.api), properties_(std::move(properties)) {
+    const intptr_t context_properties[] = {CL_CONTEXT_PLATFORM, reinterpret_cast<intptr_t>(found_.platform), 0};
+    cl_int code = CL_SUCCESS;
+    context_ = api_.clCreateContext(context_properties, 1, &found_.device, nullptr, nullptr, &code);
+    CL_CHECK(code, "opening ", properties_.name);
+    queue_ = api_.clCreateCommandQueue(context_, found_.device, properties_.timestamps ? CL_QUEUE_PROFILING_ENABLE : 0, &code);
+    if (code != CL_SUCCESS) api_.clReleaseContext(context_);
+    CL_CHECK(code, "creating a queue on ", properties_.name);
+    objects_ = 2;
+  }
+
+  ~OpenCLEngine() override {
+    if (is_forked()) return;  // the driver's threads are not in this process
+    api_.clFinish(queue_);
+    for (Segment& segment : staging_) {
+      if (segment.busy_until) api_.clReleaseEvent(segment.busy_until);
+    }
+    if (staging_memory_) {
+      api_.clEnqueueUnmapMemObject(queue_, staging_memory_, staging_data_, 0, nullptr, nullptr);
+      api_.clFinish(queue_);
+      api_.clReleaseMemObject(staging_memory_);
+    }
+    for (auto& kernel : kernels_) api_.clReleaseKernel(kernel->handle);
+    api_.clReleaseCommandQueue(queue_);
+    api_.clReleaseContext(context_);
+  }
+
+  const DeviceProperties& properties() const override { return properties_; }
+
+  Memory* allocate(uint64_t size) override {
+    check_not_forked();
+    TORCH_CHECK(size > 0, "OpenCL: an allocation has at least one byte");
+    // PoCL and others promise more than the machine has: the limit that they state is held to here.
+    TORCH_CHECK_WITH(OutOfMemoryError, size <= uint64_t(properties_.max_allocation), "OpenCL: ", size,
+                     " bytes are more than one allocation on ", properties_.name, " may have (", properties_.max_allocation,
+                     ")");
+    cl_int code = CL_SUCCESS;
+    cl_mem handle = api_.clCreateBuffer(context_, CL_MEM_READ_WRITE, size, nullptr, &code);
+    if (code == CL_SUCCESS && found_.migrate) {
+      // GPU drivers allocate on first use, and a launch that fails then can't be retried.
+      code = api_.clEnqueueMigrateMemObjects(queue_, 1, &handle, CL_MIGRATE_MEM_OBJECT_CONTENT_UNDEFINED, 0, nullptr, nullptr);
+      if (code != CL_SUCCESS) api_.clReleaseMemObject(handle);
+    }
+    TORCH_CHECK_WITH(OutOfMemoryError, !is_out_of_memory(code), "OpenCL: ", properties_.name, " has no ", size,
+                     " bytes left: ", describe(code));
+    CL_CHECK(code, "allocating ", size, " bytes");
+    objects_++;
+    auto* memory = new CLMemory;
+    memory->size = size;
+    memory->handle = handle;
+    memory->id = ++last_id_;
+    return memory;
+  }
+
+  void free(Memory* memory) override {
+    // OpenCL itself keeps the buffer until the commands that use it have finished.
+    if (memory && !is_forked()) api_.clReleaseMemObject(static_cast<CLMemory*>(memory)->handle);
+    delete memory;
+  }
+
+  void write(Memory* memory, uint64_t offset, const void* data, uint64_t size) override {
+    check_range(memory, offset, size, "write");
+    if (size == 0) return;
+    if (size > kStagingSegment) {
+      CL_CHECK(api_.clEnqueueWriteBuffer(queue_, handle(memory), true, offset, size, data, 0, nullptr, nullptr), "writing ",
+               size, " bytes");
+      return;
+    }
+    uint8_t* staged = stage(size);
+    std::memcpy(staged, data, size);
+    CL_CHECK(api_.clEnqueueWriteBuffer(queue_, handle(memory), false, offset, size, staged, 0, nullptr, nullptr), "writing ",
+             size, " bytes");
+    count_command();
+  }
+
+  void read(Memory* memory, uint64_t offset, void* data, uint64_t size) override {
+    check_range(memory, offset, size, "read");
+    if (size == 0) return synchronize();
+    const cl_int code = api_.clEnqueueReadBuffer(queue_, handle(memory), true, offset, size, data, 0, nullptr, nullptr);
+    flushed();
+    throw_kept();
+    CL_CHECK(code, "reading ", size, " bytes");
+  }
+
+  void read_async(Memory* memory, uint64_t offset, void* data, uint64_t size) override {
+    check_range(memory, offset, size, "read");
+    if (size == 0) return;
+    CL_CHECK(api_.clEnqueueReadBuffer(queue_, handle(memory), false, offset, size, data, 0, nullptr, nullptr), "reading ", size,
+             " bytes");
+    count_command();
+  }
+
+  void copy(Memory* src, uint64_t src_offset, Memory* dst, uint64_t dst_offset, uint64_t size) override {
+    check_range(src, src_offset, size, "copy");
+    check_range(dst, dst_offset, size, "copy");
+    if (size == 0) return;
+    TORCH_CHECK(src != dst || src_offset + size <= dst_offset || dst_offset + size <= src_offset,
+                "OpenCL: the source and the destination of a copy overlap");
+    keep(api_.clEnqueueCopyBuffer(queue_, handle(src), handle(dst), src_offset, dst_offset, size, 0, nullptr, nullptr), "a copy");
+    count_command();
+  }
+
+  void fill(Memory* memory, uint64_t offset, uint64_t size, uint8_t value) override {
+    check_range(memory, offset, size, "fill");
+    if (size == 0) return;
+    // Offset and size must be multiples of the pattern; drivers write a wider one faster.
+    uint8_t pattern[16];
+    std::memset(pattern, value, sizeof(pattern));
+    const size_t width = (offset | size) % 16 == 0 ? 16 : (offset | size) % 4 == 0 ? 4 : 1;
+    keep(api_.clEnqueueFillBuffer(queue_, handle(memory), pattern, width, offset, size, 0, nullptr, nullptr), "a fill");
+    count_command();
+  }
+
+  Kernel* compile(const KernelSource& source) override {
+    check_not_forked();
+    TORCH_CHECK(source.params_size <= uint64_t(properties_.max_params), "OpenCL: the parameter block of ", source.name, " has ",
+                source.params_size, " bytes; ", properties_.name, " takes ", properties_.max_params);
+    TORCH_CHECK(source.bindings <= uint64_t(properties_.max_bindings), "OpenCL: ", source.name, " takes ", source.bindings,
+                " buffers; ", properties_.name, " allows ", properties_.max_bindings);
+    cl_program program = build(source);
+    cl_int code = CL_SUCCESS;
+    cl_kernel handle = api_.clCreateKernel(program, source.entry.c_str(), &code);
+    api_.clReleaseProgram(program);  // the kernel keeps it
+    CL_CHECK(code, "kernel ", source.name, ": entry point ", source.entry);
+    objects_++;
+
+    auto kernel = std::make_unique<CLKernel>();
+    kernel->name = source.name;
+    kernel->handle = handle;
+    kernel->bindings = source.bindings;
+    kernel->params_size = source.params_size;
+    std::copy(source.workgroup, source.workgroup + 3, kernel->workgroup);
+    kernel->bound.assign(source.bindings, 0);
+    CLKernel* result = kernel.get();
+    kernels_.push_back(std::move(kernel));
+
+    cl_uint arguments = 0;
+    CL_CHECK(api_.clGetKernelInfo(handle, CL_KERNEL_NUM_ARGS, sizeof(arguments), &arguments, nullptr), "kernel ", source.name);
+    TORCH_CHECK(arguments == source.bindings + (source.params_size > 0), "OpenCL: kernel ", source.name, " has ", arguments,
+                " arguments, but is launched with ", source.bindings, " buffers and a block of ", source.params_size, " bytes");
+    size_t largest = 0;
+    CL_CHECK(api_.clGetKernelWorkGroupInfo(handle, found_.device, CL_KERNEL_WORK_GROUP_SIZE, sizeof(largest), &largest, nullptr),
+             "kernel ", source.name);
+    const size_t invocations = result->workgroup[0] * result->workgroup[1] * result->workgroup[2];
+    TORCH_CHECK(invocations > 0 && invocations <= largest, "OpenCL: kernel ", source.name, " has workgroups of ", invocations,
+                " invocations; compiled for ", properties_.name, " it can have ", largest);
+    return result;
+  }
+
+  void enqueue(Kernel* base, const Binding* bindings, uint32_t count, const void* params, const uint32_t groups[3]) override {
+    check_not_forked();
+    auto* kernel = static_cast<CLKernel*>(base);
+    TORCH_INTERNAL_ASSERT(count == kernel->bindings, kernel->name, " takes ", kernel->bindings, " buffers, not ", count);
+    if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0) return;
+    cl_int code = CL_SUCCESS;
+    for (uint32_t i = 0; i < count && code == CL_SUCCESS; i++) {
+      const auto* memory = static_cast<const CLMemory*>(bindings[i].memory);
+      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(bindings[i].offset == 0, "OpenCL buffers are bound whole");
+      if (kernel->bound[i] == memory->id) continue;
+      code = api_.clSetKernelArg(kernel->handle, i, sizeof(cl_mem), &memory->handle);
+      kernel->bound[i] = code == CL_SUCCESS ? memory->id : 0;
+    }
+    if (code == CL_SUCCESS && kernel->params_size > 0) {
+      code = api_.clSetKernelArg(kernel->handle, count, kernel->params_size, params);
+    }
+    if (code == CL_SUCCESS) {
+      const size_t global[3] = {groups[0] * kernel->workgroup[0], groups[1] * kernel->workgroup[1],
+                                groups[2] * kernel->workgroup[2]};
+      const cl_uint dimensions = global[2] > 1 ? 3 : global[1] > 1 ? 2 : 1;
+      code = api_.clEnqueueNDRangeKernel(queue_, kernel->handle, dimensions, nullptr, global, kernel->workgroup, 0, nullptr,
+                                         nullptr);
+    }
+    if (code != CL_SUCCESS) keep(code, kernel->name.c_str());
+    count_command();
+  }
+
+  void flush() override {
+    check_not_forked();
+    if (commands_ == 0) return;
+    keep(api_.clFlush(queue_), "a flush");
+    flushed();
+  }
+
+  void synchronize() override {
+    check_not_forked();
+    keep(api_.clFinish(queue_), "waiting");
+    flushed();
+    throw_kept();
+  }
+
+  std::unique_ptr<EventHandle> record(bool timed) override {
+    check_not_forked();
+    TORCH_CHECK(!timed || properties_.timestamps, "OpenCL: ", properties_.name, " has no timestamps");
+    cl_event handle = marker();
+    commands_++;
+    return std::make_unique<CLEvent>(api_, handle, flushes_, timed);
+  }
+
+  bool query(EventHandle& base) override {
+    check_not_forked();
+    auto& event = static_cast<CLEvent&>(base);
+    if (event.flushes == flushes_) flush();  // else it might never complete
+    cl_int status = CL_COMPLETE;
+    CL_CHECK(api_.clGetEventInfo(event.handle, CL_EVENT_COMMAND_EXECUTION_STATUS, sizeof(status), &status, nullptr),
+             "querying an event");
+    if (status < 0) keep(status, "queued work");
+    return status <= CL_COMPLETE;
+  }
+
+  void wait(EventHandle& base) override {
+    check_not_forked();
+    auto& event = static_cast<CLEvent&>(base);
+    if (event.flushes == flushes_) flush();
+    keep(api_.clWaitForEvents(1, &event.handle), "queued work");
+  }
+
+  double elapsed_ms(EventHandle& start, EventHandle& end) override {
+    TORCH_CHECK(static_cast<CLEvent&>(start).timed && static_cast<CLEvent&>(end).timed,
+                "both events must be created with enable_timing=True");
+    TORCH_CHECK(query(start) && query(end), "both events must be completed before calculating the elapsed time");
+    return (double(end_time(start)) - double(end_time(end))) * -1e-6;
+  }
+
+  uint64_t objects_created() const override { return objects_; }
+
+ private:
+  struct Segment {
+    cl_event busy_until = nullptr;
+  };
+
+  static cl_mem handle(Memory* memory) { return static_cast<CLMemory*>(memory)->handle; }
+
+  void check_range(Memory* memory, uint64_t offset, uint64_t size, const char* what) {
+    check_not_forked();
+    TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, "OpenCL: a ", what, " of ", size, " bytes at ", offset,
+                " exceeds an allocation of ", memory->size);
+  }
+
+  void count_command() {
+    if (++commands_ >= kFlushAfter) flush();
+  }
+
+  void flushed() {
+    commands_ = 0;
+    flushes_++;
+  }
+
+  // An error of queued work: the first one since the last synchronize() is what it throws.
+  void keep(cl_int code, const char* what) {
+    if (code != CL_SUCCESS && kept_.empty()) kept_ = std::string("OpenCL: ") + what + " failed: " + describe(code);
+  }
+
+  void throw_kept() {
+    if (kept_.empty()) return;
+    const std::string text = std::exchange(kept_, {});
+    TORCH_CHECK(false, text);
+  }
+
+  cl_event marker() {
+    cl_event event = nullptr;
+    CL_CHECK(api_.clEnqueueMarkerWithWaitList(queue_, 0, nullptr, &event), "recording an event");
+    objects_++;
+    return event;
+  }
+
+  cl_ulong end_time(EventHandle& event) {
+    cl_ulong time = 0;
+    CL_CHECK(api_.clGetEventProfilingInfo(static_cast<CLEvent&>(event).handle, CL_PROFILING_COMMAND_END, sizeof(time), &time,
+                                          nullptr),
+             "reading a timestamp");
+    return time;
+  }
+
+  // Host memory for a write, free again when the queue has passed the commands that are queued until its segment is full.
+  uint8_t* stage(uint64_t size) {
+    if (!staging_memory_) {
+      cl_int code = CL_SUCCESS;
+      const uint64_t total = kStagingSegment * kStagingSegments;
+      staging_memory_ = api_.clCreateBuffer(context_, CL_MEM_READ_WRITE | CL_MEM_ALLOC_HOST_PTR, total, nullptr, &code);
+      CL_CHECK(code, "allocating staging memory");
+      void* data = api_.clEnqueueMapBuffer(queue_, staging_memory_, true, CL_MAP_WRITE, 0, total, 0, nullptr, nullptr, &code);
+      if (code != CL_SUCCESS) api_.clReleaseMemObject(std::exchange(staging_memory_, nullptr));
+      CL_CHECK(code, "mapping staging memory");
+      staging_data_ = static_cast<uint8_t*>(data);
+      objects_++;
+    }
+    if (staging_used_ + size > kStagingSegment) {
+      staging_[staging_current_].busy_until = marker();
+      staging_current_ = (staging_current_ + 1) % kStagingSegments;
+      staging_used_ = 0;
+      if (cl_event event = std::exchange(staging_[staging_current_].busy_until, nullptr)) {
+        flush();
+        keep(api_.clWaitForEvents(1, &event), "queued work");
+        api_.clReleaseEvent(event);
+      }
+    }
+    uint8_t* place = staging_data_ + staging_current_ * kStagingSegment + staging_used_;
+    staging_used_ += (size + 63) / 64 * 64;
+    return place;
+  }
+
+  cl_program build(const KernelSource& source) {
+    const DeviceProperties& p = properties_;
+    const Digest key = cache_key({"opencl", found_.platform_version, p.name, p.vendor, p.driver, p.api_version,
+                                  found_.build_options, source.source});
+    cl_int code = CL_SUCCESS;
+    if (const auto binary = cache_load(key)) {
+      const size_t size = binary->size();
+      const auto* data = reinterpret_cast<const unsigned char*>(binary->data());
+      cl_program program = api_.clCreateProgramWithBinary(context_, 1, &found_.device, &size, &data, nullptr, &code);
+      if (code == CL_SUCCESS) {
+        code = api_.clBuildProgram(program, 1, &found_.device, found_.build_options.c_str(), nullptr, nullptr);
+        if (code == CL_SUCCESS) {
+          objects_++;
+          return program;
+        }
+        api_.clReleaseProgram(program);
+      }
+      // The driver doesn't take its own binary (it was updated under the same version, say): build from source.
+    }
+
+    const char* text = source.source.c_str();
+    const size_t length = source.source.size();
+    cl_program program = api_.clCreateProgramWithSource(context_, 1, &text, &length, &code);
+    CL_CHECK(code, "kernel ", source.name);
+    objects_++;
+    code = api_.clBuildProgram(program, 1, &found_.device, found_.build_options.c_str(), nullptr, nullptr);
+    if (code != CL_SUCCESS) {
+      const std::string log = build_log(program);
+      api_.clReleaseProgram(program);
+      const std::string path = save_failed_kernel(source.name, p.name + ", " + p.driver, source.source, log);
+      TORCH_CHECK(false, "OpenCL: kernel ", source.name, " does not compile for ", p.name, ": ", describe(code), "\n",
+                  first_lines(log, 10), path.empty() ? "" : "\nSource and build log: ", path);
+    }
+    store(key, program);
+    return program;
+  }
+
+  void store(const Digest& key, cl_program program) {
+    size_t size = 0;
+    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARY_SIZES, sizeof(size), &size, nullptr) != CL_SUCCESS || size == 0) return;
+    std::string binary(size, '\0');
+    char* data = binary.data();
+    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARIES, sizeof(data), &data, nullptr) == CL_SUCCESS) {
+      cache_store(key, binary);
+    }
+  }
+
+  std::string build_log(cl_program program) {
+    size_t size = 0;
+    api_.clGetProgramBuildInfo(program, found_.device, CL_PROGRAM_BUILD_LOG, 0, nullptr, &size);
+    std::string log(size, '\0');
+    if (size) api_.clGetProgramBuildInfo(program, found_.device, CL_PROGRAM_BUILD_LOG, size, log.data(), nullptr);
+    log.resize(std::strlen(log.c_str()));
+    return log;
+  }
+
+  static std::string first_lines(const std::string& text, int count) {
+    size_t end = 0;
+    while (count-- > 0 && end != std::string::npos) end = text.find('\n', end + 1);
+    return end == std::string::npos ? text : text.substr(0, end) + "\n...";
+  }
+
+  Found found_;
+  const Api& api_;
+  DeviceProperties properties_;
+  cl_context context_ = nullptr;
+  cl_command_queue queue_ = nullptr;
+  std::vector<std::unique_ptr<CLKernel>> kernels_;
+  std::string kept_;
+  uint64_t last_id_ = 0, objects_ = 0, flushes_ = 0;
+  uint32_t commands_ = 0;  // since the last flush
+
+  cl_mem staging_memory_ = nullptr;
+  uint8_t* staging_data_ = nullptr;
+  Segment staging_[kStagingSegments];
+  int staging_current_ = 0;
+  uint64_t staging_used_ = 0;
+};
+
+struct OpenCLAdapter final : Adapter {
+  Found found;
+  std::unique_ptr<Engine> open() override {
+    check_not_forked();
+    return std::make_unique<OpenCLEngine>(found, properties);
+  }
+};
+
+std::string platform_string(const Api& api, cl_platform_id platform, cl_uint what) {
+  size_t size = 0;
+  if (api.clGetPlatformInfo(platform, what, 0, nullptr, &size) != CL_SUCCESS || size == 0) return "";
+  std::string text(size, '\0');
+  api.clGetPlatformInfo(platform, what, size, text.data(), nullptr);
+  text.resize(std::strlen(text.c_str()));
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library, std::string& why) {
+  check_not_forked();
+  std::vector<std::unique_ptr<Adapter>> adapters;
+  const Api* api = load_api(library, why);
+  if (!api) return adapters;
+  watch_fork();  // drivers start their threads when they are first asked for devices
+
+  cl_uint count = 0;
+  const cl_int code = api->clGetPlatformIDs(0, nullptr, &count);
+  if ((code != CL_SUCCESS && code != CL_PLATFORM_NOT_FOUND_KHR) || count == 0) {
+    why = "the OpenCL library finds no driver. Install the one of your device (for CPUs, Debian and Ubuntu: pocl-opencl-icd)";
+    if (code != CL_SUCCESS && code != CL_PLATFORM_NOT_FOUND_KHR) why += " [" + describe(code) + "]";
+    return adapters;
+  }
+  std::vector<cl_platform_id> platforms(count);
+  api->clGetPlatformIDs(count, platforms.data(), nullptr);
+  for (cl_platform_id platform : platforms) {
+    cl_uint device_count = 0;
+    if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, 0, nullptr, &device_count) != CL_SUCCESS) continue;
+    std::vector<cl_device_id> devices(device_count);
+    if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, device_count, devices.data(), nullptr) != CL_SUCCESS) continue;
+    for (cl_device_id device : devices) {
+      const std::string version = device_string(*api, device, CL_DEVICE_VERSION);  // "OpenCL 1.2 …"
+      const char* missing = nullptr;
+      if (!device_value<cl_bool>(*api, device, CL_DEVICE_AVAILABLE)) missing = "is not available";
+      if (!device_value<cl_bool>(*api, device, CL_DEVICE_COMPILER_AVAILABLE)) missing = "has no compiler";
+      if (!device_value<cl_bool>(*api, device, CL_DEVICE_ENDIAN_LITTLE)) missing = "is big-endian";
+      if (version.compare(0, 10, "OpenCL 1.0") == 0 || version.compare(0, 10, "OpenCL 1.1") == 0) missing = "lacks OpenCL 1.2";
+      if (missing) {
+        why += (why.empty() ? "" : "; ") + device_string(*api, device, CL_DEVICE_NAME) + " " + missing;
+        continue;
+      }
+      auto adapter = std::make_unique<OpenCLAdapter>();
+      adapter->properties = query_properties(*api, device);
+      // Of the options that trade accuracy for speed only the contraction of a*b+c: NaN, infinities and signed zeros stay.
+      std::string options = "-cl-std=CL1.2 -cl-mad-enable";
+      if (device_value<cl_bitfield>(*api, device, CL_DEVICE_SINGLE_FP_CONFIG) & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT) {
+        // The default, 2.5 ulp, makes floor(6 / 3) 1 on some devices.
+        options += " -cl-fp32-correctly-rounded-divide-sqrt";
+      }
+      const bool cpu = adapter->properties.schedule_class == ScheduleClass::Vector;
+      adapter->found = {api, platform, device, platform_string(*api, platform, CL_PLATFORM_VERSION), options, !cpu};
+      adapters.push_back(std::move(adapter));
+    }
+  }
+  if (adapters.empty() && why.empty()) why = "the OpenCL drivers offer no device";
+  return adapters;
+}
+
+}  // namespace spiral
