@@ -76,14 +76,20 @@ class Call {
 
  private:
   friend struct Replay;
+  friend struct Recording;
 
   struct Operand {
     void* data;           // where the tensor starts in the device's address range; null when empty
+    const void* storage;  // where its storage starts
     uint32_t first_slot;  // its sizes, then its strides in elements
     uint16_t ndim;
-    uint8_t dtype;
+    int8_t dtype;
     bool written;
-    const at::Tensor* tensor;  // null for an operand of an iterator
+    bool is_iterator;     // has strides only; the shape is the iterator's
+    uint64_t flags;       // its first key word
+  };
+  struct Iterator {
+    uint32_t first_operand, operands, outputs, ndim, shape_slot;
   };
   // What each argument was, to hand it to Python when a plan must be recorded.
   enum class Kind : uint8_t {
@@ -93,9 +99,10 @@ class Call {
   struct Arg {
     Kind kind;
     uint32_t count;  // of a list
-    uint32_t index;  // into operands_, slots_ or key_
+    uint32_t index;  // into operands_, iterators_, slots_ or key_
   };
 
+  static uint64_t size_class(int64_t n, bool coarse);
   void operand(const at::Tensor& t, bool written);
   void arg(Kind kind, size_t index, size_t count = 1);
 
@@ -103,11 +110,12 @@ class Call {
   c10::SmallVector<int64_t, 64> slots_;
   c10::SmallVector<Operand, 8> operands_;
   c10::SmallVector<Arg, 16> args_;
+  c10::SmallVector<Iterator, 1> iterators_;
   c10::SmallVector<at::Tensor, 4> returned_;
   std::optional<at::Generator> generator_;
   OpId op_;
   c10::DeviceIndex device_;
-  bool coarse_;
+  bool coarse_;  // sizes enter the key as 0, 1 or more, not by bucket
 };
 
 }  // namespace spiral

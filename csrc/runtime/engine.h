@@ -85,6 +85,7 @@ class Engine {
   virtual const DeviceProperties& properties() const = 0;
 
   virtual Memory* allocate(uint64_t size) = 0;  // size > 0; throws c10::OutOfMemoryError
+  virtual uint64_t address(Memory*) const { return 0; }  // CUDA/HIP: the device pointer
   virtual void free(Memory*) = 0;               // after the work queued so far; never throws
 
   virtual void write(Memory*, uint64_t offset, const void* data, uint64_t size) = 0;  // data is consumed on return

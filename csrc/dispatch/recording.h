@@ -1,0 +1,16 @@
+// Makes the plan of a call that has none: hands handles to the Python lowering and takes back what it recorded.
+#pragma once
+
+#include <memory>
+
+#include "call.h"
+#include "plan.h"
+
+namespace spiral {
+
+struct Recording {
+  const Call& call;
+  std::shared_ptr<Plan> record();
+};
+
+}  // namespace spiral
