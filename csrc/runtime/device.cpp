@@ -248,14 +248,7 @@ bool device_is_open(c10::DeviceIndex index) noexcept {
          registry().slots[index]->device.load(std::memory_order_acquire) != nullptr;
 }
 
-bool in_bad_fork() noexcept {
-  try {
-    check_not_forked();
-    return false;
-  } catch (...) {
-    return true;
-  }
-}
+bool in_bad_fork() noexcept { return is_forked(); }
 
 std::vector<EngineReport> engine_reports() { return registry().reports; }
 
