@@ -1,0 +1,128 @@
+"""Contractions of the simt class, as WGSL on a Vulkan device and as OpenCL, against float64 NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_runner import run, targets
+
+from torch_spiral.kernels.simt import gemm as G
+
+TARGETS = {name: t for name, t in targets().items() if name in ("opencl-simt", "wgsl")}
+NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64, "i32": np.int32, "i64": np.int64}
+EPS = {"f32": 2e-6, "f16": 1e-3, "bf16": 8e-3, "f64": 1e-14}
+
+pytestmark = pytest.mark.skipif(not TARGETS, reason="neither OpenCL nor Vulkan here")
+
+
+@pytest.fixture(params=list(TARGETS), scope="module")
+def target(request):
+    return TARGETS[request.param]
+
+
+def encode(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Float64 values as storage of `dtype` (bf16 as uint16, rounded to nearest even)."""
+    if dtype != "bf16":
+        return x.astype(NUMPY[dtype])
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bf16":
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x if dtype in ("i32", "i64") else x.astype(np.float64)
+
+
+def random(rng, shape, dtype):
+    x = rng.integers(-50, 50, shape) if dtype in ("i32", "i64") else rng.standard_normal(shape)
+    return encode(x, dtype)
+
+
+def place(x: np.ndarray, order: tuple[int, ...], pad: int, offset: int):
+    """A buffer that holds x with its dimensions from slow to fast in `order`, rows padded by `pad`: (buffer, strides)."""
+    moved = x.transpose(order)
+    shape = list(moved.shape)
+    shape[-1] += pad
+    storage = np.zeros(offset + int(np.prod(shape)), x.dtype)
+    storage[offset:].reshape(shape)[..., : moved.shape[-1]] = moved
+    steps = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
+    strides = [0] * x.ndim
+    for slow, dim in enumerate(order):
+        strides[dim] = steps[slow]
+    return storage, strides
+
+
+def close(got, want, dtype):
+    if dtype in ("i32", "i64"):
+        assert np.array_equal(got, want)
+        return
+    scale = np.abs(want).max() + 1e-30
+    error = np.abs(got - want).max() / scale
+    assert error <= EPS[dtype], error
+
+
+def check_gemm(target, schedule, m, n, k, batch=1, dtype="f32", a="n", b="n", c="n", vec=False, splits=0, pad=0, out=None, broadcast=False):
+    rng = np.random.default_rng(0)
+    out = out or dtype
+    A, B = random(rng, (batch, m, k), dtype), random(rng, (1 if broadcast else batch, k, n), dtype)
+    offset = 4 if vec else 3
+    sa, ta = place(A, {"n": (0, 1, 2), "t": (0, 2, 1), "s": (1, 2, 0)}[a], pad, offset)
+    sb, tb = place(B, {"n": (0, 1, 2), "t": (0, 2, 1), "s": (1, 2, 0)}[b], pad, offset)
+    C = np.zeros((batch, m, n), NUMPY[out])
+    sc, tc = place(C, {"n": (0, 1, 2), "s": (0, 2, 1)}[c], pad, offset)
+    if broadcast:
+        tb[0] = 0
+    want = decode(A, dtype) @ decode(B, dtype)
+    kernel = G.gemm(target, schedule, dtype, out, a, b, c, vec, vec, vec and c == "n", k % schedule.tile_k == 0, splits > 0)
+    scalars = [batch, m, n, k, *ta, *tb]
+    if splits:
+        span = G.k_span(schedule, k, splits)
+        sc, tc, offset = np.zeros(batch * splits * m * n, np.float32), [splits * m * n, n, 1], 0
+        scalars += [*tc, splits, span, m * n]
+    else:
+        scalars += tc
+    got = run(kernel, [sa, sb, sc], scalars, G.groups(schedule, m, n, batch, max(splits, 1)), [4 if vec else 3] * 2 + [offset])[2]
+    if splits:
+        got = got.reshape(batch, splits, m, n).sum(1)
+    else:
+        got = np.lib.stride_tricks.as_strided(got[offset:], (batch, m, n), [s * got.itemsize for s in tc])
+        got = decode(np.ascontiguousarray(got), out)
+    close(got, want, out if not splits else "f32")
+
+
+SMALL = G.SCHEDULES[0]
+
+
+@pytest.mark.parametrize("layout", ["nnn", "ntn", "tnn", "ttn", "sss", "nns"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 17), (70, 40, 96)])
+def test_gemm_layouts(target, layout, shape):
+    check_gemm(target, SMALL, *shape, batch=2, a=layout[0], b=layout[1], c=layout[2])
+
+
+@pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("shape", [(4, 4, 4), (68, 36, 52), (64, 128, 96)])
+def test_gemm_vec4(target, layout, shape):
+    check_gemm(target, SMALL, *shape, a=layout[0], b=layout[1], vec=True, pad=4)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f64", "i32", "i64"])
+@pytest.mark.parametrize("vec", [False, True])
+def test_gemm_dtypes(target, dtype, vec):
+    schedule = SMALL if dtype in ("f16", "bf16") else G.WIDE_SCHEDULE
+    shape = (36, 44, 40) if vec else (37, 45, 41)
+    check_gemm(target, schedule, *shape, batch=2, dtype=dtype, vec=vec)
+    check_gemm(target, schedule, *shape, dtype=dtype, a="t", b="t", vec=vec)
+
+
+def test_gemm_split_and_broadcast(target):
+    check_gemm(target, SMALL, 40, 33, 700, splits=3, batch=2)
+    check_gemm(target, SMALL, 40, 33, 50, batch=3, broadcast=True)
+
+
+@pytest.mark.parametrize("schedule", G.SCHEDULES, ids=lambda s: s.key)
+def test_gemm_schedules(target, schedule):
+    if not schedule.fits(target):
+        pytest.skip("more than the device has")
+    check_gemm(target, schedule, 132, 260, 72, vec=True)
+    check_gemm(target, schedule, 77, 131, 45)

@@ -1,0 +1,373 @@
+"""Contractions of the `simt` schedule class: workgroup tiles in shared memory, for GPUs (OpenCL, WGSL) and lavapipe.
+
+One generator writes OpenCL C and WGSL. Everything is unrolled and every accumulator is a named variable: naga and several
+drivers keep indexed arrays in memory (13 times slower). `Text` is the dialect: declarations, loads, stores, shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..emit import BufferDecl, header
+from ..kernel import Kernel, Target, Unsupported
+
+COMPONENTS = "xyzw"
+# Storage dtypes that the templates take, and what they accumulate in.
+ACCUMULATOR = {"f32": "f32", "f16": "f32", "bf16": "f32", "f64": "f64", "i32": "i32", "i64": "i64"}
+_CL = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "bool": "bool"}
+# Above every index that the templates form: a launch has at most this many workgroups, each takes several tiles.
+MAX_GROUPS = 65535
+
+_WGSL_FUNCTIONS = {
+    "to_f16": """
+fn to_f16(x: f32) -> u32 {  // rounds to nearest even; pack2x16float may round to zero
+  let u = bitcast<u32>(x); let s = (u >> 16u) & 0x8000u; let a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) { return s | 0x7e00u; }
+  if (a >= 0x477ff000u) { return s | 0x7c00u; }
+  if (a < 0x38800000u) { return s | (bitcast<u32>(bitcast<f32>(a) + 0.5) - 0x3f000000u); }
+  return s | ((a - 0x38000000u + 0xfffu + ((a >> 13u) & 1u)) >> 13u);
+}""",
+    "to_bf16": """
+fn to_bf16(x: f32) -> u32 {
+  let u = bitcast<u32>(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) { return (u >> 16u) | 0x40u; }
+  return (u + 0x7fffu + ((u >> 16u) & 1u)) >> 16u;
+}""",
+}
+_CL_FUNCTIONS = {
+    "to_bf16": """
+ushort to_bf16(float x) {
+  uint u = as_uint(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return (ushort)((u >> 16) | 0x40u);
+  return (ushort)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}""",
+}
+
+
+def cdiv(a, b):
+    """Ceiling division of ints or Syms."""
+    return (a + (b - 1)) // b
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An extra matrix operand of an epilogue: its storage dtype and how it varies along the columns of the result.
+
+    layout: "v" unit stride, loaded as vec4 where the result is stored as vec4 (offset, row and batch strides divisible by 4);
+    "s" any stride; "r" the same value for a whole row (stride 0 along columns). Row and batch strides may be 0 in all.
+    """
+
+    dtype: str
+    layout: str = "s"
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to an accumulated element before it is stored.
+
+    expr: maps (acc, operands, scalars), each ir nodes, to an ir node: `lambda acc, x, s: ir.maximum(acc + x[0], 0.0)`.
+    key names it: equal keys mean equal expressions. operands are read at the element's batch, row and column.
+    scalars: run-time scalars ("f32", "i32", "u32") in launch order, after the operands' strides.
+    """
+
+    key: str = ""
+    expr: object = None
+    operands: tuple[Operand, ...] = ()
+    scalars: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        if not self.key:
+            return ""
+        return "_" + self.key + "".join(f"_{o.dtype}{o.layout}" for o in self.operands)
+
+
+NO_EPILOGUE = Epilogue()
+
+
+class Text:
+    """Writes one kernel's body in OpenCL C or WGSL. Indices and sizes are u32."""
+
+    def __init__(self, target: Target, name: str, threads: int) -> None:
+        if threads > target.max_workgroup_size:
+            raise Unsupported(f"{name}: {threads} invocations, the device allows {target.max_workgroup_size}")
+        self.target, self.name, self.threads = target, name, threads
+        self.wgsl = target.language == "wgsl"
+        self.buffers: list[BufferDecl] = []
+        self.scalars: list[tuple[str, str]] = []
+        self.lines: list[str] = []
+        self.module: dict[str, str] = {}
+        self.shared_bytes = 0
+        self.shared_lines: list[str] = []
+        self.barrier_text = "workgroupBarrier();" if self.wgsl else "barrier(CLK_LOCAL_MEM_FENCE);"
+        self.lid = "lid" if self.wgsl else "lid"
+        self._unique = 0
+
+    # Declarations
+    def buffer(self, name: str, dtype: str, mode: str = "r", vector: int = 1, windows: int = 1) -> None:
+        if dtype == "f64" and not self.target.float64:
+            raise Unsupported(f"{self.name}: this device has no float64 arithmetic")
+        if self.wgsl and dtype == "i64" and not self.target.int64:
+            raise Unsupported(f"{self.name}: this device has no int64 arithmetic")
+        if dtype in ("f64", "i64") and self.wgsl:
+            vector = 1
+        self.buffers.append(BufferDecl(name, dtype, mode, windows, vector))
+
+    def decl(self, name: str) -> BufferDecl:
+        return next(b for b in self.buffers if b.name == name)
+
+    def scalar(self, *names: str, type: str = "u32") -> None:
+        self.scalars += [(n, type) for n in names]
+
+    def shared(self, name: str, dtype: str, count: int, vector: int = 4) -> None:
+        """Workgroup memory of `count` vectors."""
+        size = {"f64": 8, "i64": 8}.get(dtype, 4)
+        self.shared_bytes += size * vector * count
+        if self.shared_bytes > self.target.max_workgroup_memory:
+            raise Unsupported(
+                f"{self.name}: {self.shared_bytes} bytes of workgroup memory, the device has {self.target.max_workgroup_memory}"
+            )
+        if self.wgsl:
+            self.module[f"shared {name}"] = f"var<workgroup> {name}: array<{self.type(dtype, vector)}, {count}>;"
+        else:
+            self.shared_lines.append(f"__local {self.type(dtype, vector)} {name}[{count}];")
+
+    def function(self, name: str) -> None:
+        text = (_WGSL_FUNCTIONS if self.wgsl else _CL_FUNCTIONS).get(name)
+        if text:
+            self.module.setdefault(name, text)
+
+    # Types and statements
+    def type(self, dtype: str, width: int = 1) -> str:
+        if self.wgsl:
+            return f"vec{width}<{dtype}>" if width > 1 else dtype
+        return _CL[dtype] + (str(width) if width > 1 else "")
+
+    def add(self, *lines: str) -> None:
+        self.lines += lines
+
+    def let(self, name: str, expr: str, dtype: str = "u32", width: int = 1) -> str:
+        self.add(f"let {name} = {expr};" if self.wgsl else f"const {self.type(dtype, width)} {name} = {expr};")
+        return name
+
+    def var(self, name: str, expr: str, dtype: str = "u32", width: int = 1) -> str:
+        t = self.type(dtype, width)
+        self.add(f"var {name}: {t} = {expr};" if self.wgsl else f"{t} {name} = {expr};")
+        return name
+
+    def fresh(self, stem: str = "t") -> str:
+        self._unique += 1
+        return f"{stem}_{self._unique}"
+
+    def zero(self, dtype: str, width: int = 1) -> str:
+        if self.wgsl:
+            return f"{self.type(dtype, width)}()"
+        return f"({self.type(dtype, width)})(0)"
+
+    def splat(self, expr: str, dtype: str = "f32", width: int = 4) -> str:
+        return f"{self.type(dtype, width)}({expr})" if self.wgsl else f"({self.type(dtype, width)})({expr})"
+
+    def vector(self, parts: list[str], dtype: str = "f32") -> str:
+        t = self.type(dtype, len(parts))
+        return f"{t}({', '.join(parts)})" if self.wgsl else f"({t})({', '.join(parts)})"
+
+    def cast(self, expr: str, dtype: str) -> str:
+        return f"{dtype}({expr})" if self.wgsl else f"(({_CL[dtype]})({expr}))"
+
+    def select(self, no: str, yes: str, condition: str) -> str:
+        """A scalar choice; both sides are evaluated in WGSL."""
+        return f"select({no}, {yes}, {condition})" if self.wgsl else f"(({condition}) ? ({yes}) : ({no}))"
+
+    def fma(self, a: str, b: str, c: str, dtype: str) -> str:
+        return f"fma({a}, {b}, {c})" if dtype in ("f32", "f64") else f"({a} * {b} + {c})"
+
+    def barrier(self) -> None:
+        self.add(self.barrier_text)
+
+    def loop(self, name: str, start: str, end: str, step: str) -> None:
+        """Opens a loop with a u32 counter; closed by end()."""
+        declare = f"var {name}: u32 = {start}" if self.wgsl else f"uint {name} = {start}"
+        self.add(f"for ({declare}; {name} < {end}; {name} += {step}) {{")
+
+    def open(self, condition: str = "") -> None:
+        self.add(f"if ({condition}) {{" if condition else "{")
+
+    def end(self, count: int = 1) -> None:
+        self.add("}" * count)
+
+    @property
+    def group(self) -> str:
+        return "group_index"
+
+    @property
+    def groups(self) -> str:
+        """Workgroups of the launch."""
+        return "(nwg.x * nwg.y * nwg.z)" if self.wgsl else "(uint)(get_num_groups(0) * get_num_groups(1) * get_num_groups(2))"
+
+    # Memory. A base is a place in a buffer that stays over many loads: a pointer in OpenCL (advanced by 64 bits), an index in WGSL.
+    def base(self, name: str, buffer: str, *advance: tuple[str, str]) -> str:
+        """Declares a base of `buffer`, advanced by the products (index, stride)."""
+        if self.wgsl:
+            return self.let(name, " + ".join([f"{buffer}_offset", *(f"{i} * {s}" for i, s in advance)]))
+        from ..opencl import POINTEE
+
+        terms = "".join(f" + (ulong)({i}) * ({s})" for i, s in advance)
+        self.add(f"__global {POINTEE[self.decl(buffer).dtype]}* {name} = {buffer}{terms};")
+        return name
+
+    def load(self, buffer: str, base: str, index: str, width: int = 1) -> str:
+        """Expression: one element, or four consecutive ones (index and base divisible by 4), in the accumulator dtype."""
+        b = self.decl(buffer)
+        if not self.wgsl:
+            return self._load_cl(b, base, index, width)
+        if b.windows > 1:
+            return self._load_windows(b, f"{base} + {index}", width)
+        return self._load_wgsl(b, b.name, f"{base} + {index}", width)
+
+    def _load_cl(self, b: BufferDecl, base: str, i: str, width: int) -> str:
+        if width == 4:
+            if b.dtype == "f16":
+                return f"vloada_half4(0, {base} + {i})"
+            if b.dtype == "bf16":
+                return f"as_float4(convert_uint4(*(__global ushort4*)({base} + {i})) << 16)"
+            return f"(*(__global {self.type(b.dtype, 4)}*)({base} + {i}))"
+        if b.dtype == "f16":
+            return f"vload_half({i}, {base})"
+        if b.dtype == "bf16":
+            return f"as_float((uint){base}[{i}] << 16)"
+        return f"{base}[{i}]"
+
+    def _load_wgsl(self, b: BufferDecl, array: str, i: str, width: int) -> str:
+        atomic = b.vector == 1 and (b.mode == "a" or (b.mode != "r" and b.dtype in ("f16", "bf16")))
+
+        def word(k: str) -> str:
+            return f"atomicLoad(&{array}[{k}])" if atomic else f"{array}[{k}]"
+
+        if b.vector == 4:
+            w = f"{array}[({i}) >> 2u]"
+            if b.dtype in ("f16", "bf16"):
+                self._wgsl_unpack(b.dtype)
+                vec = f"unpack4_{b.dtype}({w})"
+            else:
+                vec = w
+            return vec if width == 4 else f"{vec}[({i}) & 3u]"
+        if width == 4:
+            name = self.let(self.fresh("i"), i)
+            return self.vector([self._load_wgsl(b, array, f"{name} + {j}u", 1) for j in range(4)], ACCUMULATOR[b.dtype])
+        if b.dtype == "f16":
+            return f"unpack2x16float({word(f'({i}) >> 1u')} >> ((({i}) & 1u) * 16u)).x"
+        if b.dtype == "bf16":
+            return f"bitcast<f32>(({word(f'({i}) >> 1u')} >> ((({i}) & 1u) * 16u)) << 16u)"
+        if b.dtype in ("f64", "i64"):
+            self._wgsl_wide(b.dtype)
+            return f"from_words_{b.dtype}({word(i)})"
+        return word(i)
+
+    def _load_windows(self, b: BufferDecl, i: str, width: int) -> str:
+        """A load from a buffer of several bindings goes through a function that selects the window."""
+        name = f"{b.name}_window{width}"
+        if name not in self.module:
+            t = self.type(ACCUMULATOR[b.dtype], width)
+            from ..kernel import itemsize
+
+            per = self.target.max_binding // itemsize(b.dtype)
+            lines, plain = [f"fn {name}(i: u32) -> {t} {{"], replace(b, windows=1)
+            saved, self.lines = self.lines, []
+            for w in range(b.windows):
+                at = self._load_wgsl(plain, f"{b.name}_{w}", f"(i - {w * per}u)", width)
+                body = "".join(self.lines) + f"return {at};"
+                self.lines = []
+                lines.append(f"if (i < {(w + 1) * per}u) {{ {body} }}" if w + 1 < b.windows else body)
+            self.lines = saved
+            self.module[name] = "\n".join([*lines, "}"])
+        return f"{name}({i})"
+
+    def _wgsl_unpack(self, dtype: str) -> None:
+        if dtype == "f16":
+            body = "return vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));"
+        else:
+            body = "return bitcast<vec4<f32>>(vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u));"
+        self.module.setdefault(f"unpack4_{dtype}", f"fn unpack4_{dtype}(w: vec2<u32>) -> vec4<f32> {{ {body} }}")
+
+    def _wgsl_wide(self, dtype: str) -> None:
+        self.module.setdefault(
+            f"wide_{dtype}",
+            f"fn from_words_{dtype}(w: vec2<u32>) -> {dtype} {{ return bitcast<{dtype}>(u64(w.x) | (u64(w.y) << 32u)); }}\n"
+            f"fn to_words_{dtype}(v: {dtype}) -> vec2<u32> {{ let u = bitcast<u64>(v); "
+            "return vec2<u32>(u32(u & 0xffffffffu), u32(u >> 32u)); }",
+        )
+
+    def store(self, buffer: str, base: str, index: str, value: str, width: int = 1) -> None:
+        """Stores one element, or four (index and base divisible by 4). Narrow dtypes: one word, or an atomicXor of a half word."""
+        b = self.decl(buffer)
+        self.function(f"to_{b.dtype}")
+        if not self.wgsl:
+            if width == 4:
+                if b.dtype == "f16":
+                    self.add(f"vstorea_half4_rte({value}, 0, {base} + {index});")
+                elif b.dtype == "bf16":
+                    v = self.let(self.fresh("v"), value, "f32", 4)
+                    parts = ", ".join(f"to_bf16({v}.{c})" for c in COMPONENTS)
+                    self.add(f"*(__global ushort4*)({base} + {index}) = (ushort4)({parts});")
+                else:
+                    self.add(f"*(__global {self.type(b.dtype, 4)}*)({base} + {index}) = {value};")
+            elif b.dtype == "f16":
+                self.add(f"vstore_half_rte({value}, {index}, {base});")
+            else:
+                self.add(f"{base}[{index}] = {f'to_bf16({value})' if b.dtype == 'bf16' else value};")
+            return
+        if b.windows > 1:
+            raise Unsupported(f"{self.name}: the result spans several bindings")
+        i = f"{base} + {index}"
+        if b.vector == 4:
+            assert width == 4
+            if b.dtype in ("f16", "bf16"):
+                v = self.let(self.fresh("v"), value)
+                h = [f"to_{b.dtype}({v}.{c})" for c in COMPONENTS]
+                value = f"vec2<u32>({h[0]} | ({h[1]} << 16u), {h[2]} | ({h[3]} << 16u))"
+            self.add(f"{b.name}[({i}) >> 2u] = {value};")
+            return
+        if width == 4:
+            v = self.let(self.fresh("v"), value)
+            for j, c in enumerate(COMPONENTS):
+                self.store(buffer, base, f"{index} + {j}u", f"{v}.{c}")
+            return
+        if b.dtype in ("f16", "bf16"):  # the other half of the word belongs to another invocation
+            self.module.setdefault(
+                f"store16_{b.name}",
+                f"fn store16_{b.name}(i: u32, h: u32) {{ let s = (i & 1u) * 16u; let old = atomicLoad(&{b.name}[i >> 1u]); "
+                f"atomicXor(&{b.name}[i >> 1u], (old ^ (h << s)) & (0xffffu << s)); }}",
+            )
+            self.add(f"store16_{b.name}({i}, to_{b.dtype}({value}));")
+        elif b.dtype in ("f64", "i64"):
+            self._wgsl_wide(b.dtype)
+            self.add(f"{b.name}[{i}] = to_words_{b.dtype}({value});")
+        else:
+            self.add(f"{b.name}[{i}] = {value};")
+
+    def put_component(self, shared: str, vector_index: str, component: str, value: str, dtype: str) -> None:
+        """shared[vector_index][component] = value, with a run-time component."""
+        if self.wgsl:
+            self.add(f"{shared}[{vector_index}][{component}] = {value};")
+        else:
+            self.add(f"((__local {_CL[dtype]}*){shared})[({vector_index}) * 4u + {component}] = {value};")
+
+    def get_component(self, shared: str, index: str, dtype: str) -> str:
+        """Element `index` of a shared array of vec4."""
+        if self.wgsl:
+            return f"{shared}[({index}) >> 2u][({index}) & 3u]"
+        return f"((__local {_CL[dtype]}*){shared})[{index}]"
+
+    def finish(self, trusted: bool = False) -> Kernel:
+        prefix, suffix, kernel = header(
+            self.target,
+            self.name,
+            self.buffers,
+            self.scalars,
+            (self.threads, 1, 1),
+            module="\n".join(self.module.values()),
+            trusted=trusted,
+        )
+        start = [] if self.wgsl else ["const uint lid = get_local_id(0);"]
+        source = prefix + "\n".join(self.shared_lines + start + self.lines) + "\n" + suffix
+        return replace(kernel, source=source)

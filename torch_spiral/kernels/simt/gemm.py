@@ -1,0 +1,459 @@
+"""Matrix products of the `simt` class: tiled GEMM, skinny products (decode), the reduction of split-K partials.
+
+C[z, m, n] = epilogue(sum over k of A[z, m, k] * B[z, k, n]), z < batch. Sizes and strides are run-time scalars (u32, elements);
+a batch stride of 0 broadcasts. f16 and bf16 accumulate in f32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kernel import Kernel, Target, Unsupported
+from . import ACCUMULATOR, COMPONENTS, MAX_GROUPS, NO_EPILOGUE, Epilogue, Text, cdiv
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A workgroup computes tile_m x tile_n elements of C, tile_k at a time; an invocation thread_m x thread_n of them.
+
+    lanes: width of a 32-invocation block of the workgroup, in invocations along n (0: rows of the workgroup).
+    prefetch: the next tile is loaded into registers while the current one is multiplied.
+    chunk: products are summed in runs of `chunk` along k, and the runs added in a second accumulator (0: one accumulator).
+    float32 needs it: the error of one sequential sum is 3 times that of torch.mm.
+    """
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    thread_m: int
+    thread_n: int
+    lanes: int = 0
+    prefetch: bool = True
+    chunk: int = 32
+
+    @property
+    def threads(self) -> int:
+        return (self.tile_m // self.thread_m) * (self.tile_n // self.thread_n)
+
+    @property
+    def key(self) -> str:
+        text = f"{self.tile_m}x{self.tile_n}x{self.tile_k}_{self.thread_m}x{self.thread_n}"
+        return text + (f"_w{self.lanes}" if self.lanes else "") + ("_p" if self.prefetch else "") + f"_c{self.chunk}"
+
+    def workgroup_memory(self, itemsize: int = 4) -> int:
+        """Bytes, at most (one vector of padding a row of A and of B)."""
+        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4)
+
+    def fits(self, target: Target, itemsize: int = 4) -> bool:
+        return self.threads <= target.max_workgroup_size and self.workgroup_memory(itemsize) <= target.max_workgroup_memory
+
+
+# What a tuner may choose from, for float32, float16 and bfloat16 storage. The first is the reference.
+SCHEDULES: tuple[Schedule, ...] = (
+    Schedule(32, 32, 16, 4, 4),
+    Schedule(64, 64, 16, 4, 4),
+    Schedule(64, 64, 16, 8, 8, prefetch=False),
+    Schedule(64, 64, 16, 8, 4),
+    Schedule(64, 128, 16, 4, 8),
+    Schedule(128, 64, 16, 8, 4),
+    Schedule(64, 128, 16, 8, 8),
+    Schedule(128, 128, 16, 8, 8, lanes=16),
+    Schedule(128, 128, 8, 8, 8, lanes=16),
+    Schedule(128, 128, 16, 8, 8, lanes=8),
+    Schedule(128, 256, 8, 8, 16, lanes=8),
+    Schedule(256, 128, 8, 16, 8, lanes=8),
+    Schedule(128, 128, 16, 8, 8, lanes=16, chunk=0),
+    Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0),
+    Schedule(64, 128, 16, 4, 8, chunk=0),
+)
+# float64 and integers: no second accumulator.
+WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0)
+
+
+def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -> Schedule:
+    """A schedule by size buckets (floor(log2) of m and n), within the target's limits."""
+    if ACCUMULATOR[dtype] != "f32":
+        return WIDE_SCHEDULE
+    area = m_bucket + n_bucket
+    if target.vendor and "llvmpipe" in target.vendor.lower() or target.compute_units <= 4:
+        return SCHEDULES[2] if area >= 12 and SCHEDULES[2].fits(target) else SCHEDULES[0]
+    if area >= 23:
+        wanted = Schedule(128, 128, 16, 8, 8, lanes=16)
+    elif area >= 19:
+        wanted = Schedule(64, 128, 16, 4, 8) if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4)
+    elif area >= 15:
+        wanted = SCHEDULES[1]
+    else:
+        wanted = SCHEDULES[0]
+    return wanted if wanted.fits(target) else SCHEDULES[0]
+
+
+def default_splits(target: Target, schedule: Schedule, m: int, n: int, batch: int, k: int) -> int:
+    """Splits of k that fill the device where m * n alone does not: tiles * splits reaches 2 workgroups a compute unit,
+    each split has at least 256 of k. Plain ints: the caller passes representative sizes of its buckets."""
+    tiles = max(1, cdiv(m, schedule.tile_m) * cdiv(n, schedule.tile_n) * batch)
+    return max(1, min(2 * target.compute_units // tiles, k // 256, 64))
+
+
+class TileLoader:
+    """Moves a tile X[row, k] of `rows` x `tile_k` elements to shared memory, k-major: shared[k * pitch + row / 4], vec4.
+
+    unit: the dimension along which consecutive invocations load ("k" or "r"). vec: that dimension has stride 1 and
+    size, strides and offset divisible by 4: loads are vec4. Rows beyond the end are clamped: they load data
+    of rows that exist, and their products are never stored. k beyond the end loads zeros unless full_k.
+    """
+
+    def __init__(
+        self, t: Text, buffer: str, shared: str, rows: int, tile_k: int, unit: str, vec: bool, unit_stride: bool, full_k: bool, pitch: int = 0
+    ):
+        self.t, self.buffer, self.shared, self.rows, self.tile_k = t, buffer, shared, rows, tile_k
+        self.unit, self.vec, self.unit_stride, self.full_k = unit, vec, unit_stride, full_k
+        self.dtype = ACCUMULATOR[t.decl(buffer).dtype]
+        width = 4 if vec else 1
+        count, threads = rows * tile_k // width, t.threads
+        self.loads = cdiv(count, threads)
+        self.partial = count % threads != 0  # the last load is of some invocations only
+        self.count = count
+        self.pitch = pitch or rows // 4 + (1 if unit == "k" else 0)
+        self.width = width
+
+    def declare(self) -> None:
+        self.t.shared(self.shared, self.dtype, self.tile_k * self.pitch)
+
+    def place(self, l: int) -> tuple[str, str]:
+        """(row, k) of this invocation's l-th load, within the tile."""
+        e = f"(lid + {l * self.t.threads}u)" if l else "lid"
+        if self.unit == "k":
+            per = self.tile_k // self.width
+            return f"({e} / {per}u)", f"({e} % {per}u)" + (" * 4u" if self.vec else "")
+        per = self.rows // self.width
+        return f"({e} % {per}u)" + (" * 4u" if self.vec else ""), f"({e} / {per}u)"
+
+    def begin(self, base: str, row0: str, rows_end: str, stride_r: str, stride_k: str, k_begin: str) -> None:
+        """Once per tile of C: where each load starts. row0 + row is clamped below rows_end."""
+        t, p = self.t, self.shared
+        self.base, self.stride_r, self.stride_k = base, stride_r, stride_k
+        unit_r, unit_k = self.unit_stride and self.unit == "r", self.unit_stride and self.unit == "k"
+        for l in range(self.loads):
+            row, k = self.place(l)
+            last = f"{rows_end} - {4 if self.vec and self.unit == 'r' else 1}u"
+            t.let(f"{p}_r{l}", f"min({row0} + {row}, {last})")
+            if not self.full_k or self.partial:
+                t.let(f"{p}_k{l}", k)
+            r = f"{p}_r{l}" if unit_r else f"{p}_r{l} * {stride_r}"
+            kk = f"({k_begin} + {k})" if unit_k else f"({k_begin} + {k}) * {stride_k}"
+            t.var(f"{p}_i{l}", f"{r} + {kk}")
+            t.var(f"{p}_v{l}", t.zero(self.dtype, self.width), self.dtype, self.width)
+
+    def load(self, k0: str, k_end: str) -> None:
+        """Loads this invocation's share of the tile at k0 into registers and moves on by a tile."""
+        t, p = self.t, self.shared
+        step = f"{self.tile_k}u" if self.unit_stride and self.unit == "k" else f"{self.tile_k}u * {self.stride_k}"
+        for l in range(self.loads):
+            conditions = []
+            if not self.full_k:
+                conditions.append(f"{k0} + {p}_k{l} < {k_end}")
+            if self.partial and l == self.loads - 1:
+                conditions.append(f"{p}_k{l} < {self.tile_k}u" if self.unit == "r" else f"lid < {self.count - l * t.threads}u")
+            value = t.load(self.buffer, self.base, f"{p}_i{l}", self.width)
+            if conditions:
+                t.add(f"{p}_v{l} = {t.zero(self.dtype, self.width)};")
+                t.open(" && ".join(conditions))
+                t.add(f"{p}_v{l} = {t.load(self.buffer, self.base, f'{p}_i{l}', self.width)};")
+                t.end()
+            else:
+                t.add(f"{p}_v{l} = {value};")
+            t.add(f"{p}_i{l} += {step};")
+
+    def store(self) -> None:
+        """Registers to shared memory."""
+        t, p = self.t, self.shared
+        for l in range(self.loads):
+            row, k = self.place(l)
+            guarded = self.partial and l == self.loads - 1
+            if guarded:
+                t.open(f"lid < {self.count - l * t.threads}u")
+            if self.vec and self.unit == "r":
+                t.add(f"{p}[{k} * {self.pitch}u + {row} / 4u] = {p}_v{l};")
+            elif self.vec:
+                for j, c in enumerate(COMPONENTS):
+                    t.put_component(p, f"({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{l}.{c}", self.dtype)
+            else:
+                t.put_component(p, f"{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{l}", self.dtype)
+            if guarded:
+                t.end()
+
+
+class Accumulators:
+    """thread_m x thread_n named accumulators (vec4 along n), rows in groups of 4 that are 4 * lanes_m apart."""
+
+    def __init__(self, t: Text, name: str, thread_m: int, thread_n: int, dtype: str, chunked: bool = False):
+        self.t, self.name, self.m, self.v, self.dtype, self.chunked = t, name, thread_m, thread_n // 4, dtype, chunked
+
+    def declare(self) -> None:
+        for m in range(self.m):
+            for v in range(self.v):
+                self.t.var(f"{self.name}{m}_{v}", self.t.zero(self.dtype, 4), self.dtype, 4)
+                if self.chunked:
+                    self.t.var(f"{self.name}s{m}_{v}", self.t.zero(self.dtype, 4), self.dtype, 4)
+
+    def each(self):
+        return ((m, v) for m in range(self.m) for v in range(self.v))
+
+    def fold(self) -> None:
+        """Adds the run that ended to the second accumulator."""
+        for m, v in self.each():
+            self.t.add(f"{self.name}s{m}_{v} += {self.name}{m}_{v};")
+            self.t.add(f"{self.name}{m}_{v} = {self.t.zero(self.dtype, 4)};")
+
+    def finish(self) -> None:
+        if self.chunked:
+            for m, v in self.each():
+                self.t.add(f"{self.name}{m}_{v} += {self.name}s{m}_{v};")
+
+    def multiply(self, a: str, pitch_a: int, lanes_m: int, b: str, pitch_b: int, lanes_n: int, tile_k: int, ty="ty", tx="tx", a_k0: int = 0) -> None:
+        """self += a^T b over tile_k rows of the shared tiles a[k][m / 4] and b[k][n / 4]."""
+        t = self.t
+        for k in range(tile_k):
+            t.open()
+            for i in range(self.m // 4):
+                t.let(f"a{i}", f"{a}[{(k + a_k0) * pitch_a + i * lanes_m}u + {ty}]", self.dtype, 4)
+            for v in range(self.v):
+                t.let(f"b{v}", f"{b}[{k * pitch_b + v * lanes_n}u + {tx}]", self.dtype, 4)
+            for m, v in self.each():
+                c = f"{self.name}{m}_{v}"
+                t.add(f"{c} = {t.fma(t.splat(f'a{m // 4}.{COMPONENTS[m % 4]}', self.dtype), f'b{v}', c, self.dtype)};")
+            t.end()
+
+
+def thread_layout(t: Text, lanes_n: int, lanes_m: int, lanes: int) -> None:
+    """tx < lanes_n, ty < lanes_m of this invocation."""
+    if lanes:
+        high = 32 // lanes
+        t.let("lane", "lid % 32u")
+        t.let("block", "lid / 32u")
+        t.let("tx", f"(block % {lanes_n // lanes}u) * {lanes}u + lane % {lanes}u")
+        t.let("ty", f"(block / {lanes_n // lanes}u) * {high}u + lane / {lanes}u")
+    else:
+        t.let("tx", f"lid % {lanes_n}u")
+        t.let("ty", f"lid / {lanes_n}u")
+
+
+class Output:
+    """Applies an epilogue and stores: declares the result, the epilogue's operands and scalars."""
+
+    def __init__(self, t: Text, dtype: str, accumulator: str, vec: bool, unit: bool, epilogue: Epilogue, name: str = "c"):
+        self.t, self.dtype, self.acc, self.vec, self.unit, self.epilogue, self.c = t, dtype, accumulator, vec, unit, epilogue, name
+
+    def declare_buffers(self) -> None:
+        vector = 4 if self.vec else 1
+        for i, o in enumerate(self.epilogue.operands):
+            self.t.buffer(f"x{i}", o.dtype, "r", vector if o.layout == "v" else 1)
+        self.t.buffer(self.c, self.dtype, "w", vector)
+
+    def declare_scalars(self) -> None:
+        """Strides of the result, then of each operand, then the epilogue's scalars."""
+        for name in (self.c, *(f"x{i}" for i in range(len(self.epilogue.operands)))):
+            self.t.scalar(f"{name}_batch", f"{name}_row", f"{name}_col")
+        for i, s in enumerate(self.epilogue.scalars):
+            self.t.scalar(f"s{i}", type=s)
+        if self.epilogue.expr is not None:
+            from ._epilogue import write_function
+
+            write_function(self.t, self.epilogue, self.acc)
+
+    def begin(self, z: str) -> None:
+        t = self.t
+        t.base(f"{self.c}_base", self.c, (z, f"{self.c}_batch"))
+        for i in range(len(self.epilogue.operands)):
+            t.base(f"x{i}_base", f"x{i}", (z, f"x{i}_batch"))
+
+    def apply(self, acc: str, loads: list[str]) -> str:
+        e = self.epilogue
+        if e.expr is None:
+            return acc
+        return f"epilogue({', '.join([acc, *loads, *(f's{i}' for i in range(len(e.scalars)))])})"
+
+    def store4(self, row: str, col: str, value: str, rows: str, cols: str, row_index: str = "") -> None:
+        """Stores the vec4 `value` at (row, col ..< col + 4), masked by rows and cols."""
+        t, e = self.t, self.epilogue
+        index = (lambda c: f"{row} * {self.c}_row + {c}") if self.unit else (lambda c: f"{row} * {self.c}_row + ({c}) * {self.c}_col")
+        if self.vec:
+            t.open(f"{row} < {rows} && {col} < {cols}")
+            loads: list[list[str]] = [[] for _ in range(4)]
+            for i, o in enumerate(e.operands):
+                n = t.fresh("x")
+                if o.layout == "v":
+                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + {col}", 4), ACCUMULATOR[o.dtype], 4)
+                    for j in range(4):
+                        loads[j].append(f"{n}.{COMPONENTS[j]}")
+                elif o.layout == "r":
+                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row"), ACCUMULATOR[o.dtype])
+                    for j in range(4):
+                        loads[j].append(n)
+                else:
+                    for j in range(4):
+                        loads[j].append(t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + ({col} + {j}u) * x{i}_col"))
+            if e.expr is not None:
+                value = t.vector([self.apply(f"{value}.{c}", x) for c, x in zip(COMPONENTS, loads)], self.acc)
+            t.store(self.c, f"{self.c}_base", index(col), value, 4)
+            t.end()
+            return
+        for j, c in enumerate(COMPONENTS):
+            self.store1(row, f"({col} + {j}u)", f"{value}.{c}", rows, cols)
+
+    def store1(self, row: str, col: str, value: str, rows: str, cols: str) -> None:
+        t, e = self.t, self.epilogue
+        t.open(f"{row} < {rows} && {col} < {cols}")
+        x = []
+        for i, o in enumerate(e.operands):
+            at = f"{row} * x{i}_row" + ("" if o.layout == "r" else f" + {col} * x{i}_col")
+            x.append(t.load(f"x{i}", f"x{i}_base", at))
+        at = f"{row} * {self.c}_row + {col}" + ("" if self.unit else f" * {self.c}_col")
+        t.store(self.c, f"{self.c}_base", at, self.apply(value, x))
+        t.end()
+
+
+def groups(schedule: Schedule, m, n, batch, splits=1, minimum=min):
+    """Grid of gemm(): one workgroup a tile of C (and split), at most 65535, which then take several. Ints or Syms
+    (with the Sym `minimum`)."""
+    return (minimum(cdiv(m, schedule.tile_m) * cdiv(n, schedule.tile_n) * batch * splits, MAX_GROUPS), 1, 1)
+
+
+def k_span(schedule: Schedule, k, splits):
+    """k of one split, a multiple of the schedule's tile_k and chunk."""
+    step = max(schedule.tile_k, schedule.chunk)
+    return cdiv(cdiv(k, splits), step) * step
+
+
+def gemm(
+    target: Target,
+    schedule: Schedule,
+    dtype: str,
+    out_dtype: str,
+    a: str = "n",
+    b: str = "n",
+    c: str = "n",
+    vec_a: bool = False,
+    vec_b: bool = False,
+    vec_c: bool = False,
+    full_k: bool = False,
+    split: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
+    b_dtype: str = "",
+    windows: tuple[int, int] = (1, 1),
+) -> Kernel:
+    """C = epilogue(A B), batched.
+
+    Layouts: a "n" has stride 1 along k, "t" along m, "s" neither; b "n" has stride 1 along n, "t" along k, "s" neither;
+    c "n" has stride 1 along n, "s" any. vec_*: the unit-stride dimension's size, the other strides and the element offset are
+    divisible by 4 (a: k or m, b: n or k, c: n). full_k: k is divisible by tile_k (8 or 16).
+    split: C is partial sums, f32 (or the accumulator), of `splits` runs of k_span(...) along k, partial p of batch z at p * c_split;
+    no epilogue: split_reduce() applies it.
+    dtype, b_dtype: storage of A and of B (default: the same); accumulation in f32 for f32, f16, bf16, else dtype.
+    windows: bindings of A and B (WGSL buffers larger than max_binding).
+
+    Buffers: a, b, epilogue operands, c.
+    Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per operand batch, row, col;
+    if split: splits, k_span, c_split; the epilogue's scalars come last. All sizes are at least 1; for k = 0 fill instead.
+    Grid: groups(schedule, m, n, batch[, splits]).
+    """
+    s, b_dtype = schedule, b_dtype or dtype
+    acc = ACCUMULATOR[dtype]
+    if ACCUMULATOR[b_dtype] != acc:
+        raise Unsupported(f"gemm of {dtype} and {b_dtype}")
+    if split:
+        out_dtype, epilogue = acc, NO_EPILOGUE
+    flags = "".join("v" if v else "s" for v in (vec_a, vec_b, vec_c)) + ("f" if full_k else "")
+    name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}{'_split' if split else ''}_{s.key}{epilogue.name}"
+    if windows != (1, 1):
+        name += f"_w{windows[0]}{windows[1]}"
+    if vec_a and a == "s" or vec_b and b == "s" or vec_c and c == "s":
+        raise ValueError(f"{name}: vec4 access needs a unit stride")
+    t = Text(target, name, s.threads)
+    wide = acc in ("f64", "i64") and t.wgsl
+    vec_a, vec_b, vec_c = vec_a and not wide, vec_b and not wide, vec_c and not wide
+    t.buffer("a", dtype, "r", 4 if vec_a else 1, windows[0])
+    t.buffer("b", b_dtype, "r", 4 if vec_b else 1, windows[1])
+    out = Output(t, out_dtype, acc, vec_c, c == "n", epilogue)
+    out.declare_buffers()
+    t.scalar("batch", "m", "n", "k", "a_batch", "a_row", "a_col", "b_batch", "b_row", "b_col")
+    if split:
+        t.scalar("c_batch", "c_row", "c_col", "splits", "k_span", "c_split")
+    else:
+        out.declare_scalars()
+
+    lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
+    la = TileLoader(t, "a", "ta", s.tile_m, s.tile_k, "r" if a == "t" else "k", vec_a, a != "s", full_k)
+    lb = TileLoader(t, "b", "tb", s.tile_n, s.tile_k, "k" if b == "t" else "r", vec_b, b != "s", full_k)
+    la.declare()
+    lb.declare()
+    chunked = s.chunk > 0 and acc == "f32"
+    c_acc = Accumulators(t, "c", s.thread_m, s.thread_n, acc, chunked)
+
+    thread_layout(t, lanes_n, lanes_m, s.lanes)
+    t.let("tiles_n", f"(n + {s.tile_n - 1}u) / {s.tile_n}u")
+    t.let("tiles_m", f"(m + {s.tile_m - 1}u) / {s.tile_m}u")
+    t.let("tiles", "tiles_m * tiles_n * batch" + (" * splits" if split else ""))
+    t.loop("tile", t.group, "tiles", t.groups)
+    t.let("col0", f"(tile % tiles_n) * {s.tile_n}u")
+    t.let("row0", f"((tile / tiles_n) % tiles_m) * {s.tile_m}u")
+    if split:
+        t.let("zs", "tile / (tiles_n * tiles_m)")
+        t.let("part", "zs % splits")
+        t.let("z", "zs / splits")
+        t.let("k_begin", "min(part * k_span, k)")
+        t.let("k_end", "min(k_begin + k_span, k)")
+    else:
+        t.let("z", "tile / (tiles_n * tiles_m)")
+        t.let("k_begin", "0u")
+        t.let("k_end", "k")
+    t.base("a_base", "a", ("z", "a_batch"))
+    t.base("b_base", "b", ("z", "b_batch"))
+    la.begin("a_base", "row0", "m", "a_row", "a_col", "k_begin")
+    lb.begin("b_base", "col0", "n", "b_col", "b_row", "k_begin")
+    c_acc.declare()
+    if s.prefetch:
+        t.open("k_begin < k_end")
+        la.load("k_begin", "k_end")
+        lb.load("k_begin", "k_end")
+        t.end()
+    if chunked:
+        t.var("run", "0u")
+    t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
+    if not s.prefetch:
+        la.load("k0", "k_end")
+        lb.load("k0", "k_end")
+    la.store()
+    lb.store()
+    t.barrier()
+    if s.prefetch:
+        t.let("k1", f"k0 + {s.tile_k}u")
+        t.open("k1 < k_end")
+        la.load("k1", "k_end")
+        lb.load("k1", "k_end")
+        t.end()
+    c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k)
+    if chunked:
+        runs = s.chunk // s.tile_k
+        if runs > 1:
+            t.add("run += 1u;")
+            t.open(f"run % {runs}u == 0u")
+        c_acc.fold()
+        if runs > 1:
+            t.end()
+    t.barrier()
+    t.end()
+    c_acc.finish()
+    if split:
+        t.base("c_base", "c", ("z", "c_batch"), ("part", "c_split"))
+    else:
+        out.begin("z")
+    for mm, v in c_acc.each():
+        t.open()
+        t.let("row", f"row0 + {(mm // 4) * lanes_m * 4 + mm % 4}u + ty * 4u")
+        t.let("col", f"col0 + ({v * lanes_n}u + tx) * 4u")
+        out.store4("row", "col", f"c{mm}_{v}", "m", "n")
+        t.end()
+    t.end()
+    return t.finish()
