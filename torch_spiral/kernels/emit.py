@@ -15,12 +15,15 @@ MODES = ("r", "w", "rw", "a")
 
 @dataclass(frozen=True)
 class BufferDecl:
-    """A buffer argument. mode: "r" read, "w" written, "rw" both, "a" updated by atomics (and read or written)."""
+    """A buffer argument. mode: "r" read, "w" written, "rw" both, "a" updated by atomics (and read or written).
+
+    vector: 4 makes a WGSL binding an array of four elements (f32: vec4<f32>, f16 and bf16: vec2<u32>), for templates."""
 
     name: str
     dtype: str
     mode: str = "r"
     windows: int = 1
+    vector: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES or self.mode not in MODES:

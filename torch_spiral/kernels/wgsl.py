@@ -10,6 +10,8 @@ ELEMENT = {
     "c64": "vec2<f32>", "c128": "vec4<u32>", "b128": "vec4<u32>",
 }  # fmt: skip
 
+VECTOR4 = {"f32": "vec4<f32>", "i32": "vec4<i32>", "u32": "vec4<u32>", "f16": "vec2<u32>", "bf16": "vec2<u32>"}
+
 
 def is_atomic(b: BufferDecl) -> bool:
     """Whether the buffer's words are atomic<u32>: elements narrower than a word are stored by atomicXor."""
@@ -24,6 +26,8 @@ class Wgsl(Language):
 
     def element(self, target: Target, b: BufferDecl) -> str:
         """Type of the elements of a binding's array."""
+        if b.vector == 4:
+            return VECTOR4[b.dtype]
         if is_atomic(b):
             if DTYPES[b.dtype].kind in ("int", "uint") and DTYPES[b.dtype].size == 8 and target.int64_atomics:
                 return "atomic<i64>" if b.dtype == "i64" else "atomic<u64>"

@@ -5,19 +5,27 @@ The templates are for OpenCL on CPU devices: one invocation works on a large til
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import lru_cache
 
-CTYPE = {
-    "f32": "float", "f16": "half", "bf16": "ushort", "f64": "double", "i8": "char", "i16": "short", "i32": "int",
-    "i64": "long", "u8": "uchar", "u16": "ushort", "u32": "uint", "u64": "ulong", "bool": "uchar",
-}  # fmt: skip
-SCALAR_CTYPE = {"i32": "int", "u32": "uint", "f32": "float", "i64": "long", "u64": "ulong", "f64": "double"}
+from ..emit import header
+from ..kernel import DTYPES, Kernel, Target
+from ..opencl import POINTEE
+
 ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid")
 
 
 def compute_dtype(dtype: str) -> str:
-    """The dtype a contraction accumulates in, for operands stored as `dtype`."""
-    return {"f16": "f32", "bf16": "f32", "i8": "i32", "i16": "i32", "u8": "i32", "bool": "i32"}.get(dtype, dtype)
+    """The dtype a contraction accumulates in, for operands stored as `dtype`; bool counts as an integer."""
+    return "i32" if dtype == "bool" else DTYPES[dtype].compute
+
+
+@lru_cache(maxsize=None)
+def vector_width() -> int:
+    """float32 lanes of the CPU's registers: the device is the host."""
+    import torch
+
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability().upper() else 8
 
 
 def lanes(width: int, compute: str) -> int:
@@ -27,9 +35,8 @@ def lanes(width: int, compute: str) -> int:
 
 def prelude(compute: str, w: int, storages: tuple[str, ...]) -> str:
     """Types T (scalar), V (vector), U (int vector as wide as V); loads and stores LD_/ST_ (scalar), LDV_/STV_ (w lanes) per dtype."""
-    t = CTYPE[compute]
-    out = ["#pragma OPENCL EXTENSION cl_khr_fp64 : enable" if "f64" in (compute, *storages) else "",
-           "#define UNROLL _Pragma(\"unroll\")",
+    t = POINTEE[compute]
+    out = ["#define UNROLL _Pragma(\"unroll\")",
            f"typedef {t} T; typedef {t}{w} V; typedef {'long' if t in ('double', 'long') else 'int'}{w} U;"]
     if compute in ("f32", "f64"):
         out.append("#define FMA(a, b, c) fma(a, b, c)")
@@ -42,7 +49,7 @@ def prelude(compute: str, w: int, storages: tuple[str, ...]) -> str:
                + f"return {'h' if h == 2 else 'h2'}.x + {'h' if h == 2 else 'h2'}.y; }}" if w > 2
                else "T vsum(V v) { return v.x + v.y; }")
     for s in dict.fromkeys((compute, *storages)):
-        c = CTYPE[s]
+        c = POINTEE[s]
         if s == compute:
             out.append(f"#define LD_{s}(p) (*(p))\n#define ST_{s}(p, v) (*(p) = (v))\n"
                        f"#define LDV_{s}(p) vload{w}(0, p)\n#define STV_{s}(p, v) vstore{w}(v, 0, p)")
@@ -153,17 +160,7 @@ def transpose(w: int, src: list[str], dst: list[str], vec: str) -> str:
     return "\n".join(out) + "\n"
 
 
-@dataclass
-class Signature:
-    """Buffers and scalars of a kernel in launch order, and the OpenCL text that names them."""
-
-    buffers: list[tuple[str, str]] = field(default_factory=list)  # name, dtype
-    scalars: list[tuple[str, str]] = field(default_factory=list)  # name, dtype
-
-    def buffer(self, name: str, dtype: str) -> str:
-        self.buffers.append((name, dtype))
-        return name
-
-    def scalar(self, name: str, dtype: str = "u32") -> str:
-        self.scalars.append((name, dtype))
-        return name
+def finish(target: Target, name: str, buffers: list[tuple[str, str, str]], scalars: list[tuple[str, str]], module: str, body: str) -> Kernel:
+    """A kernel of one invocation a workgroup, from its body."""
+    prefix, suffix, kernel = header(target, name, buffers, scalars, (1, 1, 1), module=module)
+    return replace(kernel, source=prefix + body + suffix)

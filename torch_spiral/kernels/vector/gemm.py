@@ -1,0 +1,521 @@
+"""Matrix products for CPU devices: C[b] = epilogue(A[b] @ B[b]).
+
+A task is one invocation. It takes a range of row panels (`mr` rows) and of column panels (`nr` columns); the grid says how many tasks
+there are along each, and any grid is correct, so balancing is the caller's formula (`gemm_groups`). For every block of `kc`
+of the reduction A is packed into private memory, so that the inner loop reads it as consecutive broadcasts. Partial sums of earlier
+blocks wait in a private tile: C is written once, in its own dtype, and rounding errors grow with K / kc + kc only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernel import Kernel, Target
+from ..opencl import POINTEE
+from .source import (
+    activation,
+    compute_dtype,
+    finish,
+    lanes,
+    math_functions,
+    prelude,
+    transpose,
+    vector_width,
+)
+
+
+def cdiv(a: Any, b: Any) -> Any:
+    """Ceiling of a / b, for int and Sym."""
+    return (a + (b - 1)) // b
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Register tile mr x (nv * w) of vectors with w lanes; mc x kc of A and mc x nc of C are private to a task."""
+
+    w: int
+    mr: int
+    nv: int
+    mc: int
+    kc: int
+    nc: int
+
+    @property
+    def nr(self) -> int:
+        """Columns of a panel."""
+        return self.nv * self.w
+
+    def __str__(self) -> str:
+        return f"w{self.w}r{self.mr}v{self.nv}m{self.mc}k{self.kc}n{self.nc}"
+
+
+def schedule(compute: str = "f32", width: int | None = None) -> Schedule:
+    """The default schedule of a compute dtype: 24 accumulators of 32 registers with AVX-512, 12 of 16 with AVX2."""
+    width = width or vector_width()
+    w = lanes(width, compute)
+    nv = 4 if width == 16 else 2
+    return Schedule(w, 6, nv, 192 if nv == 2 else 96, 128, 512)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to the accumulator on its way to C, in the order of `steps`.
+
+    A step is "alpha" (times the scalar alpha), an activation's name, or ("add" | "mul", dtype, broadcast) with an operand: broadcast
+    "n" (a vector along columns), "m" (along rows), "mn" (a matrix, unit stride along columns), "s" (any strides);
+    ("beta", dtype, broadcast) adds beta times the operand, and nothing where beta is 0, as addmm does.
+    Each operand is a buffer, in order, after the product's own; its scalars are strides (i64), see `scalars`.
+    """
+
+    steps: tuple = ()
+
+    def __str__(self) -> str:
+        return "_".join(s if isinstance(s, str) else "".join(s) for s in self.steps)
+
+    @property
+    def operands(self) -> list[tuple[int, str, str, str]]:
+        """(index, kind, dtype, broadcast) of each operand."""
+        return [(i, *s) for i, s in enumerate(s for s in self.steps if not isinstance(s, str))]
+
+    @property
+    def buffers(self) -> list[tuple[str, str, str]]:
+        return [(f"e{i}", dtype, "r") for i, _, dtype, _ in self.operands]
+
+    @property
+    def strides(self) -> list[tuple[str, str]]:
+        """Stride scalars: per operand its batch stride, then "m": row stride; "n": column stride is 1, none; "mn": row stride;
+        "s": row and column stride."""
+        out = []
+        for i, _, _, b in self.operands:
+            out.append((f"e{i}b", "i64"))
+            if b in ("m", "mn", "s"):
+                out.append((f"e{i}m", "i64"))
+            if b == "s":
+                out.append((f"e{i}n", "i64"))
+        return out
+
+    def factors(self, compute: str) -> list[tuple[str, str]]:
+        """Number scalars: alpha, beta, in the order in which the steps name them."""
+        t = compute if compute in ("f64", "i64", "i32") else "f32"
+        return [("alpha" if s == "alpha" else "beta", t) for s in self.steps if s == "alpha" or s[0] == "beta"]
+
+    def apply(self, x: str, row: str, col: str, m: int) -> str:
+        """Statements that turn variable x (V at width m > 1, else T) at (row, col...) into the result."""
+        out, i = [], 0
+        t = "V" if m > 1 else "T"
+        for s in self.steps:
+            if s == "alpha":
+                out.append(f"{x} *= ({t})((T)alpha);")
+            elif isinstance(s, str):
+                out.append(f"{x} = {activation(s, x, m)};")
+            else:
+                kind, dtype, b = s
+                e = f"e{i}"
+                at = {"n": f"{col}", "m": f"(long)({row}) * {e}m", "mn": f"(long)({row}) * {e}m + {col}",
+                      "s": f"(long)({row}) * {e}m + (long)({col}) * {e}n"}[b]
+                if m > 1 and b in ("n", "mn"):
+                    v = f"LDV_{dtype}({e} + {at})"
+                elif m > 1 and b == "s":
+                    v = "(V)(" + ", ".join(f"LD_{dtype}({e} + {at} + {j} * {e}n)" for j in range(m)) + ")"
+                else:
+                    v = f"({t})(LD_{dtype}({e} + {at}))"
+                if kind == "beta":
+                    out.append(f"if (beta != 0) {x} = {x} + ({t})((T)beta) * {v};")
+                else:
+                    out.append(f"{x} = {x} {'+' if kind == 'add' else '*'} {v};")
+                i += 1
+        return " ".join(out)
+
+    def needs_math(self) -> bool:
+        return any(s in ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh") for s in self.steps)
+
+
+def module(compute: str, w: int, dtypes: tuple[str, ...], epilogue: Epilogue | None = None) -> str:
+    """Module-scope text of a contraction kernel."""
+    extra = tuple(d for _, _, d, _ in epilogue.operands) if epilogue else ()
+    return prelude(compute, w, (*dtypes, *extra)) + (math_functions(w) if epilogue and epilogue.needs_math() else "")
+
+
+def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int) -> str:
+    """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]."""
+    at = "C + (long)(row_) * cm + col_" if c_layout == "n" else "C + (long)(row_) * cm + (long)(col_) * cn"
+    vec = "" if c_layout != "n" else (
+        f"for (; j_ + {w} <= n_; j_ += {w}) {{ const uint col_ = (col0) + j_; V x_ = vload{w}(0, (p) + j_); {ep.apply('x_', 'row_', 'col_', w)} "
+        f"STV_{out_dtype}({at}, x_); }} ")
+    text = (f"{{ const uint row_ = (row0), n_ = (n0); uint j_ = 0; {vec}for (; j_ < n_; j_++) {{ const uint col_ = (col0) + j_; T x_ = (p)[j_]; "
+            f"{ep.apply('x_', 'row_', 'col_', 1)} ST_{out_dtype}({at}, x_); }} }}")
+    return "#define STORE_ROW(p, row0, col0, n0) " + text.replace("\n", " ") + "\n"
+
+
+def pack_rows(dst: str, src: str, layout: str, dtype: str, s: Schedule, rows: str, kc: str, tw: int) -> str:
+    """Statements that pack `rows` (1..mr, run time) rows of `src`, a pointer to A[row, k], into dst[k * mr + r].
+    Missing rows repeat the last one. Writes up to tw - 1 elements beyond the panel. layout: "n" unit stride along k (row stride am),
+    "t" along rows (k stride ak), "g" neither."""
+    mr = s.mr
+    one = f"LD_{dtype}({src} + (long)min({{r}}u, {rows} - 1u) * am + (long)k_ * ak)"
+    scalar = " ".join(f"{dst}[k_ * {mr} + {r}] = {one.format(r=r)};" for r in range(mr))
+    if layout == "n":
+        cv = f"CV{tw}"
+        ptr = "\n".join(f"const __global {{p}}* a{r}_ = {src} + (long)min({r}u, {rows} - 1u) * am;" for r in range(mr))
+        groups = []
+        for g in range(0, mr, tw):
+            names = [f"LD{tw}_{dtype}(a{r}_ + k_)" if r < mr else f"({cv})(0)" for r in range(g, g + tw)]
+            load = " ".join(f"const {cv} x{g}_{i} = {n};" for i, n in enumerate(names))
+            groups.append(load + "\n" + transpose(tw, [f"x{g}_{i}" for i in range(tw)], [f"y{g}_{i}" for i in range(tw)], f"const {cv}"))
+        stores = " ".join(f"vstore{tw}(y{g}_{i}, 0, {dst} + (k_ + {i}) * {mr} + {g});" for i in range(tw) for g in range(0, mr, tw))
+        tail = " ".join(f"{dst}[k_ * {mr} + {r}] = LD_{dtype}(a{r}_ + k_);" for r in range(mr))
+        return (f"{{ {ptr} uint k_ = 0; for (; k_ + {tw} <= {kc}; k_ += {tw}) {{ {' '.join(groups)} {stores} }} "
+                f"for (; k_ < {kc}; k_++) {{ {tail} }} }}")
+    if layout == "t":
+        full = " ".join(f"{dst}[k_ * {mr} + {r}] = LD_{dtype}({src} + (long)k_ * ak + {r});" for r in range(mr))
+        return (f"if ({rows} == {mr}) {{ for (uint k_ = 0; k_ < {kc}; k_++) {{ {full} }} }} else {{ const long am = 1; "
+                f"for (uint k_ = 0; k_ < {kc}; k_++) {{ {scalar} }} }}")
+    return f"for (uint k_ = 0; k_ < {kc}; k_++) {{ {scalar} }}"
+
+
+def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
+    """(width of transposes, macros LD<w>_<dtype> and type CV<w>)."""
+    tw = min(w, 8)
+    t = POINTEE[compute]
+    load = {
+        compute: f"vload{tw}(0, p)",
+        "f16": f"convert_{t}{tw}(vload_half{tw}(0, p))",
+        "bf16": f"convert_{t}{tw}(as_float{tw}(convert_uint{tw}(vload{tw}(0, p)) << 16))",
+    }.get(dtype, f"convert_{t}{tw}(vload{tw}(0, p))")
+    return tw, f"typedef {t}{tw} CV{tw};\n#define LD{tw}_{dtype}(p) {load}\n"
+
+
+UNROLL_K = 4
+
+
+def micro(s: Schedule, b_step: str, kc: str, load: str = "") -> str:
+    """Accumulates c<r>_<v> over kc steps from the pointers a_ (packed rows) and b_ (advancing by b_step elements)."""
+    load = load or f"vload{s.w}(0, {{p}})"
+    lines = []
+    for u in range(UNROLL_K):
+        lines.append("{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv)))
+        lines += [f"{{ const V a_{r} = (V)(a_[{u * s.mr + r}]); " + " ".join(f"c{r}_{v} = FMA(a_{r}, b{v}, c{r}_{v});" for v in range(s.nv))
+                  + " }" for r in range(s.mr)]
+        lines.append("}")
+    step = "\n".join(lines[:len(lines) // UNROLL_K])
+    return (f"uint k_ = {kc}; for (; k_ >= {UNROLL_K}u; k_ -= {UNROLL_K}u) {{ {chr(10).join(lines)}\n"
+            f"a_ += {UNROLL_K * s.mr}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {s.mr}; b_ += {b_step}; }}")
+
+
+def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -> Kernel:
+    """Packs B[b, K, N] into P[b, cdiv(K, kc), cdiv(N, nr), min(kc, rest of K), nr] of the compute dtype, zero-filled beyond N.
+
+    layout: "n" unit stride along N, "t" along K, "g" any strides.
+    Buffers: B, P. Scalars: bb, bk, bn (i64 strides of batch, K, N), K, N (u32).
+    Grid: (tasks along panels, tasks along K, batch), any numbers >= 1. Temporary: batch * cdiv(N, nr) * K * nr elements.
+    """
+    compute = compute_dtype(dtype)
+    s = s or schedule(compute)
+    w, nr, kc = s.w, s.nr, s.kc  # kc is a multiple of 8: a block of the transpose never crosses it
+    tw, macros = pack_macros(compute, w, dtype)
+    g = 4 if layout == "n" else 1
+    if layout == "n":
+        inner = f"""
+  for (uint g = p0; g < p1; g += {g}u) {{
+    const uint ge = min(g + {g}u, p1);
+    for (uint k = k0; k < k1; k++) {{
+      const __global {{ptr}}* s_ = B + (long)k * bk;
+      for (uint p = g; p < ge; p++) {{
+        __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr}; const uint n0 = p * {nr}u;
+        if (n0 + {nr}u <= N) {{ UNROLL for (uint v = 0; v < {s.nv}u; v++) vstore{w}(LDV_{dtype}(s_ + n0 + v * {w}u), v, d); }}
+        else for (uint j = 0; j < {nr}u; j++) d[j] = n0 + j < N ? LD_{dtype}(s_ + n0 + j) : (T)0;
+      }}
+    }}
+  }}"""
+    else:
+        names = [f"x{i}" for i in range(tw)]
+        load = " ".join(f"const CV{tw} x{i} = LD{tw}_{dtype}(s_ + {i} * bn);" for i in range(tw))
+        body = transpose(tw, names, [f"y{i}" for i in range(tw)], f"const CV{tw}")
+        stores = " ".join(f"vstore{tw}(y{i}, 0, d + {i} * {nr});" for i in range(tw))
+        fast = f"""
+      if (j + {tw}u <= n) {{ for (; k + {tw}u <= k1; k += {tw}u) {{
+        const __global {{ptr}}* s_ = B + (long)(n0 + j) * bn + k; __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
+        {load}
+        {body} {stores}
+      }} }}""" if layout == "t" else ""
+        inner = f"""
+  for (uint p = p0; p < p1; p++) {{
+    const uint n0 = p * {nr}u, n = min({nr}u, N - n0);
+    for (uint j = 0; j < {nr}u; j += {tw}u) {{
+      uint k = k0;{fast}
+      for (; k < k1; k++) {{
+        __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
+        for (uint i = 0; i < {tw}u; i++) d[i] = j + i < n ? LD_{dtype}(B + (long)k * bk + (long)(n0 + j + i) * bn) : (T)0;
+      }}
+    }}
+  }}"""
+    inner = inner.replace("{ptr}", POINTEE[dtype])
+    body = f"""
+  const uint NP = (N + {nr - 1}u) / {nr}u;
+  const uint p0 = (ulong)NP * get_group_id(0) / get_num_groups(0), p1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
+  const uint KB = (K + 7u) / 8u;
+  const uint k0 = (ulong)KB * get_group_id(1) / get_num_groups(1) * 8u, k1 = min(K, (uint)((ulong)KB * (get_group_id(1) + 1) / get_num_groups(1) * 8u));
+  B += (long)get_group_id(2) * bb; P += (ulong)get_group_id(2) * NP * K * {nr};
+{inner}
+"""
+    return finish(target, f"vector_pack_b_{dtype}_{layout}_{s}", [("B", dtype, "r"), ("P", compute, "w")],
+                  [("bb", "i64"), ("bk", "i64"), ("bn", "i64"), ("K", "u32"), ("N", "u32")], module(compute, w, (dtype,)) + macros, body)
+
+
+def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str = "n", b_layout: str = "packed", c_layout: str = "n",
+         epilogue: Epilogue = Epilogue(), split: bool = False, s: Schedule | None = None) -> Kernel:
+    """C[b, M, N] = epilogue(A[b, M, K] @ B[b, K, N]).
+
+    a_layout: "n" unit stride along K, "t" along M, "g" any strides. b_layout: "packed" (from pack_b, b_dtype is the compute dtype)
+    or "n" (B in place, unit stride along N: for few rows). c_layout: "n" unit stride along N, "g" any strides.
+    Buffers: A, B, C, then the epilogue's operands.
+    Scalars: ab, am, ak, bb, bk, cb, cm, cn (i64 strides; bb counts elements of B or of the packed B, bk is unused when packed), the epilogue's
+    strides, its factors; M, N, K (u32).
+    Grid: (tasks along M, tasks along N, batch), any numbers >= 1: `gemm_groups`.
+    split: group_id(0) is a range of K instead; C is a temporary of the compute dtype [num_groups(0), b, M, N] without epilogue
+    (cm = N, cb = M * N), that `reduce_splits` finishes.
+    """
+    compute = compute_dtype(a_dtype)
+    s = s or schedule(compute)
+    w, mr, nv, nr = s.w, s.mr, s.nv, s.nr
+    tw, macros = pack_macros(compute, w, a_dtype)
+    ep = Epilogue() if split else epilogue
+    ptr = POINTEE[a_dtype]
+    packed = b_layout == "packed"
+    acc = "".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
+    loop_packed = micro(s, str(nr), "kc") if packed else micro(s, "bk", "kc", f"LDV_{b_dtype}({{p}})")
+    loop_edge = micro(s, str(nr), "kc")
+    bptr = POINTEE[compute if packed else b_dtype]
+    panel = f"const __global {bptr}* Bk = B + " + (f"((ulong)k0 * NP + (ulong)(q0 + q) * kc) * {nr};" if packed else f"(long)k0 * bk + (q0 + q) * {nr}u;")
+    edge_pack = "" if packed else f"""
+        const uint edge = n < {nr}u;
+        if (edge) for (uint k_ = 0; k_ < kc; k_++) for (uint j = 0; j < {nr}u; j++)
+          Bb[k_ * {nr} + j] = j < n ? LD_{b_dtype}(Bk + (long)k_ * bk + j) : (T)0;"""
+    loop = f"{{ const __global {bptr}* b_ = Bk; {loop_packed} }}"
+    if not packed:
+        loop = f"if (!edge) {loop} else {{ const T* b_ = Bb; {loop_edge} }}"
+    vec_store = "\n".join(
+        f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
+        + " ".join(f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} "
+                   f"STV_{c_dtype}(C + (long)row * cm + col, x); }}" for v in range(nv)) + " }" for r in range(mr))
+    to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
+    from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
+    full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" else ""
+    if split:
+        tasks = f"""
+  const uint kb = (ulong)((K + {s.kc - 1}u) / {s.kc}u) * get_group_id(0) / get_num_groups(0) * {s.kc}u;
+  const uint ke = min(K, (uint)((ulong)((K + {s.kc - 1}u) / {s.kc}u) * (get_group_id(0) + 1) / get_num_groups(0) * {s.kc}u));
+  const uint p0 = 0, p1 = MP; C += (ulong)get_group_id(0) * get_num_groups(2) * M * N;"""
+    else:
+        tasks = """
+  const uint kb = 0, ke = K;
+  const uint p0 = (ulong)MP * get_group_id(0) / get_num_groups(0), p1 = (ulong)MP * (get_group_id(0) + 1) / get_num_groups(0);"""
+    body = f"""
+  T Ab[{s.mc * s.kc + 16}]; T Ct[{s.mc * s.nc}]; {"" if packed else f"T Bb[{s.kc * nr}];"}
+  const uint MP = (M + {mr - 1}u) / {mr}u, NP = (N + {nr - 1}u) / {nr}u;{tasks}
+  const uint pn0 = (ulong)NP * get_group_id(1) / get_num_groups(1), pn1 = (ulong)NP * (get_group_id(1) + 1) / get_num_groups(1);
+  A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
+  {"".join(f"e{i} += (long)get_group_id(2) * e{i}b; " for i, *_ in ep.operands)}
+  for (uint p = p0; p < p1; p += {s.mc // mr}u) {{
+    const uint pe = min(p + {s.mc // mr}u, p1);
+    for (uint q0 = pn0; q0 < pn1; q0 += {s.nc // nr}u) {{
+      const uint qn = min({s.nc // nr}u, pn1 - q0);
+      uint k0 = kb;
+      do {{
+        const uint kc = min({s.kc}u, ke - k0); const bool first = k0 == kb, last = k0 + kc >= ke;
+        for (uint i = p; i < pe; i++) {{
+          const uint rows = min({mr}u, M - i * {mr}u); const __global {ptr}* Ar = A + (long)(i * {mr}u) * am + (long)k0 * ak;
+          T* d = Ab + (i - p) * (kc * {mr});
+          {pack_rows("d", "Ar", a_layout, a_dtype, s, "rows", "kc", tw).replace("{p}", ptr)}
+        }}
+        for (uint q = 0; q < qn; q++) {{
+        const uint n0 = (q0 + q) * {nr}u, n = min({nr}u, N - n0);
+        {panel}{edge_pack}
+        for (uint i = p; i < pe; i++) {{
+          const T* a_ = Ab + (i - p) * (kc * {mr}); T* t_ = Ct + (q * {s.mc // mr}u + i - p) * {mr * nr};
+          {acc}
+          {loop}
+          if (!first) {{ {from_tile} }}
+          if (!last) {{ {to_tile} }}
+          else {{
+            const uint m0 = i * {mr}u, rows = min({mr}u, M - m0);
+            {full} {{ {to_tile} for (uint r = 0; r < rows; r++) STORE_ROW(t_ + r * {nr}, m0 + r, n0, n); }}
+          }}
+        }}
+        }}
+        k0 += {s.kc}u;
+      }} while (k0 < ke);
+    }}
+  }}
+"""
+    name = "_".join(x for x in ("vector_gemm", a_dtype, b_dtype, c_dtype, a_layout, b_layout, c_layout, str(ep), "split" if split else "", str(s)) if x)
+    out = compute if split else c_dtype
+    scalars = [(x, "i64") for x in ("ab", "am", "ak", "bb", "bk", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
+    return finish(target, name, [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
+                  scalars + [("M", "u32"), ("N", "u32"), ("K", "u32")],
+                  module(compute, w, (a_dtype, b_dtype, out), ep) + macros + store_rows(ep, out, c_layout, w), body)
+
+
+def gemm_groups(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
+    """Grid of `gemm`: whole rounds of the compute units along M, blocks of at most mc rows; for few rows, along N."""
+    rows = cdiv(m, s.mc * compute_units) * compute_units
+    return rows, 1, batch
+
+
+def gemm_groups_wide(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
+    """Grid of `gemm` for few rows: tasks along N only, at least two panels each where N allows."""
+    return 1, cdiv(n, 2 * s.nr * compute_units) * compute_units, batch
+
+
+def reduce_splits(target: Target, c_dtype: str, c_layout: str = "n", epilogue: Epilogue = Epilogue(), compute: str | None = None,
+                  s: Schedule | None = None) -> Kernel:
+    """C[b, M, N] = epilogue(sum over s of P[s, b, M, N]), the end of a product that was split along K.
+
+    Buffers: P (compute dtype, contiguous), C, the epilogue's. Scalars: cb, cm, cn (i64), the epilogue's; M, N, S (u32; S parts).
+    Grid: (tasks along M, tasks along N, batch).
+    """
+    compute = compute or compute_dtype(c_dtype)
+    s = s or schedule(compute)
+    w, nc = s.w, 64 * s.w
+    body = f"""
+  T t[{nc}];
+  const uint m0 = (ulong)M * get_group_id(0) / get_num_groups(0), m1 = (ulong)M * (get_group_id(0) + 1) / get_num_groups(0);
+  const uint NB = (N + {w - 1}u) / {w}u;
+  const uint n0 = (ulong)NB * get_group_id(1) / get_num_groups(1) * {w}u, n1 = min(N, (uint)((ulong)NB * (get_group_id(1) + 1) / get_num_groups(1) * {w}u));
+  C += (long)get_group_id(2) * cb;
+  {_operand_batches(epilogue)}
+  for (uint m = m0; m < m1; m++) for (uint n = n0; n < n1; n += {nc}u) {{
+    const uint c = min({nc}u, n1 - n);
+    for (uint j = 0; j < c; j++) t[j] = 0;
+    for (uint i = 0; i < S; i++) {{
+      const __global T* p = P + (((ulong)i * get_num_groups(2) + get_group_id(2)) * M + m) * N + n;
+      uint j = 0;
+      for (; j + {w}u <= c; j += {w}u) vstore{w}(vload{w}(0, t + j) + vload{w}(0, p + j), 0, t + j);
+      for (; j < c; j++) t[j] += p[j];
+    }}
+    STORE_ROW(t, m, n, c);
+  }}
+"""
+    name = "_".join(x for x in ("vector_reduce_splits", compute, c_dtype, c_layout, str(epilogue), f"w{w}") if x)
+    return finish(target, name, [("P", compute, "r"), ("C", c_dtype, "rw"), *epilogue.buffers],
+                  [("cb", "i64"), ("cm", "i64"), ("cn", "i64"), *epilogue.strides, *epilogue.factors(compute),
+                   ("M", "u32"), ("N", "u32"), ("S", "u32")],
+                  module(compute, w, (c_dtype,), epilogue) + store_rows(epilogue, c_dtype, c_layout, w), body)
+
+
+def _operand_batches(ep: Epilogue) -> str:
+    return "".join(f"e{i} += (long)get_group_id(2) * e{i}b; " for i, *_ in ep.operands)
+
+
+def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int = 0, c_layout: str = "n",
+             epilogue: Epilogue = Epilogue(), width: int | None = None) -> Kernel:
+    """C[b, M, N] = epilogue(A[b, M, K] @ B[b, N, K]^T) as dot products along K, without packing: x @ w.t() with few rows, and with
+    rows=1 the matrix-vector product, which streams B once.
+
+    A and B have unit stride along K. rows: rows of the register tile, 0 for the default, 1 where M is 1.
+    Buffers: A, B, C, the epilogue's. Scalars: ab, am, bb, bn, cb, cm, cn (i64), the epilogue's; M, N, K (u32).
+    Grid: (tasks along M, tasks along N, batch): `gemm_dot_groups`.
+    """
+    compute = compute_dtype(a_dtype)
+    width = width or vector_width()
+    w = lanes(width, compute)
+    dm, dn = (1, 8) if rows == 1 else (6, 4) if width == 16 else (4, 3)
+    mb, nb, kc = (1, 64, 4096) if rows == 1 else (60, 48, 512)
+    ep = epilogue
+    acc = "".join(f"V c{r}_{j} = (V)(0);" for r in range(dm) for j in range(dn))
+    pa = "".join(f"const __global {POINTEE[a_dtype]}* a{r} = A + (long)min(m + {r}u, M - 1) * am + k0; " for r in range(dm))
+    pb = "".join(f"const __global {POINTEE[b_dtype]}* b{j} = B + (long)min(n + {j}u, N - 1) * bn + k0; " for j in range(dn))
+    step = "".join(f"const V y{j} = LDV_{b_dtype}(b{j} + k); " for j in range(dn)) + "\n".join(
+        f"{{ const V x = LDV_{a_dtype}(a{r} + k); " + " ".join(f"c{r}_{j} = FMA(x, y{j}, c{r}_{j});" for j in range(dn)) + " }" for r in range(dm))
+    sums = " ".join(f"T s{r}_{j} = vsum(c{r}_{j});" for r in range(dm) for j in range(dn))
+    tail = " ".join(f"s{r}_{j} = FMA(LD_{a_dtype}(a{r} + k), LD_{b_dtype}(b{j} + k), s{r}_{j});" for r in range(dm) for j in range(dn))
+    put = " ".join(f"t[(m - m0 + {r}) * {nb} + n - n0 + {j}] {{op}} s{r}_{j};" for r in range(dm) for j in range(dn))
+    body = f"""
+  T t[{mb * nb}];
+  const uint MT = (M + {dm - 1}u) / {dm}u, NT = (N + {dn - 1}u) / {dn}u;
+  const uint ms = (ulong)MT * get_group_id(0) / get_num_groups(0) * {dm}u, me = min(M, (uint)((ulong)MT * (get_group_id(0) + 1) / get_num_groups(0) * {dm}u));
+  const uint ns = (ulong)NT * get_group_id(1) / get_num_groups(1) * {dn}u, ne = min(N, (uint)((ulong)NT * (get_group_id(1) + 1) / get_num_groups(1) * {dn}u));
+  A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
+  {_operand_batches(ep)}
+  for (uint n0 = ns; n0 < ne; n0 += {nb}u) for (uint m0 = ms; m0 < me; m0 += {mb}u) {{
+    const uint n1 = min(n0 + {nb}u, ne), m1 = min(m0 + {mb}u, me);
+    uint k0 = 0;
+    do {{
+      const uint kc = min({kc}u, K - k0);
+      for (uint n = n0; n < n1; n += {dn}u) {{
+        {pb}
+        for (uint m = m0; m < m1; m += {dm}u) {{
+          {pa}
+          {acc}
+          uint k = 0;
+          for (; k + {w}u <= kc; k += {w}u) {{ {step} }}
+          {sums}
+          for (; k < kc; k++) {{ {tail} }}
+          if (k0 == 0) {{ {put.format(op="=")} }} else {{ {put.format(op="+=")} }}
+        }}
+      }}
+      k0 += {kc}u;
+    }} while (k0 < K);
+    for (uint m = m0; m < m1; m++) STORE_ROW(t + (m - m0) * {nb}, m, n0, n1 - n0);
+  }}
+"""
+    name = "_".join(x for x in ("vector_gemm_dot", a_dtype, b_dtype, c_dtype, c_layout, str(ep), f"w{w}r{dm}n{dn}") if x)
+    return finish(target, name, [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", c_dtype, "rw"), *ep.buffers],
+                  [(x, "i64") for x in ("ab", "am", "bb", "bn", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
+                  + [("M", "u32"), ("N", "u32"), ("K", "u32")],
+                  module(compute, w, (a_dtype, b_dtype, c_dtype), ep) + store_rows(ep, c_dtype, c_layout, w), body)
+
+
+def gemm_dot_groups(m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
+    """Grid of `gemm_dot`: along N only, blocks of at most 192 columns."""
+    return 1, cdiv(n, 192 * compute_units) * compute_units, batch
+
+
+def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str = "n", epilogue: Epilogue = Epilogue(), split: bool = False,
+         width: int | None = None) -> Kernel:
+    """C[b, 1, N] = epilogue(a[b, K] @ B[b, K, N]), B with unit stride along N and read once, in long runs.
+
+    Buffers: A, B, C, the epilogue's. Scalars: ab, ak, bb, bk, cb, cn (i64), the epilogue's; N, K (u32).
+    Grid: (tasks along K: 1, or with split any number, tasks along N, batch).
+    split: C is a temporary of the compute dtype [num_groups(0), b, 1, N] (cb = N), that `reduce_splits` finishes with M = 1.
+    """
+    compute = compute_dtype(a_dtype)
+    w = lanes(width or vector_width(), compute)
+    ep = Epilogue() if split else epilogue
+    out = compute if split else c_dtype
+    nc = 64 * w
+    rows = "".join(f"const T a{i} = LD_{a_dtype}(A + (long)(k + {i}) * ak); " for i in range(4))
+    vec = "V x = vload{w}(0, t + j); ".replace("{w}", str(w)) + " ".join(f"x = FMA((V)(a{i}), LDV_{b_dtype}(b + {i} * bk + j), x);" for i in range(4))
+    one = "T x = t[j]; " + " ".join(f"x = FMA(a{i}, LD_{b_dtype}(b + {i} * bk + j), x);" for i in range(4))
+    body = f"""
+  T t[{nc}]; T total[{nc}];
+  const uint NB = (N + {w - 1}u) / {w}u, NK = (K + 3u) / 4u;
+  const uint n0 = (ulong)NB * get_group_id(1) / get_num_groups(1) * {w}u, n1 = min(N, (uint)((ulong)NB * (get_group_id(1) + 1) / get_num_groups(1) * {w}u));
+  const uint ks = (ulong)NK * get_group_id(0) / get_num_groups(0) * 4u, ke = min(K, (uint)((ulong)NK * (get_group_id(0) + 1) / get_num_groups(0) * 4u));
+  A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
+  {"C += (ulong)get_group_id(0) * get_num_groups(2) * N;" if split else ""}
+  {_operand_batches(ep)}
+  const long cm = 0;
+  for (uint n = n0; n < n1; n += {nc}u) {{
+    const uint c = min({nc}u, n1 - n);
+    for (uint j = 0; j < c; j++) total[j] = 0;
+    for (uint k0 = ks; k0 < ke; k0 += 128u) {{
+      const uint k1 = min(k0 + 128u, ke); uint k = k0;
+      for (uint j = 0; j < c; j++) t[j] = 0;
+      for (; k + 4 <= k1; k += 4) {{
+        {rows} const __global {POINTEE[b_dtype]}* b = B + (long)k * bk + n; uint j = 0;
+        for (; j + {w}u <= c; j += {w}u) {{ {vec} vstore{w}(x, 0, t + j); }}
+        for (; j < c; j++) {{ {one} t[j] = x; }}
+      }}
+      for (; k < k1; k++) for (uint j = 0; j < c; j++)
+        t[j] = FMA(LD_{a_dtype}(A + (long)k * ak), LD_{b_dtype}(B + (long)k * bk + n + j), t[j]);
+      for (uint j = 0; j < c; j++) total[j] += t[j];
+    }}
+    STORE_ROW(total, 0, n, c);
+  }}
+"""
+    name = "_".join(x for x in ("vector_gemv", a_dtype, b_dtype, c_dtype, c_layout, str(ep), "split" if split else "", f"w{w}") if x)
+    return finish(target, name, [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
+                  [(x, "i64") for x in ("ab", "ak", "bb", "bk", "cb", "cn")] + ep.strides + ep.factors(compute) + [("N", "u32"), ("K", "u32")],
+                  module(compute, w, (a_dtype, b_dtype, out), ep) + store_rows(ep, out, c_layout, w), body)
