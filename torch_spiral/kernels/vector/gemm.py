@@ -281,6 +281,7 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
     w, mr, nv, nr = s.w, s.mr, s.nv, s.nr
     tw, macros = pack_macros(compute, w, a_dtype)
     ep = Epilogue() if split else epilogue
+    out = compute if split else c_dtype
     ptr = POINTEE[a_dtype]
     packed = b_layout == "packed"
     acc = "".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
@@ -298,7 +299,7 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
     vec_store = "\n".join(
         f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
         + " ".join(f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} "
-                   f"STV_{c_dtype}(C + (long)row * cm + col, x); }}" for v in range(nv)) + " }" for r in range(mr))
+                   f"STV_{out}(C + (long)row * cm + col, x); }}" for v in range(nv)) + " }" for r in range(mr))
     to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
     from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
     full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" else ""
@@ -350,7 +351,6 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
   }}
 """
     name = "_".join(x for x in ("vector_gemm", a_dtype, b_dtype, c_dtype, a_layout, b_layout, c_layout, str(ep), "split" if split else "", str(s)) if x)
-    out = compute if split else c_dtype
     scalars = [(x, "i64") for x in ("ab", "am", "ak", "bb", "bk", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
     return finish(target, name, [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
                   scalars + [("M", "u32"), ("N", "u32"), ("K", "u32")],
