@@ -126,3 +126,58 @@ def test_gemm_schedules(target, schedule):
         pytest.skip("more than the device has")
     check_gemm(target, schedule, 132, 260, 72, vec=True)
     check_gemm(target, schedule, 77, 131, 45)
+
+
+def reference_epilogue(x, bias, res, beta):
+    y = np.maximum(x * 0.5 + bias, 0) + beta * res
+    return y
+
+
+@pytest.mark.parametrize("out,vec", [("f32", True), ("f32", False), ("f16", True), ("bf16", False)])
+def test_gemm_epilogue(target, out, vec):
+    rng = np.random.default_rng(1)
+    m, n, k = 36, 44, 20
+    A, B, bias, res = (random(rng, s, "f32") for s in ((m, k), (k, n), (n,), (m, n)))
+    e = G.Epilogue(("alpha", ("add", "f32", "n"), "relu", ("beta", "f32", "mn")))
+    kernel = G.gemm(target, SMALL, "f32", out, "n", "n", "n", vec, vec, vec, False, epilogue=e)
+    c = np.zeros((m, n), NUMPY[out])
+    scalars = [1, m, n, k, 0, k, 1, 0, n, 1, 0, n, 1, 0, 0, 1, 0, n, 1, 0.5, 2.0]
+    got = run(kernel, [A, B, bias, res, c], scalars, G.groups(SMALL, m, n, 1))[4]
+    close(decode(got, out), reference_epilogue(A.astype(float) @ B, bias, res, 2.0), out)
+
+
+@pytest.mark.parametrize("name", ["relu6", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "hardswish", "hardsigmoid"])
+def test_activations(target, name):
+    import torch
+
+    x = np.concatenate([np.linspace(-12, 12, 2001), [np.nan, np.inf, -np.inf, 1e-20, 100, -100]]).astype(np.float32)
+    kernel = G.split_reduce(target, "f32", "f32", epilogue=G.Epilogue((name,)))
+    got = run(kernel, [x, np.zeros_like(x)], [1, 1, x.size, 1, 0, x.size, 1], G.reduce_groups(1, x.size, 1))[1]
+    f = torch.nn.functional
+    functions = {"gelu_tanh": lambda v: f.gelu(v, approximate="tanh"), **{a: getattr(f, a, None) for a in ("relu6", "silu", "gelu", "hardswish", "hardsigmoid")}, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    want = functions[name](torch.tensor(x, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("b", ["t", "n"])
+@pytest.mark.parametrize("vec", [False, True])
+@pytest.mark.parametrize("splits", [0, 3])
+def test_skinny(target, b, vec, splits):
+    rng = np.random.default_rng(2)
+    m, n, k, rows = (3, 100, 264, 4) if vec else (2, 71, 301, 2)
+    A, B = random(rng, (m, k), "f32"), random(rng, (k, n), "bf16")
+    sb = np.ascontiguousarray(B.T) if b == "t" else B
+    e = G.NO_EPILOGUE if splits else G.Epilogue(("relu",))
+    kernel = G.skinny(target, "f32", "f32", rows, b, vec, splits > 0, e, "bf16")
+    strides = [1, k] if b == "t" else [n, 1]
+    c = np.zeros((max(splits, 1), m, n), np.float32)
+    scalars = [1, m, n, k, 0, k, 1, 0, *strides, 0, n, 1] + ([splits, -(-k // splits // 4) * 4, m * n] if splits else [])
+    got = run(kernel, [A, sb, c], scalars, G.skinny_groups(b, n, 1, max(splits, 1)))[2]
+    want = A.astype(float) @ decode(B, "bf16")
+    if not splits:
+        close(got[0], np.maximum(want, 0), "f32")
+        return
+    reduce = G.split_reduce(target, "f32", "f16", "s", epilogue=G.Epilogue((("add", "f32", "m"),)))
+    bias, out = np.arange(m, dtype=np.float32), np.zeros((n, m), np.float16)
+    out = run(reduce, [got, bias, out], [1, m, n, splits, 0, 1, m, 0, 1, 0], G.reduce_groups(m, n, 1))[2]
+    close(out.T.astype(float), want + bias[:, None], "f16")

@@ -6,10 +6,11 @@ drivers keep indexed arrays in memory (13 times slower). `Text` is the dialect: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..emit import BufferDecl, header
 from ..kernel import Kernel, Target, Unsupported
+from ..vector.gemm import Epilogue
 
 COMPONENTS = "xyzw"
 # Storage dtypes that the templates take, and what they accumulate in.
@@ -49,40 +50,91 @@ def cdiv(a, b):
     return (a + (b - 1)) // b
 
 
-@dataclass(frozen=True)
-class Operand:
-    """An extra matrix operand of an epilogue: its storage dtype and how it varies along the columns of the result.
-
-    layout: "v" unit stride, loaded as vec4 where the result is stored as vec4 (offset, row and batch strides divisible by 4);
-    "s" any stride; "r" the same value for a whole row (stride 0 along columns). Row and batch strides may be 0 in all.
-    """
-
-    dtype: str
-    layout: str = "s"
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What happens to an accumulated element before it is stored.
-
-    expr: maps (acc, operands, scalars), each ir nodes, to an ir node: `lambda acc, x, s: ir.maximum(acc + x[0], 0.0)`.
-    key names it: equal keys mean equal expressions. operands are read at the element's batch, row and column.
-    scalars: run-time scalars ("f32", "i32", "u32") in launch order, after the operands' strides.
-    """
-
-    key: str = ""
-    expr: object = None
-    operands: tuple[Operand, ...] = ()
-    scalars: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        if not self.key:
-            return ""
-        return "_" + self.key + "".join(f"_{o.dtype}{o.layout}" for o in self.operands)
-
-
 NO_EPILOGUE = Epilogue()
+
+
+def operand_layouts(epilogue: Epilogue) -> list[tuple[str, str]]:
+    """(dtype, layout) of each operand: "v" unit stride along columns, "r" one value a row, "s" any strides."""
+    return [(dtype, {"n": "v", "mn": "v", "m": "r", "s": "s"}[b]) for _, _, dtype, b in epilogue.operands]
+
+
+def epilogue_name(epilogue: Epilogue) -> str:
+    return f"_{epilogue}" if epilogue.steps else ""
+
+
+def write_epilogue(t: Text, epilogue: Epilogue, acc: str) -> None:
+    """Module-scope function `epilogue(acc, operands..., factors...)` on scalars of the accumulator dtype."""
+    ty, body, i = t.type(acc), [], 0
+    params = [("x", ty)]
+    for j, (_, _, dtype, _) in enumerate(epilogue.operands):
+        params.append((f"x{j}", t.type(ACCUMULATOR[dtype])))
+    params += [(n, t.type(d)) for n, d in epilogue.factors(acc)]
+    for step in epilogue.steps:
+        if step == "alpha":
+            body.append("y = y * alpha;")
+        elif isinstance(step, str):
+            body.append(f"y = {activation(t, step, 'y')};")
+        else:
+            x = t.cast(f"x{i}", acc)
+            if step[0] == "beta":
+                body.append(f"if (beta != {t.cast('0', acc)}) {{ y = y + beta * {x}; }}")
+            else:
+                body.append(f"y = y {'+' if step[0] == 'add' else '*'} {x};")
+            i += 1
+    if t.wgsl:
+        head = f"fn epilogue({', '.join(f'{n}: {d}' for n, d in params)}) -> {ty} {{ var y = x; "
+    else:
+        head = f"{ty} epilogue({', '.join(f'{d} {n}' for n, d in params)}) {{ {ty} y = x; "
+    t.module["epilogue"] = head + " ".join(body) + " return y; }"
+
+
+def activation(t: Text, name: str, x: str) -> str:
+    """Text of a float32 activation of variable x. NaN propagates; exp does not overflow into NaN."""
+    if name in ("gelu",):
+        t.module.setdefault("erf1", _ERF_WGSL if t.wgsl else "float erf1(float x) { return erf(x); }")
+    if name in ("tanh", "gelu_tanh"):
+        t.module.setdefault("tanh1", _TANH_WGSL if t.wgsl else "float tanh1(float x) { return tanh(x); }")
+    f = (lambda v: v) if t.wgsl else (lambda v: v + "f")
+    hs = t.select(t.select(f"({x} * {f('0.16666667')} + {f('0.5')})", f("1.0"), f"{x} > {f('3.0')}"), f("0.0"), f"{x} < -{f('3.0')}")
+    one, half = f("1.0"), f("0.5")
+    inner = f"{f('0.7978845608')} * ({x} + {f('0.044715')} * {x} * {x} * {x})"
+    return {
+        "relu": lambda: t.select(x, f("0.0"), f"{x} < {f('0.0')}"),
+        "relu6": lambda: t.select(t.select(x, f("6.0"), f"{x} > {f('6.0')}"), f("0.0"), f"{x} < {f('0.0')}"),
+        "hardsigmoid": lambda: hs,
+        "hardswish": lambda: f"({x} * {hs})",
+        "sigmoid": lambda: f"({one} / ({one} + exp(-{x})))",
+        "silu": lambda: f"({x} / ({one} + exp(-{x})))",
+        "tanh": lambda: f"tanh1({x})",
+        "gelu": lambda: f"({half} * {x} * ({one} + erf1({x} * {f('0.7071067812')})))",
+        "gelu_tanh": lambda: f"({half} * {x} * ({one} + tanh1({inner})))",
+    }[name]()
+
+
+# tanh overflows on some drivers and loses digits near 0. Comparisons with NaN are false and fall through to exp.
+_TANH_WGSL = """fn tanh1(x: f32) -> f32 {
+  let a = abs(x);
+  if (a < 0.02) { return x - x * x * x * 0.33333333; }
+  if (a > 10.0) { return select(-1.0, 1.0, x > 0.0); }
+  let e = exp(2.0 * x); return (e - 1.0) / (e + 1.0);
+}"""
+# Below 1 the Taylor series, to 1e-7 of erf; above, 1 - erfc by Chebyshev fitting (Numerical Recipes' erfcc), to 1.2e-7.
+_ERF_WGSL = """fn erf1(x: f32) -> f32 {
+  let a = abs(x);
+  if (a < 1.0) {
+    let z = x * x;
+    var p = 1.0 / 75600.0; p = fma(-p, z, 1.0 / 9360.0); p = fma(-p, z, 1.0 / 1320.0); p = fma(-p, z, 1.0 / 216.0);
+    p = fma(-p, z, 1.0 / 42.0); p = fma(-p, z, 1.0 / 10.0); p = fma(-p, z, 1.0 / 3.0); p = fma(-p, z, 1.0);
+    return 1.1283791671 * x * p;
+  }
+  if (a > 4.0) { return select(-1.0, 1.0, x > 0.0); }
+  let t = 1.0 / (1.0 + 0.5 * a);
+  var q = 0.17087277; q = fma(q, t, -0.82215223); q = fma(q, t, 1.48851587); q = fma(q, t, -1.13520398);
+  q = fma(q, t, 0.27886807); q = fma(q, t, -0.18628806); q = fma(q, t, 0.09678418); q = fma(q, t, 0.37409196);
+  q = fma(q, t, 1.00002368); q = fma(q, t, -1.26551223);
+  let r = 1.0 - t * exp(q - a * a);
+  return select(-r, r, x > 0.0);
+}"""
 
 
 class Text:
@@ -294,7 +346,7 @@ class Text:
             f"wide_{dtype}",
             f"fn from_words_{dtype}(w: vec2<u32>) -> {dtype} {{ return bitcast<{dtype}>(u64(w.x) | (u64(w.y) << 32u)); }}\n"
             f"fn to_words_{dtype}(v: {dtype}) -> vec2<u32> {{ let u = bitcast<u64>(v); "
-            "return vec2<u32>(u32(u & 0xffffffffu), u32(u >> 32u)); }",
+            "return vec2<u32>(u32(u & 0xfffffffflu), u32(u >> 32u)); }",
         )
 
     def store(self, buffer: str, base: str, index: str, value: str, width: int = 1) -> None:

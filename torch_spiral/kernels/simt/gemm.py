@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernel import Kernel, Target, Unsupported
-from . import ACCUMULATOR, COMPONENTS, MAX_GROUPS, NO_EPILOGUE, Epilogue, Text, cdiv
+from . import (
+    ACCUMULATOR,
+    COMPONENTS,
+    MAX_GROUPS,
+    NO_EPILOGUE,
+    Epilogue,
+    Text,
+    cdiv,
+    epilogue_name,
+    operand_layouts,
+    write_epilogue,
+)
 
 
 @dataclass(frozen=True)
@@ -240,61 +251,60 @@ def thread_layout(t: Text, lanes_n: int, lanes_m: int, lanes: int) -> None:
 
 
 class Output:
-    """Applies an epilogue and stores: declares the result, the epilogue's operands and scalars."""
+    """Applies an epilogue and stores: declares the result, the epilogue's operands and factors."""
 
     def __init__(self, t: Text, dtype: str, accumulator: str, vec: bool, unit: bool, epilogue: Epilogue, name: str = "c"):
         self.t, self.dtype, self.acc, self.vec, self.unit, self.epilogue, self.c = t, dtype, accumulator, vec, unit, epilogue, name
+        self.operands = operand_layouts(epilogue)
+        self.factors = epilogue.factors(accumulator)
 
     def declare_buffers(self) -> None:
         vector = 4 if self.vec else 1
-        for i, o in enumerate(self.epilogue.operands):
-            self.t.buffer(f"x{i}", o.dtype, "r", vector if o.layout == "v" else 1)
+        for i, (dtype, layout) in enumerate(self.operands):
+            self.t.buffer(f"x{i}", dtype, "r", vector if layout == "v" else 1)
         self.t.buffer(self.c, self.dtype, "w", vector)
 
     def declare_scalars(self) -> None:
-        """Strides of the result, then of each operand, then the epilogue's scalars."""
-        for name in (self.c, *(f"x{i}" for i in range(len(self.epilogue.operands)))):
+        """Strides of the result, then of each operand, then the epilogue's factors."""
+        for name in (self.c, *(f"x{i}" for i in range(len(self.operands)))):
             self.t.scalar(f"{name}_batch", f"{name}_row", f"{name}_col")
-        for i, s in enumerate(self.epilogue.scalars):
-            self.t.scalar(f"s{i}", type=s)
-        if self.epilogue.expr is not None:
-            from ._epilogue import write_function
-
-            write_function(self.t, self.epilogue, self.acc)
+        for name, dtype in self.factors:
+            self.t.scalar(name, type=dtype)
+        if self.epilogue.steps:
+            write_epilogue(self.t, self.epilogue, self.acc)
 
     def begin(self, z: str) -> None:
         t = self.t
         t.base(f"{self.c}_base", self.c, (z, f"{self.c}_batch"))
-        for i in range(len(self.epilogue.operands)):
+        for i in range(len(self.operands)):
             t.base(f"x{i}_base", f"x{i}", (z, f"x{i}_batch"))
 
     def apply(self, acc: str, loads: list[str]) -> str:
-        e = self.epilogue
-        if e.expr is None:
+        if not self.epilogue.steps:
             return acc
-        return f"epilogue({', '.join([acc, *loads, *(f's{i}' for i in range(len(e.scalars)))])})"
+        return f"epilogue({', '.join([acc, *loads, *(n for n, _ in self.factors)])})"
 
-    def store4(self, row: str, col: str, value: str, rows: str, cols: str, row_index: str = "") -> None:
+    def store4(self, row: str, col: str, value: str, rows: str, cols: str) -> None:
         """Stores the vec4 `value` at (row, col ..< col + 4), masked by rows and cols."""
-        t, e = self.t, self.epilogue
+        t = self.t
         index = (lambda c: f"{row} * {self.c}_row + {c}") if self.unit else (lambda c: f"{row} * {self.c}_row + ({c}) * {self.c}_col")
         if self.vec:
             t.open(f"{row} < {rows} && {col} < {cols}")
             loads: list[list[str]] = [[] for _ in range(4)]
-            for i, o in enumerate(e.operands):
+            for i, (dtype, layout) in enumerate(self.operands):
                 n = t.fresh("x")
-                if o.layout == "v":
-                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + {col}", 4), ACCUMULATOR[o.dtype], 4)
+                if layout == "v":
+                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + {col}", 4), ACCUMULATOR[dtype], 4)
                     for j in range(4):
                         loads[j].append(f"{n}.{COMPONENTS[j]}")
-                elif o.layout == "r":
-                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row"), ACCUMULATOR[o.dtype])
+                elif layout == "r":
+                    t.let(n, t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row"), ACCUMULATOR[dtype])
                     for j in range(4):
                         loads[j].append(n)
                 else:
                     for j in range(4):
                         loads[j].append(t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + ({col} + {j}u) * x{i}_col"))
-            if e.expr is not None:
+            if self.epilogue.steps:
                 value = t.vector([self.apply(f"{value}.{c}", x) for c, x in zip(COMPONENTS, loads)], self.acc)
             t.store(self.c, f"{self.c}_base", index(col), value, 4)
             t.end()
@@ -303,11 +313,11 @@ class Output:
             self.store1(row, f"({col} + {j}u)", f"{value}.{c}", rows, cols)
 
     def store1(self, row: str, col: str, value: str, rows: str, cols: str) -> None:
-        t, e = self.t, self.epilogue
+        t = self.t
         t.open(f"{row} < {rows} && {col} < {cols}")
         x = []
-        for i, o in enumerate(e.operands):
-            at = f"{row} * x{i}_row" + ("" if o.layout == "r" else f" + {col} * x{i}_col")
+        for i, (dtype, layout) in enumerate(self.operands):
+            at = f"{row} * x{i}_row" + ("" if layout == "r" else f" + {col} * x{i}_col")
             x.append(t.load(f"x{i}", f"x{i}_base", at))
         at = f"{row} * {self.c}_row + {col}" + ("" if self.unit else f" * {self.c}_col")
         t.store(self.c, f"{self.c}_base", at, self.apply(value, x))
@@ -354,8 +364,9 @@ def gemm(
     windows: bindings of A and B (WGSL buffers larger than max_binding).
 
     Buffers: a, b, epilogue operands, c.
-    Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per operand batch, row, col;
-    if split: splits, k_span, c_split; the epilogue's scalars come last. All sizes are at least 1; for k = 0 fill instead.
+    Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per epilogue operand its
+    batch, row, col (all three, 0 where it does not vary), then the epilogue's factors (Epilogue.factors; 64-bit ones travel first);
+    with split instead: c_batch, c_row, c_col, splits, k_span, c_split. vec_c asks the same alignment of operands "n" and "mn". All sizes are at least 1; for k = 0 fill instead.
     Grid: groups(schedule, m, n, batch[, splits]).
     """
     s, b_dtype = schedule, b_dtype or dtype
@@ -365,7 +376,7 @@ def gemm(
     if split:
         out_dtype, epilogue = acc, NO_EPILOGUE
     flags = "".join("v" if v else "s" for v in (vec_a, vec_b, vec_c)) + ("f" if full_k else "")
-    name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}{'_split' if split else ''}_{s.key}{epilogue.name}"
+    name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}{'_split' if split else ''}_{s.key}{epilogue_name(epilogue)}"
     if windows != (1, 1):
         name += f"_w{windows[0]}{windows[1]}"
     if vec_a and a == "s" or vec_b and b == "s" or vec_c and c == "s":
@@ -457,3 +468,193 @@ def gemm(
         t.end()
     t.end()
     return t.finish()
+
+
+def split_reduce(
+    target: Target, acc: str, out_dtype: str, c: str = "n", vec_c: bool = False, epilogue: Epilogue = NO_EPILOGUE
+) -> Kernel:
+    """C[z, m, n] = epilogue(sum over splits of P[z, split, m, n]), P contiguous in the accumulator dtype acc.
+
+    c, vec_c, epilogue: as in gemm(); vec_c needs n divisible by 4.
+    Buffers: p, epilogue operands, c. Scalars (u32): batch, m, n, splits, c_batch, c_row, c_col, per operand batch, row, col, factors.
+    Grid: reduce_groups(m, n, batch). Partials: batch * splits * m * n elements.
+    """
+    name = f"gemm_reduce_{acc}_{out_dtype}_{c}{'v' if vec_c else 's'}{epilogue_name(epilogue)}"
+    t = Text(target, name, 64)
+    vec_c = vec_c and not (t.wgsl and acc in ("f64", "i64"))
+    t.buffer("p", acc, "r", 4 if vec_c else 1)
+    out = Output(t, out_dtype, acc, vec_c, c == "n", epilogue)
+    out.declare_buffers()
+    t.scalar("batch", "m", "n", "splits")
+    out.declare_scalars()
+    width = 4 if vec_c else 1
+    t.let("columns", f"n / {width}u")
+    t.let("count", "batch * m * columns")
+    t.loop("e", f"{t.group} * 64u + lid", "count", f"{t.groups} * 64u")
+    t.let("row", "(e / columns) % m")
+    t.let("col", f"(e % columns) * {width}u")
+    t.let("z", "e / (columns * m)")
+    out.begin("z")
+    t.base("p_base", "p", ("z", "splits * m * n"))
+    t.var("sum", t.zero(acc, width), acc, width)
+    t.loop("i", "0u", "splits", "1u")
+    t.add(f"sum += {t.load('p', 'p_base', '(i * m + row) * n + col', width)};")
+    t.end()
+    (out.store4 if vec_c else out.store1)("row", "col", "sum", "m", "n")
+    t.end()
+    return t.finish()
+
+
+def reduce_groups(m, n, batch, minimum=min):
+    """Grid of split_reduce()."""
+    return (minimum(cdiv(m * n * batch, 64), MAX_GROUPS), 1, 1)
+
+
+# Columns of C that a workgroup of skinny() computes, by layout of B.
+SKINNY_COLUMNS = {"t": 8, "n": 64}
+
+
+def skinny(
+    target: Target,
+    dtype: str,
+    out_dtype: str,
+    rows: int,
+    b: str = "t",
+    vec: bool = False,
+    split: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
+    b_dtype: str = "",
+    windows: int = 1,
+    threads: int = 64,
+) -> Kernel:
+    """C = epilogue(A B) for m <= rows (1, 2, 4 or 8): reads B once at memory bandwidth. A has stride 1 along k, C along n.
+
+    b "t": B has stride 1 along k (a Linear's weight): 8 columns a workgroup, invocations along k.
+    b "n": B has stride 1 along n: 64 columns a workgroup, 4 an invocation, the rest of the workgroup along k.
+    vec: strides and offsets of A and B divisible by 4, and k (t) or n (n) divisible by 4; A need not be aligned for "n".
+    split: as in gemm(): partials of k_span along k, for split_reduce(); k_span is a multiple of 4.
+    Buffers and scalars: those of gemm(). Grid: skinny_groups(b, n, batch[, splits]).
+    """
+    b_dtype = b_dtype or dtype
+    acc = ACCUMULATOR[dtype]
+    if split:
+        out_dtype, epilogue = acc, NO_EPILOGUE
+    name = f"skinny_{dtype}_{b_dtype}_{out_dtype}_{rows}{b}{'v' if vec else 's'}{'_split' if split else ''}_t{threads}"
+    t = Text(target, name + epilogue_name(epilogue) + (f"_w{windows}" if windows > 1 else ""), threads)
+    vec = vec and not (t.wgsl and acc in ("f64", "i64"))
+    width = 4 if vec else 1
+    t.buffer("a", dtype, "r", width if b == "t" else 1)
+    t.buffer("b", b_dtype, "r", width, windows)
+    out = Output(t, out_dtype, acc, False, True, epilogue)
+    out.declare_buffers()
+    t.scalar("batch", "m", "n", "k", "a_batch", "a_row", "a_col", "b_batch", "b_row", "b_col")
+    if split:
+        t.scalar("c_batch", "c_row", "c_col", "splits", "k_span", "c_split")
+    else:
+        out.declare_scalars()
+    columns = SKINNY_COLUMNS[b]
+    t.let("tiles_n", f"(n + {columns - 1}u) / {columns}u")
+    t.loop("tile", t.group, "tiles_n * batch" + (" * splits" if split else ""), t.groups)
+    t.let("col0", f"(tile % tiles_n) * {columns}u")
+    if split:
+        t.let("part", "(tile / tiles_n) % splits")
+        t.let("z", "tile / (tiles_n * splits)")
+        t.let("k_begin", "min(part * k_span, k)")
+        t.let("k_end", "min(k_begin + k_span, k)")
+    else:
+        t.let("z", "tile / tiles_n")
+        t.let("k_begin", "0u")
+        t.let("k_end", "k")
+    t.base("a_base", "a", ("z", "a_batch"))
+    t.base("b_base", "b", ("z", "b_batch"))
+    for r in range(rows):
+        t.let(f"ar{r}", f"min({r}u, m - 1u) * a_row")
+    if b == "t":
+        lanes = threads  # along k
+        for c in range(columns):
+            t.let(f"bc{c}", f"min(col0 + {c}u, n - 1u) * b_col")
+        for r in range(rows):
+            for c in range(columns):
+                t.var(f"s{r}_{c}", t.zero(acc, width), acc, width)
+        t.loop("i", f"k_begin + lid * {width}u", "k_end", f"{lanes * width}u")
+        for r in range(rows):
+            t.let(f"a{r}", t.load("a", "a_base", f"ar{r} + i", width), acc, width)
+        for c in range(columns):
+            t.let(f"b{c}", t.load("b", "b_base", f"bc{c} + i", width), acc, width)
+            for r in range(rows):
+                t.add(f"s{r}_{c} = {t.fma(f'a{r}', f'b{c}', f's{r}_{c}', acc)};")
+        t.end()
+        count = rows * columns
+        # Each row of C at a time, so that shared memory stays small.
+        t.shared("sums", acc, columns * (threads + 1), 1)
+        for r in range(rows):
+            for c in range(columns):
+                value = f"s{r}_{c}"
+                if vec:
+                    value = f"(({value}.x + {value}.y) + ({value}.z + {value}.w))"
+                t.add(f"sums[{c * (threads + 1)}u + lid] = {value};")
+            t.barrier()
+            half = threads // 2
+            while half >= 8:
+                t.open(f"lid < {half}u")
+                for c in range(columns):
+                    t.add(f"sums[{c * (threads + 1)}u + lid] += sums[{c * (threads + 1) + half}u + lid];")
+                t.end()
+                t.barrier()
+                half //= 2
+            t.open(f"lid < {columns}u")
+            t.let("at", f"lid * {threads + 1}u")
+            total = " + ".join(f"sums[at + {j}u]" for j in range(8))
+            t.let("total", f"({total})", acc)
+            _skinny_store(t, out, split, str(r) + "u", "(col0 + lid)", "total")
+            t.end()
+            t.barrier()
+        assert count
+    else:
+        per, lanes = 16, threads // 16  # 16 invocations along n, 4 columns each; `lanes` along k
+        t.let("tx", f"lid % {per}u")
+        t.let("ty", f"lid / {per}u")
+        t.let("col", "col0 + tx * 4u")
+        if vec:
+            t.let("bc", "min(col, n - 4u)")
+        else:
+            for j in range(4):
+                t.let(f"bc{j}", f"min(col + {j}u, n - 1u)")
+        for r in range(rows):
+            t.var(f"s{r}", t.zero(acc, 4), acc, 4)
+        t.loop("i", "k_begin + ty", "k_end", f"{lanes}u")
+        if vec:
+            t.let("bv", t.load("b", "b_base", "i * b_row + bc", 4), acc, 4)
+        else:
+            t.let("bv", t.vector([t.load("b", "b_base", f"i * b_row + bc{j}") for j in range(4)], acc), acc, 4)
+        for r in range(rows):
+            t.add(f"s{r} = {t.fma(t.splat(t.load('a', 'a_base', f'ar{r} + i'), acc), 'bv', f's{r}', acc)};")
+        t.end()
+        t.shared("sums", acc, threads)
+        for r in range(rows):
+            t.add(f"sums[lid] = s{r};")
+            t.barrier()
+            t.open("ty == 0u")
+            total = " + ".join(f"sums[{j * per}u + tx]" for j in range(lanes))
+            t.let("total", f"({total})", acc, 4)
+            for j, c in enumerate(COMPONENTS):
+                _skinny_store(t, out, split, str(r) + "u", f"(col + {j}u)", f"total.{c}")
+            t.end()
+            t.barrier()
+    t.end()
+    return t.finish()
+
+
+def _skinny_store(t: Text, out: Output, split: bool, row: str, col: str, value: str) -> None:
+    t.open()
+    if split:
+        t.base("c_base", "c", ("z", "c_batch"), ("part", "c_split"))
+    else:
+        out.begin("z")
+    out.store1(row, col, value, "m", "n")
+    t.end()
+
+
+def skinny_groups(b: str, n, batch, splits=1, minimum=min):
+    """Grid of skinny()."""
+    return (minimum(cdiv(n, SKINNY_COLUMNS[b]) * batch * splits, MAX_GROUPS), 1, 1)
