@@ -125,6 +125,8 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool
   TORCH_CHECK(self.layout() == at::kStrided && destination.layout() == at::kStrided,
               "Cannot copy between ", self.layout(), " on ", self.device(), " and ", destination.layout(), " on ",
               destination.device());
+  const bool negate = self.is_neg() != destination.is_neg() && destination.scalar_type() != at::kBool;
+  const bool conjugate = self.is_conj() != destination.is_conj() && destination.is_complex();
   at::Tensor source = plain(self.sizes() == destination.sizes() ? self : self.expand_as(destination));
   const at::Tensor target = plain(destination);
   at::assert_no_internal_overlap(target);
@@ -135,15 +137,15 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool
       copy_from_host(source, target);
     } else if (!on_spiral(target)) {
       TORCH_CHECK(target.device().is_cpu(), "Cannot copy from ", source.device(), " to ", target.device());
-      copy_to_host(source, target, non_blocking);
+      copy_to_host(source, target, non_blocking && !negate && !conjugate);
     } else if (source.device() == target.device()) {
       copy_on_device(source, target);
     } else {
       copy_between_devices(source, target);
     }
     // What was copied is the memory; where a bit differs the values are brought in line.
-    if (C10_UNLIKELY(self.is_neg() != destination.is_neg())) target.neg_();
-    if (C10_UNLIKELY(self.is_conj() != destination.is_conj())) target.conj_physical_();
+    if (C10_UNLIKELY(negate)) target.neg_();
+    if (C10_UNLIKELY(conjugate)) target.conj_physical_();
   }
   return destination;
 }

@@ -67,12 +67,6 @@ void grow_storage(c10::TensorImpl* tensor, size_t bytes) {
 }
 
 const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat> memory_format) {
-  if (self.has_names()) {
-    TORCH_CHECK(!memory_format, "Unsupported memory format for named tensor resize ", *memory_format);
-    TORCH_CHECK(self.sizes() == size, "Cannot resize named tensor with resize_ or resize_as_ (tried to resize Tensor",
-                self.names(), " with size ", self.sizes(), " to ", size, ")");
-    return self;
-  }
   auto* impl = self.unsafeGetTensorImpl();
   const int64_t old_bytes = self.storage() ? static_cast<int64_t>(self.storage().nbytes()) : 0;
   if (self.sizes() != size) {

@@ -617,9 +617,21 @@ void delete_block(void* context) {
   memory_of(index).free(block);
 }
 
+std::atomic<void (*)(c10::DeviceIndex)> reclaimer{nullptr};
+
 class Allocator final : public c10::DeviceAllocator {
  public:
-  c10::DataPtr allocate(size_t size) override { return spiral::allocate(current_device(), size); }
+  c10::DataPtr allocate(size_t size) override {
+    const c10::DeviceIndex index = current_device();
+    const auto reclaim = reclaimer.load();
+    if (!reclaim) return spiral::allocate(index, size);
+    try {
+      return spiral::allocate(index, size);
+    } catch (const c10::OutOfMemoryError&) {
+      reclaim(index);
+    }
+    return spiral::allocate(index, size);
+  }
 
   // The context is the block, so a pointer alone cannot be freed.
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -785,6 +797,8 @@ c10::DataPtr allocate(c10::DeviceIndex index, uint64_t size) {
   }
   return {address, block, &delete_block, owner};
 }
+
+void set_reclaimer(void (*reclaim)(c10::DeviceIndex)) { reclaimer.store(reclaim); }
 
 void empty_cache(c10::DeviceIndex index) { memory_of(index).empty_cache(); }
 uint64_t memory_budget(c10::DeviceIndex index) { return memory_of(index).budget(); }

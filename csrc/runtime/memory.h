@@ -94,7 +94,7 @@ inline void bump_epoch(const void* storage_base) {
   }
 }
 
-// The allocator of PrivateUse1. allocate(n) is on the current device.
+// The allocator of PrivateUse1. Its allocate(n) is on the current device.
 c10::DeviceAllocator* allocator();
 
 // Throws c10::OutOfMemoryError. Distinct live allocations have distinct addresses, those of 0 bytes too.
@@ -102,6 +102,10 @@ c10::DataPtr allocate(c10::DeviceIndex device, uint64_t size);
 
 // Gives unused segments back to the device.
 void empty_cache(c10::DeviceIndex device);
+
+// Called when a tensor doesn't fit, before that is an error: gives back what is kept for speed only (packed weights). No lock is
+// held. allocate() above doesn't call it, since the keeper allocates by that.
+void set_reclaimer(void (*reclaim)(c10::DeviceIndex));
 
 // The bytes that segments of a device may take together.
 uint64_t memory_budget(c10::DeviceIndex device);
