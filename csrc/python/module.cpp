@@ -7,8 +7,8 @@ namespace py = pybind11;
 namespace spiral {
 
 void bind_engine(py::module_&);    // engine_bindings.cpp: raw engines, for tests and tools
-[[gnu::weak]] void bind_runtime(py::module_&);   // runtime_bindings.cpp: devices, memory, streams, events
-[[gnu::weak]] void bind_dispatch(py::module_&);  // dispatch_bindings.cpp: lowerings, plans, fallback
+void bind_runtime(py::module_&);   // runtime_bindings.cpp: devices, memory, streams, events
+void bind_dispatch(py::module_&);  // dispatch_bindings.cpp: lowerings, plans, fallback
 
 namespace {
 
@@ -37,6 +37,6 @@ void translate(std::exception_ptr pointer) {
 PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(spiral::translate);
   spiral::bind_engine(m);
-  if (spiral::bind_runtime) spiral::bind_runtime(m);
-  if (spiral::bind_dispatch) spiral::bind_dispatch(m);
+  spiral::bind_runtime(m);
+  spiral::bind_dispatch(m);
 }

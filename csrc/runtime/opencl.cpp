@@ -350,11 +350,8 @@ class OpenCLEngine final : public Engine {
   void fill(Memory* memory, uint64_t offset, uint64_t size, uint8_t value) override {
     check_range(memory, offset, size, "fill");
     if (size == 0) return;
-    // Offset and size must be multiples of the pattern; drivers write a wider one faster.
-    uint8_t pattern[16];
-    std::memset(pattern, value, sizeof(pattern));
-    const size_t width = (offset | size) % 16 == 0 ? 16 : (offset | size) % 4 == 0 ? 4 : 1;
-    keep(api_.clEnqueueFillBuffer(queue_, handle(memory), pattern, width, offset, size, 0, nullptr, nullptr), "a fill");
+    // A pattern of one byte has no alignment, and PoCL makes it a memset: three times as fast as a wide pattern.
+    keep(api_.clEnqueueFillBuffer(queue_, handle(memory), &value, 1, offset, size, 0, nullptr, nullptr), "a fill");
     count_command();
   }
 
