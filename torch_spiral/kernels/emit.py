@@ -54,7 +54,7 @@ class Options:
 
 
 class Language:
-    """One kernel language. Text fragments are C-like in both, so statements are built by the builder."""
+    """One kernel language: how types, constants, operations and memory are written. Statements are C-like in both."""
 
     name = ""
 
@@ -70,10 +70,135 @@ class Language:
         raise NotImplementedError
 
     def immediate(self, target: Target, params_size: int) -> bool:
+        """Whether a parameter block of that size needs no upload."""
         return True
 
-    def wide(self, node: Node) -> bool:
+    def type(self, target: Target, dtype: str, lanes: int) -> str:
         raise NotImplementedError
+
+    def const(self, target: Target, node: Node) -> str:
+        raise NotImplementedError
+
+    def splat(self, type_: str, text: str) -> str:
+        raise NotImplementedError
+
+    def let(self, type_: str, name: str, text: str) -> str:
+        raise NotImplementedError
+
+    def var(self, type_: str, name: str, text: str) -> str:
+        raise NotImplementedError
+
+    def function(self, name: str, result: str, params: list[tuple[str, str]], body: list[str]) -> str:
+        raise NotImplementedError
+
+    def operation(self, emitter: Emitter, node: Node, args: list[str]) -> str | None:
+        """Text of an operation on atoms; None where it is to be lowered by functions.LOWER."""
+        raise NotImplementedError
+
+
+class Emitter:
+    """Turns expressions into statements, each value once per scope. A node of one lane that a wider one uses is splat."""
+
+    def __init__(self, lang: Language, target: Target, module: dict[str, str] | None = None, prefix: str = "t") -> None:
+        self.lang, self.target, self.prefix = lang, target, prefix
+        self.module: dict[str, str] = {} if module is None else module  # functions at module scope, by name, in order
+        self.lines: list[str] = []
+        self.scopes: list[dict[Node, str]] = [{}]
+        self.count = 0
+
+    def fresh(self, prefix: str = "") -> str:
+        self.count += 1
+        return f"{prefix or self.prefix}{self.count}"
+
+    def line(self, text: str) -> None:
+        self.lines.append("  " * len(self.scopes) + text)
+
+    def open(self, text: str) -> None:
+        self.line(text + " {")
+        self.scopes.append({})
+
+    def close(self) -> None:
+        self.scopes.pop()
+        self.line("}")
+
+    def type(self, dtype: str, lanes: int = 1) -> str:
+        return self.lang.type(self.target, dtype, lanes)
+
+    def tmp(self, dtype: str, text: str, lanes: int = 1) -> Node:
+        """A node for a value written as text, computed here and now."""
+        from .ir import Node
+
+        name = self.fresh()
+        self.line(self.lang.let(self.type(dtype, lanes), name, text))
+        return Node("tmp", dtype, attr=name, lanes=lanes)
+
+    def value(self, node: Node, lanes: int = 0) -> str:
+        """An atom (a name or constant) for the node's value, splat to `lanes`."""
+        if node.op == "const":
+            text = self.lang.const(self.target, node)
+        elif node.op == "tmp":
+            text = node.attr
+        else:
+            text = self._find(node) or self._emit(node)
+        if lanes > 1 and node.lanes == 1:
+            if node.dtype == "bool" and node.op != "const":
+                text = f"-{text}"
+            return self.lang.splat(self.type(node.dtype, lanes), text)
+        return text
+
+    def _find(self, node: Node) -> str | None:
+        for scope in reversed(self.scopes):
+            if node in scope:
+                return scope[node]
+        return None
+
+    def _emit(self, node: Node) -> str:
+        if node.op == "leaf":
+            raise ValueError(f"leaf {node.attr} has no value here")
+        pending = [a for a in node.args if a.op not in ("const", "tmp") and self._find(a) is None]
+        if pending:  # deep expressions: not one Python frame per node
+            stack = list(reversed(pending))
+            while stack:
+                top = stack[-1]
+                if top.op in ("const", "tmp") or self._find(top) is not None:
+                    stack.pop()
+                    continue
+                more = [a for a in top.args if a.op not in ("const", "tmp") and self._find(a) is None]
+                if more:
+                    stack.extend(reversed(more))
+                else:
+                    self._emit(top)
+                    stack.pop()
+        width = max([a.lanes for a in node.args], default=node.lanes)
+        args = [self.value(a, width) for a in node.args]
+        text = self.lang.operation(self, node, args)
+        if text is None:
+            text = f"{self.function(node, width)}({', '.join(args)})"
+        name = self.fresh()
+        self.line(self.lang.let(self.type(node.dtype, node.lanes), name, text))
+        self.scopes[-1][node] = name
+        return name
+
+    def function(self, node: Node, lanes: int) -> str:
+        """The name of a module function made from functions.LOWER for this operation."""
+        from .functions import LOWER
+        from .ir import Node
+
+        if node.op not in LOWER:
+            raise ValueError(f"no language rule and no lowering for {node.op} of {node.args}")
+        name = f"{node.op}_{node.args[0].dtype}" + (f"x{lanes}" if lanes > 1 else "")
+        if name not in self.module:
+            inner = Emitter(self.lang, self.target, self.module)
+            params = [Node("tmp", a.dtype, attr=f"x{i}", lanes=lanes) for i, a in enumerate(node.args)]
+            inner.line(f"return {inner.value(LOWER[node.op](*params), lanes)};")
+            types = [(self.type(p.dtype, lanes), p.attr) for p in params]
+            self.module[name] = self.lang.function(name, self.type(node.dtype, lanes), types, inner.lines)
+        return name
+
+    def helper(self, name: str, text: str) -> str:
+        """Puts text at module scope once; gives name."""
+        self.module.setdefault(name, text)
+        return name
 
 
 def language(target: Target) -> Language:

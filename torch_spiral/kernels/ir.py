@@ -257,7 +257,7 @@ def is_const(node: Node, value: Any = None) -> bool:
 
 # ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-_FOLD: dict[str, Callable[[int, int], int]] = {
+_FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -281,6 +281,8 @@ def _arith(op: str, a: Any, b: Any) -> Any:
             return a
         if op == "mul" and is_const(a, 1):
             return b
+    elif a.op == "const" and b.op == "const":  # WGSL refuses constant expressions that overflow
+        return const(_FOLD[op](const_value(a), const_value(b)), dtype)
     return Node(op, dtype, a, b)
 
 
@@ -429,7 +431,9 @@ def reciprocal(a: Any) -> Any:
 
 
 def _compare(op: str, a: Any, b: Any) -> Node:
-    _, args = same(a, b)
+    dtype, args = same(a, b)
+    if dtype == "bool" and op not in ("eq", "ne"):
+        args = [cast(x, "i32") for x in args]
     return Node(op, "bool", *args)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from .emit import BufferDecl, Language, Options, ScalarDecl
-from .kernel import Kernel, Target
+import math
+import struct
+
+from .emit import BufferDecl, Emitter, Language, Options, ScalarDecl
+from .ir import BITS, FLOATS, INTS, Node, const_value
+from .kernel import DTYPES, Kernel, Target, Unsupported
 
 POINTEE = {
     "f32": "float", "f16": "half", "bf16": "ushort", "f64": "double",
@@ -12,10 +16,202 @@ POINTEE = {
     "c32": "uint", "c64": "float2", "c128": "double2", "b128": "ulong2",
 }  # fmt: skip
 TYPES = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "u64": "ulong", "bool": "int"}
+NATIVE = frozenset(
+    "floor ceil trunc rint sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh "
+    "atanh atan2 pow fmod hypot copysign nextafter fma".split()
+)
+NATIVE_F64 = NATIVE | {"erf", "erfc", "lgamma"}
+INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "idiv": "/", "irem": "%", "and": "&", "or": "|", "xor": "^",
+    "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
+}  # fmt: skip
+COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
 
 
 class OpenCL(Language):
+    """A scalar bool is int 0 or 1; a vector of bools is intN, 0 or -1, as select wants it."""
+
     name = "opencl"
+
+    def type(self, target: Target, dtype: str, lanes: int) -> str:
+        if dtype == "f64" and not target.float64:
+            raise Unsupported("this device has no float64 arithmetic")
+        return TYPES[dtype] + (str(lanes) if lanes > 1 else "")
+
+    def const(self, target: Target, node: Node) -> str:
+        v, dtype = const_value(node), node.dtype
+        if dtype == "f32":
+            if math.isnan(v):
+                return "as_float(0x7fc00000)"
+            if math.isinf(v):
+                return "INFINITY" if v > 0 else "(-INFINITY)"
+            text = f"{v:.9g}"
+            text = (text if "." in text or "e" in text else text + ".0") + "f"
+            return text if v > 0 or text[0] != "-" else f"({text})"
+        if dtype == "f64":
+            if not math.isfinite(v):
+                return f"as_double(0x{struct.unpack('<Q', struct.pack('<d', v))[0]:x}UL)"
+            return repr(v) if repr(v)[0] != "-" else f"({v!r})"
+        if dtype == "bool":
+            return str(v)
+        suffix = {"i32": "", "u32": "u", "i64": "L", "u64": "UL"}[dtype]
+        if v < 0:
+            return f"(-{-v - 1}{suffix} - 1{suffix})"
+        return f"{v}{suffix}"
+
+    def splat(self, type_: str, text: str) -> str:
+        return f"({type_})({text})"
+
+    def let(self, type_: str, name: str, text: str) -> str:
+        return f"const {type_} {name} = {text};"
+
+    def var(self, type_: str, name: str, text: str) -> str:
+        return f"{type_} {name} = {text};"
+
+    def function(self, name: str, result: str, params: list[tuple[str, str]], body: list[str]) -> str:
+        return f"static {result} {name}({', '.join(f'const {t} {n}' for t, n in params)}) {{\n" + "\n".join(body) + "\n}"
+
+    def operation(self, emitter: Emitter, node: Node, args: list[str]) -> str | None:
+        op, lanes, dtype = node.op, node.lanes, node.dtype
+        source = node.args[0].dtype if node.args else dtype
+        vector = lanes > 1
+        type_ = self.type(emitter.target, dtype, lanes)
+        if op in INFIX and dtype != "bool":
+            return f"{args[0]} {INFIX[op]} {args[1]}"
+        if op in COMPARE:
+            text = f"{args[0]} {INFIX[op]} {args[1]}"
+            return f"convert_int{lanes}({text})" if vector and BITS.get(source) == 64 else text
+        if op in ("and", "or", "xor"):
+            return f"{args[0]} {INFIX[op]} {args[1]}"
+        if op == "not":
+            return f"!{args[0]}" if dtype == "bool" and not vector else f"~{args[0]}"
+        if op in ("shl", "shr"):
+            amount = args[1] if not vector or dtype == "u32" else f"convert_{type_}({args[1]})"
+            return f"{args[0]} {'<<' if op == 'shl' else '>>'} {amount}"
+        if op == "neg":
+            return f"-{args[0]}"
+        if op == "where":
+            if not vector:
+                return f"{args[0]} ? {args[1]} : {args[2]}"
+            mask = args[0] if BITS.get(dtype) != 64 else f"convert_long{lanes}({args[0]})"
+            return f"select({args[2]}, {args[1]}, {mask})"
+        if op == "cast":
+            if source == "bool":
+                return f"convert_{type_}(-{args[0]})" if vector else f"({type_}){args[0]}"
+            if source in FLOATS and dtype in INTS:
+                return f"convert_{type_}_sat({args[0]})"
+            return f"convert_{type_}({args[0]})" if vector else f"({type_}){args[0]}"
+        if op == "bitcast":
+            return f"as_{type_}({args[0]})"
+        if op == "abs":
+            return f"fabs({args[0]})" if dtype in FLOATS else f"as_{type_}(abs({args[0]}))"
+        if op in ("min", "max"):
+            return f"{op}({args[0]}, {args[1]})"
+        if op == "isnan":
+            return f"convert_int{lanes}(isnan({args[0]}))" if vector and source == "f64" else f"isnan({args[0]})"
+        if op == "fma" and dtype not in FLOATS:
+            return f"{args[0]} * {args[1]} + {args[2]}"
+        if op == "lane":
+            return f"({type_})({', '.join(map(str, range(lanes)))})"
+        if op in ("lo", "hi"):
+            return f"{args[0]}.{op}" if vector or dtype != "bool" else f"{args[0]}.{op} & 1"
+        if op == "extract":
+            return f"{args[0]}.s{node.attr:x}" + (" & 1" if dtype == "bool" else "")
+        if op in (NATIVE if dtype == "f32" else NATIVE_F64):
+            return f"{op}({', '.join(args)})"
+        return None
+
+    # ---- memory -----------------------------------------------------------------------------------------------
+
+    def load(self, k: Emitter, b: BufferDecl, index: str, lanes: int) -> list[Node]:
+        """The element at index, or `lanes` consecutive ones, as a node, or two for pairs."""
+        d, n, p = DTYPES[b.dtype], lanes if lanes > 1 else "", b.name
+        if d.is_pair:
+            return self._load_pair(k, b, index, lanes)
+        if b.dtype == "f16":
+            text = f"vload_half{n}(0, {p} + {index})"
+        else:
+            text = f"vload{n}(0, {p} + {index})" if n else f"{p}[{index}]"
+            if b.dtype == "bf16":
+                text = f"as_float{n}(convert_uint{n}({text}) << 16)" if n else f"as_float((uint){text} << 16)"
+            elif b.dtype == "bool":
+                text = f"convert_int{n}({text}) != 0" if n else f"{text} != 0"
+            elif d.size < 4:
+                text = f"convert_int{n}({text})"
+        return [k.tmp(d.compute, text, lanes)]
+
+    def _load_pair(self, k: Emitter, b: BufferDecl, index: str, lanes: int) -> list[Node]:
+        d, p = DTYPES[b.dtype], b.name
+        half = b.dtype == "c32"
+        pointer = f"((__global {'half' if half else TYPES[d.compute]}*)({p} + {index}))"
+        load = "vload_half" if half else "vload"
+        if lanes == 1:
+            pair = k.fresh()
+            k.line(f"const {TYPES[d.compute]}2 {pair} = {load}2(0, {pointer});")
+            return [k.tmp(d.compute, f"{pair}.{c}") for c in "xy"]
+        parts = []
+        width = min(16, 2 * lanes)
+        for i in range(2 * lanes // width):
+            v = k.fresh()
+            k.line(f"const {TYPES[d.compute]}{width} {v} = {load}{width}({i}, {pointer});")
+            parts.append(v)
+        type_ = f"{TYPES[d.compute]}{lanes}"
+        return [k.tmp(d.compute, f"({type_})({', '.join(f'{v}.{s}' for v in parts)})", lanes) for s in ("even", "odd")]
+
+    def gather(self, k: Emitter, b: BufferDecl, index: Node) -> list[Node]:
+        """Elements at a vector of indices."""
+        lanes, i = index.lanes, k.value(index)
+        each = [self.load(k, b, f"{i}.s{lane:x}", 1) for lane in range(lanes)]
+        d = DTYPES[b.dtype]
+        out = []
+        for part in range(len(each[0])):
+            atoms = [("-" if d.compute == "bool" else "") + k.value(e[part]) for e in each]
+            out.append(k.tmp(d.compute, f"({k.type(d.compute, lanes)})({', '.join(atoms)})", lanes))
+        return out
+
+    def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
+        """Stores compute-dtype values to index and, if lanes > 1, those after it."""
+        d, n, p = DTYPES[b.dtype], lanes if lanes > 1 else "", b.name
+        v = [k.value(x, lanes) for x in values]
+        if d.is_pair:
+            half = b.dtype == "c32"
+            store = "vstore_half" if half else "vstore"
+            rounding = "_rte" if half else ""
+            t = TYPES[d.compute]
+            pointer = f"((__global {'half' if half else t}*)({p} + {index}))"
+            if lanes == 1:
+                k.line(f"{store}2{rounding}(({t}2)({v[0]}, {v[1]}), 0, {pointer});")
+                return
+            width = min(8, lanes)
+            for i in range(lanes // width):
+                c = ", ".join(f"{v[part]}.s{i * width + j:x}" for j in range(width) for part in (0, 1))
+                k.line(f"{store}{2 * width}{rounding}(({t}{2 * width})({c}), {i}, {pointer});")
+            return
+        value = v[0]
+        if b.dtype == "f16":
+            k.line(f"vstore_half{n}_rte({value}, 0, {p} + {index});")
+            return
+        if b.dtype == "bf16":
+            bits = k.value(Node("bf16_encode", "u32", values[0]), lanes)
+            value = f"convert_ushort{n}({bits})"
+        elif b.dtype == "bool":
+            value = f"convert_uchar{n}({value} & 1)" if n else f"(uchar)({value} != 0)"
+        elif d.size < 4:
+            value = f"convert_{POINTEE[b.dtype]}{n}({value})"
+        k.line(f"vstore{n}({value}, 0, {p} + {index});" if n else f"{p}[{index}] = {value};")
+
+    def scatter(self, k: Emitter, b: BufferDecl, index: Node, values: list[Node]) -> None:
+        lanes = index.lanes
+        i, atoms = k.value(index), [k.value(v, lanes) for v in values]
+        for lane in range(lanes):
+            parts = [Node("tmp", v.dtype, attr=f"{a}.s{lane:x}") for v, a in zip(values, atoms)]
+            if DTYPES[b.dtype].kind == "bool":
+                parts = [Node("tmp", "bool", attr=f"({p.attr} & 1)") for p in parts]
+            self.store(k, b, f"{i}.s{lane:x}", parts, 1)
+
+    barrier = "barrier(CLK_LOCAL_MEM_FENCE);"
+    memory_barrier = "barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);"
+    loop = "for (;;)"
 
     def prefix(
         self,

@@ -93,7 +93,7 @@ def activation(t: Text, name: str, x: str) -> str:
     if name in ("gelu",):
         t.module.setdefault("erf1", _ERF_WGSL if t.wgsl else "float erf1(float x) { return erf(x); }")
     if name in ("tanh", "gelu_tanh"):
-        t.module.setdefault("tanh1", _TANH_WGSL if t.wgsl else "float tanh1(float x) { return tanh(x); }")
+        t.module.setdefault("tanh1", _TANH_WGSL if t.wgsl else _TANH_CL)
     f = (lambda v: v) if t.wgsl else (lambda v: v + "f")
     hs = t.select(t.select(f"({x} * {f('0.16666667')} + {f('0.5')})", f("1.0"), f"{x} > {f('3.0')}"), f("0.0"), f"{x} < -{f('3.0')}")
     one, half = f("1.0"), f("0.5")
@@ -118,12 +118,19 @@ _TANH_WGSL = """fn tanh1(x: f32) -> f32 {
   if (a > 10.0) { return select(-1.0, 1.0, x > 0.0); }
   let e = exp(2.0 * x); return (e - 1.0) / (e + 1.0);
 }"""
+_TANH_CL = """float tanh1(float x) {
+  float a = fabs(x);
+  if (a < 0.02f) return x - x * x * x * 0.33333333f;
+  if (a > 10.0f) return x > 0.0f ? 1.0f : -1.0f;
+  float e = exp(2.0f * x); return (e - 1.0f) / (e + 1.0f);
+}"""
 # Below 1 the Taylor series, to 1e-7 of erf; above, 1 - erfc by Chebyshev fitting (Numerical Recipes' erfcc), to 1.2e-7.
 _ERF_WGSL = """fn erf1(x: f32) -> f32 {
   let a = abs(x);
   if (a < 1.0) {
     let z = x * x;
-    var p = 1.0 / 75600.0; p = fma(-p, z, 1.0 / 9360.0); p = fma(-p, z, 1.0 / 1320.0); p = fma(-p, z, 1.0 / 216.0);
+    var p = 1.0 / 76204800.0; p = fma(-p, z, 1.0 / 6894720.0); p = fma(-p, z, 1.0 / 685440.0);
+    p = fma(-p, z, 1.0 / 75600.0); p = fma(-p, z, 1.0 / 9360.0); p = fma(-p, z, 1.0 / 1320.0); p = fma(-p, z, 1.0 / 216.0);
     p = fma(-p, z, 1.0 / 42.0); p = fma(-p, z, 1.0 / 10.0); p = fma(-p, z, 1.0 / 3.0); p = fma(-p, z, 1.0);
     return 1.1283791671 * x * p;
   }

@@ -584,9 +584,9 @@ def skinny(
             for r in range(rows):
                 t.add(f"s{r}_{c} = {t.fma(f'a{r}', f'b{c}', f's{r}_{c}', acc)};")
         t.end()
-        count = rows * columns
-        # Each row of C at a time, so that shared memory stays small.
+        # One row of C at a time, so that shared memory stays small: 64 invocations add `threads` sums by eighths, 8 add those.
         t.shared("sums", acc, columns * (threads + 1), 1)
+        t.shared("eighths", acc, columns * 8, 1)
         for r in range(rows):
             for c in range(columns):
                 value = f"s{r}_{c}"
@@ -594,22 +594,17 @@ def skinny(
                     value = f"(({value}.x + {value}.y) + ({value}.z + {value}.w))"
                 t.add(f"sums[{c * (threads + 1)}u + lid] = {value};")
             t.barrier()
-            half = threads // 2
-            while half >= 8:
-                t.open(f"lid < {half}u")
-                for c in range(columns):
-                    t.add(f"sums[{c * (threads + 1)}u + lid] += sums[{c * (threads + 1) + half}u + lid];")
-                t.end()
-                t.barrier()
-                half //= 2
+            t.open(f"lid < {columns * 8}u")
+            t.let("from_", f"(lid / 8u) * {threads + 1}u + (lid % 8u)")
+            t.add(f"eighths[lid] = {' + '.join(f'sums[from_ + {8 * j}u]' for j in range(threads // 8))};")
+            t.end()
+            t.barrier()
             t.open(f"lid < {columns}u")
-            t.let("at", f"lid * {threads + 1}u")
-            total = " + ".join(f"sums[at + {j}u]" for j in range(8))
+            total = " + ".join(f"eighths[lid * 8u + {j}u]" for j in range(8))
             t.let("total", f"({total})", acc)
             _skinny_store(t, out, split, str(r) + "u", "(col0 + lid)", "total")
             t.end()
             t.barrier()
-        assert count
     else:
         per, lanes = 16, threads // 16  # 16 invocations along n, 4 columns each; `lanes` along k
         t.let("tx", f"lid % {per}u")

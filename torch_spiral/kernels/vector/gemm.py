@@ -189,25 +189,28 @@ def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
 UNROLL_K = 4
 
 
-def micro(s: Schedule, b_step: str, kc: str, load: str = "") -> str:
-    """Accumulates c<r>_<v> over kc steps from the pointers a_ (packed rows) and b_ (advancing by b_step elements)."""
+def micro(s: Schedule, b_step: str, kc: str, load: str = "", row_step: int = 0, prefix: str = "c") -> str:
+    """Accumulates c<r>_<v> over kc steps from the pointers a_ (packed rows, or rows row_step apart) and b_ (advancing by b_step)."""
+    at = (lambda u, r: r * row_step + u) if row_step else (lambda u, r: u * s.mr + r)
+    a_step = 1 if row_step else s.mr
     load = load or f"vload{s.w}(0, {{p}})"
     lines = []
     for u in range(UNROLL_K):
         lines.append("{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv)))
-        lines += [f"{{ const V a_{r} = (V)(a_[{u * s.mr + r}]); " + " ".join(f"c{r}_{v} = FMA(a_{r}, b{v}, c{r}_{v});" for v in range(s.nv))
+        lines += [f"{{ const V a_{r} = (V)(a_[{at(u, r)}]); " + " ".join(f"{prefix}{r}_{v} = FMA(a_{r}, b{v}, {prefix}{r}_{v});" for v in range(s.nv))
                   + " }" for r in range(s.mr)]
         lines.append("}")
     step = "\n".join(lines[:len(lines) // UNROLL_K])
     return (f"uint k_ = {kc}; for (; k_ >= {UNROLL_K}u; k_ -= {UNROLL_K}u) {{ {chr(10).join(lines)}\n"
-            f"a_ += {UNROLL_K * s.mr}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {s.mr}; b_ += {b_step}; }}")
+            f"a_ += {UNROLL_K * a_step}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {a_step}; b_ += {b_step}; }}")
 
 
 def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -> Kernel:
     """Packs B[b, K, N] into P[b, cdiv(K, kc), cdiv(N, nr), min(kc, rest of K), nr] of the compute dtype, zero-filled beyond N.
 
     layout: "n" unit stride along N, "t" along K, "g" any strides.
-    Buffers: B, P. Scalars: bb, bk, bn (i64 strides of batch, K, N), K, N (u32).
+    The batch has two levels (batch and head): item i starts at B + i / inner * bb + i % inner * bi.
+    Buffers: B, P. Scalars: bb, bi, bk, bn (i64), inner, K, N (u32).
     Grid: (tasks along panels, tasks along K, batch), any numbers >= 1. Temporary: batch * cdiv(N, nr) * K * nr elements.
     """
     compute = compute_dtype(dtype)
@@ -256,11 +259,11 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -
   const uint p0 = (ulong)NP * get_group_id(0) / get_num_groups(0), p1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
   const uint KB = (K + 7u) / 8u;
   const uint k0 = (ulong)KB * get_group_id(1) / get_num_groups(1) * 8u, k1 = min(K, (uint)((ulong)KB * (get_group_id(1) + 1) / get_num_groups(1) * 8u));
-  B += (long)get_group_id(2) * bb; P += (ulong)get_group_id(2) * NP * K * {nr};
+  const uint item = get_group_id(2); B += (long)(item / inner) * bb + (long)(item % inner) * bi; P += (ulong)get_group_id(2) * NP * K * {nr};
 {inner}
 """
     return finish(target, f"vector_pack_b_{dtype}_{layout}_{s}", [("B", dtype, "r"), ("P", compute, "w")],
-                  [("bb", "i64"), ("bk", "i64"), ("bn", "i64"), ("K", "u32"), ("N", "u32")], module(compute, w, (dtype,)) + macros, body)
+                  [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64"), ("inner", "u32"), ("K", "u32"), ("N", "u32")], module(compute, w, (dtype,)) + macros, body)
 
 
 def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str = "n", b_layout: str = "packed", c_layout: str = "n",
@@ -421,7 +424,7 @@ def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int
     width = width or vector_width()
     w = lanes(width, compute)
     dm, dn = (1, 8) if rows == 1 else (6, 4) if width == 16 else (4, 3)
-    mb, nb, kc = (1, 64, 4096) if rows == 1 else (60, 48, 512)
+    mb, nb, kc = (1, 8, 512) if rows == 1 else (60, 48, 512)  # one row: each row of B is streamed to its end
     ep = epilogue
     acc = "".join(f"V c{r}_{j} = (V)(0);" for r in range(dm) for j in range(dn))
     pa = "".join(f"const __global {POINTEE[a_dtype]}* a{r} = A + (long)min(m + {r}u, M - 1) * am + k0; " for r in range(dm))
@@ -484,15 +487,15 @@ def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str
     w = lanes(width or vector_width(), compute)
     ep = Epilogue() if split else epilogue
     out = compute if split else c_dtype
-    nc = 64 * w
-    rows = "".join(f"const T a{i} = LD_{a_dtype}(A + (long)(k + {i}) * ak); " for i in range(4))
-    vec = "V x = vload{w}(0, t + j); ".replace("{w}", str(w)) + " ".join(f"x = FMA((V)(a{i}), LDV_{b_dtype}(b + {i} * bk + j), x);" for i in range(4))
-    one = "T x = t[j]; " + " ".join(f"x = FMA(a{i}, LD_{b_dtype}(b + {i} * bk + j), x);" for i in range(4))
+    nc, ku = 256 * w, 8  # columns and rows of B at a time
+    rows = "".join(f"const T a{i} = LD_{a_dtype}(A + (long)(k + {i}) * ak); " for i in range(ku))
+    vec = "V x = vload{w}(0, t + j); ".replace("{w}", str(w)) + " ".join(f"x = FMA((V)(a{i}), LDV_{b_dtype}(b + {i} * bk + j), x);" for i in range(ku))
+    one = "T x = t[j]; " + " ".join(f"x = FMA(a{i}, LD_{b_dtype}(b + {i} * bk + j), x);" for i in range(ku))
     body = f"""
   T t[{nc}]; T total[{nc}];
-  const uint NB = (N + {w - 1}u) / {w}u, NK = (K + 3u) / 4u;
+  const uint NB = (N + {w - 1}u) / {w}u, NK = (K + {ku - 1}u) / {ku}u;
   const uint n0 = (ulong)NB * get_group_id(1) / get_num_groups(1) * {w}u, n1 = min(N, (uint)((ulong)NB * (get_group_id(1) + 1) / get_num_groups(1) * {w}u));
-  const uint ks = (ulong)NK * get_group_id(0) / get_num_groups(0) * 4u, ke = min(K, (uint)((ulong)NK * (get_group_id(0) + 1) / get_num_groups(0) * 4u));
+  const uint ks = (ulong)NK * get_group_id(0) / get_num_groups(0) * {ku}u, ke = min(K, (uint)((ulong)NK * (get_group_id(0) + 1) / get_num_groups(0) * {ku}u));
   A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
   {"C += (ulong)get_group_id(0) * get_num_groups(2) * N;" if split else ""}
   {_operand_batches(ep)}
@@ -503,7 +506,7 @@ def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str
     for (uint k0 = ks; k0 < ke; k0 += 128u) {{
       const uint k1 = min(k0 + 128u, ke); uint k = k0;
       for (uint j = 0; j < c; j++) t[j] = 0;
-      for (; k + 4 <= k1; k += 4) {{
+      for (; k + {ku} <= k1; k += {ku}) {{
         {rows} const __global {POINTEE[b_dtype]}* b = B + (long)k * bk + n; uint j = 0;
         for (; j + {w}u <= c; j += {w}u) {{ {vec} vstore{w}(x, 0, t + j); }}
         for (; j < c; j++) {{ {one} t[j] = x; }}

@@ -1,0 +1,163 @@
+"""Attention for CPU devices: flash-style tiles of 6 rows by 64 columns, no score matrix in memory, no atomics.
+
+Layouts: Q[B, H, Tq, D], K[B, Hk, Tk, D], V[B, Hk, Tk, Dv], O[B, H, Tq, Dv] with any strides of B, H, T and unit stride along D;
+H = Hk * group. K is read from panels of keys ("columns": pack_columns) and V from blocks of 64 keys ("rows": pack_rows_), both
+made by gemm.pack_b; padding and 16-bit conversions happen there. Scores are kept in base 2: scale * log2(e) multiplies Q once.
+A fully masked row gives 0 and a logsumexp of -inf, as PyTorch's fused kernels do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..kernel import Kernel, Target
+from ..opencl import POINTEE
+from .gemm import Schedule, micro, pack_b, schedule
+from .source import finish, prelude, vector_width
+
+BLOCK = 64  # columns of a tile
+ROWS = 48  # rows of a task
+MAX_HEAD = 256
+
+EXP2 = r"""
+V exp2v(V x) {  // relative error 2e-7; below -126 it is 0, NaN propagates
+  V n = rint(max(x, (V)(-126.f))), f = x - n;
+  V p = fma(f, (V)(1.5403530e-4f), (V)(1.3333558e-3f)); p = fma(p, f, (V)(9.6181291e-3f)); p = fma(p, f, (V)(5.5504109e-2f));
+  p = fma(p, f, (V)(2.4022651e-1f)); p = fma(p, f, (V)(6.9314718e-1f)); p = fma(p, f, (V)(1.f));
+  return select(as_V(as_U(p) + (convert_U(n) << 23)), (V)(0.f), x < (V)(-126.f));
+}
+"""
+
+
+def column_schedule(s: Schedule | None = None) -> Schedule:
+    """Schedule of pack_b for "columns": B[D, T] into panels [cdiv(T, nr), D, nr]. D is at most 256."""
+    return replace(s or schedule(), kc=MAX_HEAD)
+
+
+def row_schedule(s: Schedule | None = None) -> Schedule:
+    """Schedule of pack_b for "rows": B[T, D] into [cdiv(T, 64), cdiv(D, nr), min(64, rest), nr]."""
+    return replace(s or schedule(), kc=BLOCK)
+
+
+def pack_columns(target: Target, dtype: str) -> Kernel:
+    """gemm.pack_b of X[.., T, D] seen as [D, T] (bk = 1, bn = stride of T; K = D, N = T)."""
+    return pack_b(target, dtype, "t", column_schedule())
+
+
+def pack_rows(target: Target, dtype: str) -> Kernel:
+    """gemm.pack_b of X[.., T, D] (bk = stride of T, bn = 1; K = T, N = D)."""
+    return pack_b(target, dtype, "n", row_schedule())
+
+
+def _module(w: int, dtypes: tuple[str, ...]) -> str:
+    exp2 = EXP2.replace("as_V", f"as_float{w}").replace("as_U", f"as_int{w}").replace("convert_U", f"convert_int{w}")
+    return prelude("f32", w, dtypes) + exp2 + "#define LOG2E 1.44269504f\n"
+
+
+def _hmax(w: int) -> str:
+    h = "T vmax(V v) { float8 a = " + ("max(v.lo, v.hi)" if w == 16 else "v") + "; float4 b = max(a.lo, a.hi); float2 c = max(b.lo, b.hi); return max(c.x, c.y); }\n"
+    return h
+
+
+def _pack(dst: str, src: str, dtype: str, stride: str, depth: str, factor: str, mr: int) -> str:
+    """dst[d * mr + r] = src[row r, d] * factor, for rows r of a group; rows beyond the last repeat it."""
+    return (f"for (uint r = 0; r < {mr}u; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)min(g0 + r, last) * {stride}; "
+            f"for (uint d = 0; d < {depth}; d++) {dst}[d * {mr} + r] = LD_{dtype}(s_ + d) * {factor}; }}")
+
+
+def _product(s: Schedule, a: str, panels: str, depth: str, out: str) -> str:
+    """out[6][64] = a (packed rows, depth) x 64 columns of `panels`."""
+    acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
+    put = " ".join(f"vstore{s.w}(c{r}_{v}, {v}, {out} + {r * BLOCK} + q * {s.nr});" for r in range(s.mr) for v in range(s.nv))
+    return (f"for (uint q = 0; q < {BLOCK // s.nr}u && q * {s.nr}u < cols; q++) {{ const T* a_ = {a}; "
+            f"const __global T* b_ = {panels} + (ulong)q * {depth} * {s.nr}; {acc} {micro(s, str(s.nr), depth)} {put} }}")
+
+
+def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: str) -> str:
+    """out[6][depth up to nr] = out * factor[r] + a[6][64] x rows[cols][depth]; tiles of `out` are [panel][6][nr]."""
+    acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
+    old = f"vload{s.w}({{v}}, o_ + {{r}} * {s.nr})"
+    put = " ".join(
+        f"vstore{s.w}(" + (f"fma({old.format(v=v, r=r)}, (V)({factor}[{r}]), c{r}_{v})" if factor else f"{old.format(v=v, r=r)} + c{r}_{v}")
+        + f", {v}, o_ + {r} * {s.nr});" for r in range(s.mr) for v in range(s.nv))
+    return (f"for (uint q = 0; q * {s.nr}u < {depth}; q++) {{ const T* a_ = {a}; T* o_ = {out} + q * {s.mr * s.nr}; "
+            f"const __global T* b_ = {rows} + (ulong)q * cols * {s.nr}; {acc} {micro(s, str(s.nr), 'cols', row_step=BLOCK)} {put} }}")
+
+
+def _masking(mask: str | None, causal: bool, w: int, row_stride: str, col_stride: str, transposed: bool) -> str:
+    """Statements that mask one row of scores S_[0..63]: row `row`, columns n0 + j, j < cols."""
+    out = []
+    if mask == "bool":
+        out.append(f"for (uint j = 0; j < cols; j++) if (!mk_[(long)(n0 + j) * {col_stride}]) S_[j] = -INFINITY;")
+    elif mask:
+        out.append(f"if ({col_stride} == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
+                   f"vstore{w}(fma(LDV_{mask}(mk_ + n0 + j), (V)(LOG2E), vload{w}(0, S_ + j)), 0, S_ + j); "
+                   f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * {col_stride}), LOG2E, S_[j]);")
+    if out:
+        out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * {row_stride};")
+    if causal and not transposed:  # key n0 + j <= row + diagonal
+        out.append("for (int j = max(0, (int)row + diagonal - (int)n0 + 1); j < (int)cols; j++) S_[j] = -INFINITY;")
+    if causal and transposed:  # row is the key: query n0 + j >= row - diagonal
+        out.append("for (int j = 0; j < min((int)cols, (int)row - diagonal - (int)n0); j++) S_[j] = -INFINITY;")
+    out.append(f"for (uint j = cols; j < {BLOCK}u; j++) S_[j] = -INFINITY;")
+    return " ".join(out)
+
+
+def attention_forward(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+    """O = softmax(scale * Q K^T + mask) V and its logsumexp (natural logarithm).
+
+    Buffers: Q, Kc (packed columns of K, per B * Hk), Vr (packed rows of V), O, L[B, H, Tq] (f32, contiguous), and mask where given.
+    mask: dtype of an additive mask, or "bool" (true: attend); strides may be 0. causal: key <= query + diagonal.
+    Scalars: qb, qh, qt, ob, oh, ot, and with mask mb, mh, mq, mk (i64); H, group, Tq, Tk, D, Dv (u32), diagonal (i32, if causal), scale (f32).
+    Grid: (cdiv(Tq, 48), B * H, 1).
+    """
+    s = schedule("f32", width or vector_width())
+    w, mr, nr = s.w, s.mr, s.nr
+    groups = ROWS // mr
+    dpad = MAX_HEAD
+    body = f"""
+  T Qp[{groups * mr * dpad}]; T Op[{groups * mr * dpad}]; T S[{mr * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T al[{mr}];
+  const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H;
+  const uint qi = {"(x & 1) ? nq - 1 - x / 2 : x / 2" if causal else "x"};  // heavy and light tasks alternate
+  const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0);
+  const uint NPk = (Tk + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u, hk = b * (H / group) + h / group;
+  Q += (long)b * qb + (long)h * qh; O += (long)b * ob + (long)h * oh; L += (ulong)bh * Tq;
+  Kc += (ulong)hk * NPk * D * {nr}; Vr += (ulong)hk * Tk * NPv * {nr};
+  {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
+  for (uint i = 0; i < {groups}u; i++) {{ const uint g0 = q0 + i * {mr}u; if (g0 >= Tq) break;
+    T* d_ = Qp + i * {mr} * D; {_pack("d_", "Q", dtype, "qt", "D", "(scale * LOG2E)", mr)} }}
+  for (uint j = 0; j < {groups * mr}u * NPv * {nr}u; j++) Op[j] = 0;
+  for (uint r = 0; r < {ROWS}u; r++) {{ M_[r] = -INFINITY; Z[r] = 0; }}
+  for (uint n0 = 0; n0 < Tk; n0 += {BLOCK}u) {{
+    const uint cols = min({BLOCK}u, Tk - n0);
+    for (uint i = 0; i * {mr}u < rows; i++) {{
+      const uint g0 = q0 + i * {mr}u;
+      {f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;" if causal else ""}
+      {_product(s, f"Qp + i * {mr} * D", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
+      for (uint r = 0; r < {mr}u; r++) {{
+        const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK};
+        {f"if (cols < {BLOCK}u" + (f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal" if causal else "") + ") {" if not mask else "{"}
+          {_masking(mask, causal, w, "mq", "mk", False)} }}
+        V x0 = vload{w}(0, S_); UNROLL for (uint j = {w}; j < {BLOCK}u; j += {w}u) x0 = max(x0, vload{w}(0, S_ + j));
+        const T m = max(M_[i * {mr} + r], vmax(x0)), m_ = m == -INFINITY ? 0 : m;
+        al[r] = exp2(M_[i * {mr} + r] - m_); M_[i * {mr} + r] = m;
+        V z = (V)(0); UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{ const V e = exp2v(vload{w}(0, S_ + j) - m_); z += e; vstore{w}(e, 0, S_ + j); }}
+        Z[i * {mr} + r] = fma(Z[i * {mr} + r], al[r], vsum(z));
+      }}
+      {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", f"Op + i * {mr} * NPv * {nr}", "al")}
+    }}
+  }}
+  for (uint r = 0; r < rows; r++) {{
+    const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
+    L[q0 + r] = M_[r] == -INFINITY ? -INFINITY : (M_[r] + log2(Z[r])) * 0.69314718f;
+    for (uint d = 0; d < Dv; d++) ST_{dtype}(O + (long)(q0 + r) * ot + d, o[d / {nr}u * {mr * nr} + d % {nr}u] * z);
+  }}
+"""
+    strides = ["qb", "qh", "qt", "ob", "oh", "ot"] + (["mb", "mh", "mq", "mk"] if mask else [])
+    name = "_".join(x for x in ("vector_attention", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    return finish(
+        target, name,
+        [("Q", dtype, "r"), ("Kc", "f32", "r"), ("Vr", "f32", "r"), ("O", dtype, "w"), ("L", "f32", "w")] + ([("mask", mask, "r")] if mask else []),
+        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        + [("scale", "f32")],
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w), body)
