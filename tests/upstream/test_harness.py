@@ -1,0 +1,149 @@
+"""The harness finds what it is there to find: wrong results, crashes, a ledger that grew. Needs no spiral device."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_spiral.testing import checks, coverage, ledger, upstream
+
+CPU = torch.device("cpu")
+ITEMS = checks.items()
+
+
+class Wrong:
+    """An op that misbehaves in its second call: the device's, as the first sample runs on the CPU first."""
+
+    def __init__(self, info, spoil) -> None:
+        self.info, self.spoil, self.calls = info, spoil, 0
+
+    def __getattr__(self, name):
+        return getattr(self.info, name)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        result = self.info(*args, **kwargs)
+        return self.spoil(result) if self.calls == 2 else result
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r + 1e-2,
+        lambda r: torch.where(torch.arange(r.numel()).reshape(r.shape) == 0, torch.nan, r),
+        lambda r: r.double(),
+        lambda r: r.unsqueeze(0),
+        lambda r: (r, r),
+    ],
+    ids=["value", "nan", "dtype", "shape", "structure"],
+)
+@pytest.mark.parametrize("name", ["add", "mm", "softmax", "sum"])
+def test_a_wrong_result_is_found(name: str, spoil) -> None:
+    item = replace(ITEMS[name], info=Wrong(ITEMS[name].info, spoil))
+    with pytest.raises(checks.Mismatch):
+        checks.forward(item, torch.float32, CPU)
+
+
+def test_a_right_result_passes_every_check() -> None:
+    for name in (
+        "add",
+        "mm",
+        "softmax",
+        "sort",
+        "nn.functional.conv2d",
+        "dropout" if "dropout" in ITEMS else "bernoulli",
+    ):
+        for check in checks.CHECKS["op"].values():
+            check(ITEMS[name], torch.float32, CPU, 2)
+
+
+def test_moved_samples_keep_strides_offsets_and_bits() -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    for x in (base.t()[1:, ::2], base[:1].expand(3, 6), torch.zeros(0, 3), torch.tensor(1.0)):
+        y = checks.move(x, CPU)
+        assert torch.equal(x, y) and x.stride() == y.stride() and x.storage_offset() == y.storage_offset()
+        assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or not x.numel()
+    z = torch.randn(3, dtype=torch.complex64).conj()
+    assert checks.move(z, CPU).is_conj() and torch.equal(checks.move(z, CPU), z)
+
+
+def test_shards_partition_the_tasks_and_the_tier_is_a_stable_part() -> None:
+    listed = [(i.name, i.kind, str(d).removeprefix("torch.")) for i in ITEMS.values() for d in i.dtypes]
+    tasks = coverage.tasks(listed)
+    assert len(set(tasks)) == len(tasks) > 6000
+    shards = [[t for t in tasks if t.hash % 4 == s] for s in range(4)]
+    assert sorted(functools.reduce(operator.iadd, shards, [])) == sorted(tasks)
+    tier = [t for t in tasks if coverage.stratum(t)]
+    assert {t.check for t in tier} >= set(coverage.CHECKS) - {"gradcheck"}
+    assert 200 < len(tier) < len(tasks) / 8
+
+
+def test_a_worker_that_dies_costs_one_check(tmp_path: Path) -> None:
+    worker = coverage.Worker("cpu", None, tmp_path / "log")
+    worker.process.kill()
+    answer = worker.ask({"list": True}, timeout=60)
+    assert answer["status"] == "crash"
+
+
+def test_ledger_round_trip_and_growth(tmp_path: Path) -> None:
+    folder = tmp_path / "tests" / "upstream"
+    folder.mkdir(parents=True)
+    path = folder / "expectations.yaml"
+    why = ledger.Expectation("unimplemented", "none yet")
+    cells = {("svd", "forward", d, e): why for d in ("float32", "int64") for e in ("opencl", "wgpu")}
+    cells["svd", "backward", "float32", "wgpu"] = why
+    path.write_text(ledger.dump(cells))
+    assert ledger.load(path) == cells and ledger.check(None, path) == []
+
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True
+        )
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "ledger")
+    assert ledger.check("HEAD", path) == []
+    cells["qr", "forward", "float32", "wgpu"] = why
+    path.write_text(ledger.dump(cells))
+    assert "grew from 5 to 6" in ledger.check("HEAD", path)[0]
+    path.write_text(path.read_text().replace("limit: 6", "limit: 7"))
+    assert "says limit: 7" in ledger.check(None, path)[0]
+
+
+def test_ledger_refuses_unknown_classes(tmp_path: Path) -> None:
+    path = tmp_path / "expectations.yaml"
+    path.write_text(ledger.dump({("svd", "forward", "float32", "wgpu"): ledger.Expectation("later", "")}))
+    with pytest.raises(ValueError, match="class is one of"):
+        ledger.load(path)
+
+
+@pytest.mark.full
+def test_upstream_files_run_with_crashes_isolated(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_small.py").write_text(
+        "import os\n"
+        "from torch.testing._internal.common_utils import TestCase\n"
+        "from torch.testing._internal.common_device_type import instantiate_device_type_tests\n"
+        "class TestSmall(TestCase):\n"
+        "    def test_good(self, device): pass\n"
+        "    def test_bad(self, device): self.fail('on purpose')\n"
+        "    def test_crash(self, device): os._exit(9)\n"
+        "instantiate_device_type_tests(TestSmall, globals())\n"
+    )
+    command = [sys.executable, "-m", "torch_spiral.testing", "upstream", "--torch-source", str(tmp_path)]
+    command += ["--device", "cpu", "--workers", "1", "--out", str(tmp_path / "out"), "test_small.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    lines = (upstream.CACHE / "cpu-test_small.py.jsonl").read_text().splitlines()
+    outcomes = {o["nodeid"].split("::")[-1]: o["outcome"] for o in map(json.loads, lines)}
+    assert outcomes == {"test_good_cpu": "passed", "test_bad_cpu": "failed", "test_crash_cpu": "failed"}
+    assert "| test_small.py | 1 | 2 | 0 | 0 | 0 |" in (tmp_path / "out" / "summary.md").read_text()

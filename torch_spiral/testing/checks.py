@@ -1,0 +1,715 @@
+"""What is asked of each (op, dtype): the CPU's result from the same inputs, in every way the op can be called.
+
+An item is an entry of upstream's op_db, python_ref_db, module_db or optim_db. A check is a function of
+(item, dtype, device, limit) that returns how many samples it compared (0: does not apply) and raises where the
+device differs. limit bounds the samples of a check; None takes all.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The backend must have its name before upstream's helpers look for it.
+from torch_spiral.testing.devices import spiral_available
+
+spiral_available()
+
+from torch.testing import assert_close  # noqa: E402
+from torch.testing._internal.common_device_type import toleranceOverride  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db, python_ref_db  # noqa: E402
+from torch.testing._internal.common_modules import module_db  # noqa: E402
+from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
+from torch.testing._internal.opinfo.core import (  # noqa: E402
+    BinaryUfuncInfo,
+    OpInfo,
+    SampleInput,
+    UnaryUfuncInfo,
+)
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+Tensor = torch.Tensor
+
+# Decompositions that are unique only up to signs, phases or order: compared through what upstream differentiates.
+GAUGE = {
+    "linalg.svd", "svd", "linalg.eig", "linalg.eigh", "linalg.qr", "qr", "svd_lowrank", "pca_lowrank", "lobpcg",
+}  # fmt: skip
+
+# Their memory is not initialised, so only shapes, strides and dtypes compare.
+UNINITIALISED = {
+    "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "resize_as_",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str  # "add", "div.floor_rounding", "_refs.add", "nn.Linear", "optim.AdamW"
+    kind: str  # "op", "ref", "module", "optim"
+    info: Any
+    dtypes: tuple[torch.dtype, ...]
+
+
+def items() -> dict[str, Item]:
+    """Everything that upstream ships, by name."""
+    found: dict[str, Item] = {}
+
+    def add(name: str, kind: str, info: Any, dtypes: Iterable[torch.dtype]) -> None:
+        assert name not in found, name
+        found[name] = Item(name, kind, info, tuple(sorted(dtypes, key=str)))
+
+    for op in op_db:
+        add(op.full_name, "op", op, op.supported_dtypes("cpu"))
+    for op in python_ref_db:
+        add(op.full_name, "ref", op, op.supported_dtypes("cpu"))
+    for module in module_db:
+        add(module.name.replace("_", ".", 1) if module.name.startswith("nn_") else module.name, "module", module,
+            module.dtypes)  # fmt: skip
+    for optimizer in optim_db:
+        add(f"optim.{optimizer.optim_cls.__name__}", "optim", optimizer, (torch.float32,))
+    return found
+
+
+# Moving samples
+
+
+def _move(value: Any, device: torch.device, dtype: torch.dtype | None = None, grad: bool = False) -> Any:
+    """A copy of a tensor on a device with the same strides, offset, aliasing within itself and conj and neg bits."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            return value.detach().to(device)
+        x = value.detach()
+        conj, neg = x.is_conj(), x.is_neg()
+        x = x.conj() if conj else x
+        x = torch._neg_view(x) if neg else x
+        target = _widened(x.dtype, dtype)
+        if device.type == "meta":
+            out = torch.empty_strided(x.shape, x.stride(), dtype=target, device=device)
+        else:
+            base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
+            base = base.to(device, target, copy=True)
+            out = base.as_strided(x.shape, x.stride(), x.storage_offset())
+        out = out.conj() if conj else out
+        out = torch._neg_view(out) if neg else out
+        out = out.detach()
+        return out.requires_grad_() if grad and value.requires_grad else out
+    if isinstance(value, torch.dtype) and dtype is not None:
+        return _widened(value, dtype)
+    if value == "cpu" or value == torch.device("cpu"):
+        return device
+    return value
+
+
+def _widened(dtype: torch.dtype, widest: torch.dtype | None) -> torch.dtype:
+    if widest is None:
+        return dtype
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def move(tree: Any, device: torch.device, dtype: torch.dtype | None = None, grad: bool = False) -> Any:
+    """Copies a tree of arguments to a device; with dtype=float64, floating and complex tensors are widened."""
+    return tree_map(lambda v: _move(v, device, dtype, grad), tree)
+
+
+def _call(sample: SampleInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (sample.input, *sample.args), sample.kwargs
+
+
+CPU = torch.device("cpu")
+
+
+def _samples(item: Item, dtype: torch.dtype, limit: int | None, grad: bool = False, how: str = "sample_inputs"):
+    produce = getattr(item.info, how)
+    return itertools.islice(produce("cpu", dtype, requires_grad=grad), limit)
+
+
+# Comparing
+
+
+def _tolerances(info: Any, dtype: torch.dtype) -> dict[str, float]:
+    """The loosest of upstream's own tolerance for comparisons of this op, or torch.testing's for the dtype."""
+    atol = rtol = 0.0
+    for d in getattr(info, "decorators", None) or ():
+        if getattr(d, "cls_name", None) not in (None, "TestCommon", "TestModule"):
+            continue
+        for override in getattr(d, "decorators", [d]):
+            if isinstance(override, toleranceOverride) and dtype in override.d:
+                atol, rtol = max(atol, override.d[dtype].atol), max(rtol, override.d[dtype].rtol)
+    default = torch.testing._comparison.default_tolerances(dtype)  # rtol, atol
+    return {"rtol": max(rtol, default[0]), "atol": max(atol, default[1])}
+
+
+def _like(result: Any, reference: Any) -> None:
+    """Same structure, and shapes and dtypes of tensors."""
+    ours, theirs = tree_leaves(result), tree_leaves(reference)
+    assert len(ours) == len(theirs), f"{len(ours)} results instead of {len(theirs)}"
+    for o, t in zip(ours, theirs, strict=True):
+        if isinstance(t, Tensor):
+            assert isinstance(o, Tensor), f"{type(o).__name__} instead of a tensor"
+            assert o.shape == t.shape, f"shape {tuple(o.shape)} instead of {tuple(t.shape)}"
+            assert o.dtype == t.dtype, f"{o.dtype} instead of {t.dtype}"
+            assert o.layout == t.layout, f"{o.layout} instead of {t.layout}"
+
+
+def _close(result: Any, reference: Any, info: Any) -> None:
+    for o, t in zip(tree_leaves(result), tree_leaves(reference), strict=True):
+        if isinstance(t, Tensor):
+            assert_close(o.detach().cpu(), t.detach(), equal_nan=True, **_tolerances(info, t.dtype))
+        elif isinstance(t, float):
+            assert_close(o, t, equal_nan=True)
+        elif not isinstance(t, torch.device):
+            assert o == t, f"{o} instead of {t}"
+
+
+def _as_good(result: Any, reference: Any, exact: Any, info: Any) -> bool:
+    """Whether every result is about as near to the one computed in float64 as the CPU's is."""
+    elementwise = isinstance(info, (UnaryUfuncInfo, BinaryUfuncInfo))
+    for o, t, e in zip(tree_leaves(result), tree_leaves(reference), tree_leaves(exact), strict=True):
+        if not isinstance(t, Tensor) or not (t.dtype.is_floating_point or t.dtype.is_complex):
+            if isinstance(t, Tensor) and not torch.equal(o.cpu(), t):
+                return False
+            continue
+        if o.layout != torch.strided or e.shape != t.shape:
+            return False
+        wide = torch.complex128 if t.dtype.is_complex else torch.float64
+        o, t, e = (x.detach().cpu().to(wide) for x in (o, t, e))
+        finite = e.isfinite() & t.isfinite()
+        if not torch.equal(o.isfinite() & finite, finite):
+            return False
+        if not finite.any():
+            continue
+        o, t, e = o[finite], t[finite], e[finite]
+        eps = torch.finfo(tree_leaves(reference)[0].dtype).eps if _floating(tree_leaves(reference)[0]) else 1e-7
+        ours, theirs = (o - e).abs(), (t - e).abs()
+        if elementwise:  # each element on its own: large ones must not excuse small ones
+            if bool((ours > 8 * theirs + 8 * eps * e.abs() + 1e-7).any()):
+                return False
+        elif float(ours.max()) > 8 * float(theirs.max()) + 8 * eps * float(e.abs().max()):
+            return False
+    return True
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
+def compare(run: Callable[[Any], Any], tree: Any, device: torch.device, item: Item, grad: bool = False) -> bool:
+    """Runs on the device and on the CPU from copies of the same inputs. False where the CPU cannot run it.
+
+    A mismatch is excused where the CPU differs from itself under another seed (a random op: shapes and dtypes only),
+    or where the device is as near to float64 as the CPU is.
+    """
+    theirs = move(tree, CPU, grad=grad)
+    torch.manual_seed(0)
+    try:
+        reference = run(theirs)
+    except Exception:
+        return False
+    ours = move(tree, device, grad=grad)
+    torch.manual_seed(0)
+    result = run(ours)
+    _like(result, reference)
+    if device.type == "meta" or item.name in UNINITIALISED:
+        return True
+    try:
+        _close(result, reference, item.info)
+    except AssertionError:
+        if _random(run, tree, reference, grad):
+            return True
+        try:
+            exact = run(move(tree, CPU, torch.float64, grad=grad))
+        except Exception:
+            exact = None
+        if exact is None or not _as_good(result, reference, exact, item.info):
+            raise
+    return True
+
+
+def _random(run: Callable[[Any], Any], tree: Any, reference: Any, grad: bool) -> bool:
+    for seed in range(1, 4):
+        torch.manual_seed(seed)
+        again = run(move(tree, CPU, grad=grad))
+        for a, b in zip(tree_leaves(again), tree_leaves(reference), strict=True):
+            if isinstance(a, Tensor) and a.layout == torch.strided and not _same(a, b):
+                return True
+    return False
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+class Mismatch(AssertionError):
+    """A difference, with the sample that shows it."""
+
+
+def _each(item: Item, samples: Iterable[SampleInput], one: Callable[[SampleInput], bool]) -> int:
+    count = 0
+    for k, sample in enumerate(samples):
+        try:
+            count += bool(one(sample))
+        except Exception as e:  # noqa: PERF203
+            text = " ".join(str(e).split())
+            raise Mismatch(f"{type(e).__name__}: {text} [sample {k}: {_summary(sample)}]") from e
+    return count
+
+
+def _summary(sample: Any) -> str:
+    def one(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            dense = "" if v.layout != torch.strided or v.is_contiguous() else f" strides {list(v.stride())}"
+            return f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}{dense}"
+        return v
+
+    args, kwargs = _call(sample) if isinstance(sample, SampleInput) else ((sample,), {})
+    parts = [str(tree_map(one, a)) for a in args] + [f"{k}={tree_map(one, v)}" for k, v in kwargs.items()]
+    return ", ".join(parts)[:300]
+
+
+# Checks of ops
+
+
+def _processed(item: Item, sample: SampleInput) -> Callable[[Any], Any]:
+    if item.info.name in GAUGE:
+        return lambda tree: sample.output_process_fn_grad(item.info(*tree[0], **tree[1]))
+    return lambda tree: item.info(*tree[0], **tree[1])
+
+
+def forward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Results from upstream's sample inputs."""
+    return _each(
+        item,
+        _samples(item, dtype, limit),
+        lambda s: compare(_processed(item, s), _call(s), device, item),
+    )
+
+
+def reference(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Results from upstream's reference inputs: extremal values, broadcasting, odd sizes."""
+    if item.info.reference_inputs_func is None:
+        return 0
+    return _each(
+        item,
+        _samples(item, dtype, limit, how="reference_inputs"),
+        lambda s: compare(_processed(item, s), _call(s), device, item),
+    )
+
+
+def _dense(sample: SampleInput) -> bool:
+    return all(v.layout == torch.strided for v in tree_leaves(_call(sample)) if isinstance(v, Tensor))
+
+
+def noncontiguous(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Results from inputs with gaps between elements and an offset."""
+    dense = (s for s in _samples(item, dtype, limit) if _dense(s))
+    return _each(
+        item,
+        (s.noncontiguous() for s in dense),
+        lambda s: compare(_processed(item, s), _call(s), device, item),
+    )
+
+
+def views(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Results from inputs with the negative bit, and for complex ones the conjugate bit."""
+    if dtype is torch.bool or not (item.info.test_neg_view or (dtype.is_complex and item.info.test_conjugated_samples)):
+        return 0
+
+    def lazily(v: Any) -> Any:
+        if not isinstance(v, Tensor) or v.layout != torch.strided:
+            return v
+        if v.is_complex() and item.info.test_conjugated_samples:
+            return v.detach().conj()
+        if (v.is_complex() or v.is_floating_point()) and item.info.test_neg_view:
+            return torch._neg_view(v.detach())
+        return v
+
+    return _each(
+        item,
+        _samples(item, dtype, limit),
+        lambda s: compare(_processed(item, s), tree_map(lazily, _call(s)), device, item),
+    )
+
+
+def backward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Gradients of every floating input, from random cotangents."""
+    op = item.info
+    if not op.supports_autograd or dtype not in op.supported_backward_dtypes("cpu"):
+        return 0
+
+    def one(sample: SampleInput) -> bool:
+        def run(tree: Any) -> list[Tensor]:
+            out = sample.output_process_fn_grad(op(*tree[0], **tree[1]))
+            outs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
+            leaves = [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.requires_grad]
+            if not outs or not leaves:
+                raise NotImplementedError("nothing to differentiate")
+            return gradients(outs, leaves)
+
+        return compare(run, _call(sample), device, item, grad=True)
+
+    return _each(item, _samples(item, dtype, limit, grad=True), one)
+
+
+def gradients(outs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients from cotangents that are the same numbers on every device; those of unused leaves are zero."""
+    generator = torch.Generator().manual_seed(1)
+    cotangents = []
+    for o in outs:
+        dtype = torch.complex128 if o.is_complex() else torch.float64
+        c = torch.randn(o.shape, dtype=dtype, generator=generator).to(o.dtype)
+        cotangents.append(c.to_sparse().to(o.device) if o.is_sparse else c.to(o.device))
+    grads = torch.autograd.grad(outs, leaves, cotangents, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def gradcheck(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Numerical against analytical gradients, in float64 and complex128."""
+    op = item.info
+    if dtype not in (torch.float64, torch.complex128) or device.type == "meta":
+        return 0
+    if not op.supports_autograd or dtype not in op.supported_backward_dtypes("cpu"):
+        return 0
+
+    def one(sample: SampleInput) -> bool:
+        args, kwargs = move(_call(sample), device, grad=True)
+        flat = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
+        if not flat:
+            return False
+
+        def fn(*values: Tensor) -> Any:
+            feed = iter(values)
+            a, k = tree_map(lambda v: next(feed) if isinstance(v, Tensor) and v.requires_grad else v, (args, kwargs))
+            out = sample.output_process_fn_grad(op.gradcheck_wrapper(op.get_op(), *a, **k))
+            return tuple(o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad)
+
+        torch.autograd.gradcheck(
+            fn,
+            flat,
+            check_batched_grad=False,
+            check_grad_dtypes=True,
+            nondet_tol=op.gradcheck_nondet_tol,
+            fast_mode=True,
+        )
+        return True
+
+    return _each(item, _samples(item, dtype, limit, grad=True), one)
+
+
+def _variants(op: OpInfo) -> Iterator[tuple[str, Callable[..., Any], bool]]:
+    for name, fn, inplace in (
+        ("method", op.method_variant, False),
+        ("in-place", op.inplace_variant, True),
+        ("operator", op.operator_variant, False),
+        ("in-place operator", op.inplace_operator_variant, True),
+    ):
+        if fn is not None:
+            yield name, fn, inplace
+    for alias in op.aliases or ():
+        yield f"alias {alias.name}", alias.op, False
+        if alias.inplace_variant is not None:
+            yield f"alias {alias.name}_", alias.inplace_variant, True
+
+
+def variants(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Methods, operators, aliases and in-place forms; in-place ones write into their own tensor."""
+    count = 0
+    for name, fn, inplace in _variants(item.info):
+
+        def one(sample: SampleInput, fn: Any = fn, inplace: bool = inplace) -> bool:
+            def run(tree: Any) -> Any:
+                args, kwargs = tree
+                before = args[0].data_ptr() if inplace and isinstance(args[0], Tensor) else None
+                out = fn(*args, **kwargs)
+                if before is not None and device.type != "meta":
+                    assert out is args[0] and (out.numel() == 0 or out.data_ptr() == before), "not in place"
+                return out
+
+            tree = _call(sample)
+            if inplace:  # a tensor that aliases itself cannot be written
+                tree = ((move(sample.input, CPU), *sample.args), sample.kwargs)
+                if isinstance(sample.input, Tensor):
+                    tree = ((sample.input.detach().clone(), *sample.args), sample.kwargs)
+            if compare(run, tree, device, item):
+                return True
+            return _raises(run, tree, device)
+
+        try:
+            count += _each(item, _samples(item, dtype, limit), one)
+        except Mismatch as e:
+            raise Mismatch(f"{name}: {e}") from e
+    return count
+
+
+def _raises(run: Callable[[Any], Any], tree: Any, device: torch.device) -> bool:
+    """The CPU refuses: so must the device, with the same type of error where it is an argument's."""
+    try:
+        run(move(tree, CPU))
+    except Exception as e:
+        expected = e
+    if isinstance(expected, NotImplementedError) or "not implemented for" in str(expected):
+        return False  # what the CPU lacks, the device may have
+    try:
+        run(move(tree, device))
+    except Exception as e:
+        if _unimplemented(e):
+            raise
+        return True
+    raise AssertionError(f"no error, where the CPU says: {expected}")
+
+
+def _unimplemented(e: Exception) -> bool:
+    return isinstance(e, NotImplementedError) or "SPIRAL_FALLBACK" in str(e)
+
+
+def out(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """out= of the right shape, with strides, empty, of a wrong shape and of a wrong dtype: as the CPU treats them."""
+    op = item.info
+    if not op.supports_out:
+        return 0
+
+    def one(sample: SampleInput) -> bool:
+        tree = _call(sample)
+        try:
+            expected = op(*move(tree, CPU)[0], **move(tree, CPU)[1])
+        except Exception:
+            return False
+        if not all(isinstance(o, Tensor) and o.layout == torch.strided for o in tree_leaves(expected)):
+            return False
+
+        def given(make: Callable[[Tensor], Tensor]) -> Any:
+            outs = [make(o) for o in tree_leaves(expected)]
+            return tuple(outs) if isinstance(expected, (tuple, list)) else outs[0]
+
+        for case, make in OUT_CASES.items():
+
+            def run(tree: Any) -> Any:
+                (args, kwargs), outs = tree
+                before = [(o.data_ptr(), o.shape) for o in tree_leaves(outs)]
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    result = op(*args, **kwargs, out=outs)
+                resized = sum("was resized" in str(w.message) for w in caught)
+                for o, r, (pointer, shape) in zip(tree_leaves(outs), tree_leaves(result), before, strict=True):
+                    assert o is r or o.data_ptr() == r.data_ptr(), "out is not what was returned"
+                    assert o.shape != shape or o.data_ptr() == pointer or not o.numel(), "out was moved"
+                strides = [[s for s, n in zip(o.stride(), o.shape, strict=True) if n > 1] for o in tree_leaves(outs)]
+                return result, strides, resized > 0
+
+            try:
+                outs = given(make)
+                if not compare(run, (tree, outs), device, item):
+                    _raises(run, (tree, outs), device)
+            except Exception as e:
+                if isinstance(e, AssertionError) or _unimplemented(e):
+                    raise type(e)(f"out ({case}): {e}") from e
+                raise Mismatch(f"out ({case}): {type(e).__name__}: {e}") from e
+        return True
+
+    return _each(item, _samples(item, dtype, limit), one)
+
+
+def _strided(o: Tensor) -> Tensor:
+    return torch.empty([2 * n for n in o.shape], dtype=o.dtype).fill_(1)[tuple(slice(None, None, 2) for _ in o.shape)]
+
+
+OUT_CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "same": lambda o: torch.full_like(o, 1, memory_format=torch.contiguous_format),
+    "transposed": lambda o: torch.full(o.shape[::-1], 1, dtype=o.dtype).permute(tuple(reversed(range(o.ndim)))),
+    "strided": _strided,
+    "empty": lambda o: torch.empty(0, dtype=o.dtype),
+    "wrong shape": lambda o: torch.ones([n + 1 for n in o.shape], dtype=o.dtype),
+    "wrong dtype": lambda o: torch.ones(o.shape, dtype=torch.int32 if _floating(o) else torch.bool),
+}
+
+
+def errors(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Upstream's bad inputs raise what upstream says; once an op, at its first dtype."""
+    op = item.info
+    if op.error_inputs_func is None or dtype != first_dtype(item):
+        return 0
+
+    def complaint(bad: Any) -> str | None:
+        sample = bad.sample_input
+        try:
+            op(sample.input, *sample.args, **sample.kwargs)
+        except bad.error_type as e:
+            if re.search(bad.error_regex, str(e), re.DOTALL):
+                return None
+            return f"says {str(e)[:200]!r}, not {bad.error_regex!r}"
+        except Exception as e:
+            return f"{type(e).__name__}: {e}, not {bad.error_type.__name__}"
+        return f"no error, where {bad.error_regex!r} is due"
+
+    count = 0
+    theirs = list(op.error_inputs("cpu"))
+    for k, bad in enumerate(itertools.islice(op.error_inputs(str(device)), limit)):
+        found = complaint(bad)
+        if found is None:
+            count += 1
+        elif k >= len(theirs) or complaint(theirs[k]) is None:  # else the CPU is no better
+            raise Mismatch(f"error input {k} [{_summary(bad.sample_input)}]: {found}")
+    return count
+
+
+def first_dtype(item: Item) -> torch.dtype:
+    return torch.float32 if torch.float32 in item.dtypes or not item.dtypes else item.dtypes[0]
+
+
+def fake(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Fake tensors predict the device's shapes, strides, dtypes and devices."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def predict(args: Any, kwargs: Any) -> Any:
+        with FakeTensorMode() as mode:
+            a, k = tree_map(lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs))
+            return item.info(*a, **k)
+
+    def one(sample: SampleInput) -> bool:
+        if not _dense(sample):
+            return False
+        try:  # results whose shapes depend on data can't be predicted, for the CPU neither
+            item.info(*move(_call(sample), CPU)[0], **move(_call(sample), CPU)[1])
+            predict(*move(_call(sample), CPU))
+        except Exception:
+            return False
+        args, kwargs = move(_call(sample), device)
+        predicted = predict(args, kwargs)
+        real = item.info(*args, **kwargs)
+        _like(real, predicted)
+        for r, p in zip(tree_leaves(real), tree_leaves(predicted), strict=True):
+            if isinstance(r, Tensor) and r.layout == torch.strided:
+                assert r.device == p.device or r.device.type == p.device.type, f"on {r.device}, predicted {p.device}"
+                if r.numel():
+                    ours, theirs = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (r, p))
+                    assert ours == theirs, f"strides {ours}, predicted {theirs}"
+        return True
+
+    return _each(item, _samples(item, dtype, limit), one)
+
+
+# Checks of modules and optimizers
+
+
+def _module_runs(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None, grad: bool) -> int:
+    info = item.info
+    count = 0
+    for training in (True, False):
+        inputs = info.module_inputs_func(info, "cpu", dtype, requires_grad=grad, training=training)
+        for k, given in enumerate(itertools.islice(inputs, limit)):
+            if given.forward_input is None:
+                continue
+            torch.manual_seed(0)
+            made = info.module_cls(*given.constructor_input.args, **given.constructor_input.kwargs)
+            made = made.to(dtype).train(training)
+            tree = (given.forward_input.args, given.forward_input.kwargs)
+
+            def run(tree: Any, made: Any = made) -> Any:
+                tensors = [v for v in tree_leaves(tree) if isinstance(v, Tensor)]
+                where = tensors[0].device if tensors else CPU
+                wide = torch.float64 if tensors and any(t.dtype == torch.float64 for t in tensors) else dtype
+                module = copy.deepcopy(made).to(where, wide)
+                result = module(*tree[0], **tree[1])
+                if not grad:
+                    return result
+                outs = [o for o in tree_leaves(result) if isinstance(o, Tensor) and o.requires_grad]
+                leaves = [t for t in (*tensors, *module.parameters()) if t.requires_grad]
+                if not outs or not leaves:
+                    raise NotImplementedError("nothing to differentiate")
+                return gradients(outs, leaves)
+
+            try:
+                count += compare(run, tree, device, item, grad=grad)
+            except Exception as e:
+                text = " ".join(str(e).split())
+                mode = "training" if training else "eval"
+                raise Mismatch(f"{type(e).__name__}: {text} [input {k}, {mode}, {given.desc}]") from e
+    return count
+
+
+def module_forward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """A module's outputs, in training and evaluation mode."""
+    return _module_runs(item, dtype, device, limit, grad=False)
+
+
+def module_backward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """A module's gradients for inputs and parameters."""
+    return _module_runs(item, dtype, device, limit, grad=True)
+
+
+def optimizer(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
+    """Four steps with every upstream setting, plain, foreach and fused: parameters, state and its round trip."""
+    info, count = item.info, 0
+    forms = [{}, *({form: True} for form in ("foreach", "fused") if form in info.supported_impls)]
+    for given in itertools.islice(info.optim_inputs_func(device="cpu"), limit):
+        for form in forms:
+            if "fused" in form and (given.kwargs.get("differentiable") or given.kwargs.get("foreach")):
+                continue
+            kwargs = {k: v for k, v in given.kwargs.items() if k not in ("foreach", "fused", "capturable")}
+
+            def run(tree: Any, form: Any = form, kwargs: Any = kwargs) -> Any:
+                params = [t.detach().clone().requires_grad_() for t in tree]
+                where, given_form = params[0].device, form
+                if where.type == "cpu":
+                    given_form = {}
+                extra = {k: (v.to(where) if isinstance(v, Tensor) and v.ndim else v) for k, v in kwargs.items()}
+                made = info.optim_cls(params, **extra, **given_form)
+                for step in range(4):
+
+                    def closure(params: Any = params, made: Any = made) -> Tensor:
+                        made.zero_grad()
+                        loss = sum((p * p).sum() + (p.sin()).sum() for p in params)
+                        if info.only_supports_sparse_grads:
+                            for p in params:
+                                p.grad = (2 * p + p.cos()).detach().to_sparse()
+                        else:
+                            loss.backward()
+                        return loss
+
+                    if info.step_requires_closure:
+                        made.step(closure)
+                    else:
+                        closure()
+                        made.step()
+                    if step == 1:
+                        made.load_state_dict(copy.deepcopy(made.state_dict()))
+                return [p.detach() for p in params]
+
+            generator = torch.Generator().manual_seed(0)
+            start = [torch.randn(s, generator=generator) for s in ((4, 3), (3,), (2, 2))]
+            if item.name == "optim.Muon":
+                start = [s for s in start if s.ndim == 2]
+            try:
+                count += compare(run, start, device, item)
+            except Exception as e:
+                text = " ".join(str(e).split())
+                raise Mismatch(f"{type(e).__name__}: {text} [{form or 'plain'}, {given.desc or 'default'}]") from e
+    return count
+
+
+CHECKS: dict[str, dict[str, Callable[..., int]]] = {
+    "op": {
+        f.__name__: f
+        for f in (forward, backward, noncontiguous, reference, variants, out, errors, views, fake, gradcheck)
+    },
+    "ref": {"forward": forward},
+    "module": {"forward": module_forward, "backward": module_backward},
+    "optim": {"steps": optimizer},
+}
+ALL_CHECKS = tuple(dict.fromkeys(itertools.chain.from_iterable(CHECKS.values())))
+
+assert all(list(inspect.signature(f).parameters)[:3] == ["item", "dtype", "device"] for f in CHECKS["op"].values())
+
+
+def native_ops() -> set[str]:
+    """Names of the aten ops that have a kernel of ours: "add", "mm" …; what works without one is decomposed."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1")
+    return {n.removeprefix("aten::").split(".")[0] for n in names if n.startswith("aten::")}
