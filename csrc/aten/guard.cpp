@@ -4,6 +4,7 @@
 // for an event of the same device is done before it starts.
 #include "runtime/device.h"
 
+#include <c10/core/DeviceCapability.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/util/Exception.h>
 
@@ -42,6 +43,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (d.has_index() && d.index() != previous.index()) set_current_device(d.index());
     return previous;
   }
+  c10::DeviceCapability getDeviceCapability(c10::Device d) const override {
+    c10::DeviceCapability capability;
+    uint64_t bits = 0;
+    for (const auto index : {c10::kIndex_Byte, c10::kIndex_Char, c10::kIndex_Short, c10::kIndex_Int, c10::kIndex_Long,
+                             c10::kIndex_Half, c10::kIndex_BFloat16, c10::kIndex_Float, c10::kIndex_Bool,
+                             c10::kIndex_ComplexFloat}) {
+      bits |= uint64_t{1} << index;
+    }
+    if (device_properties(index_of(d)).float64) bits |= uint64_t{1} << c10::kIndex_Double;
+    capability.capability_data.capability_bits = bits;
+    return capability;
+  }
+
   c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(device_count()); }
 
   c10::Stream getStream(c10::Device d) const override {

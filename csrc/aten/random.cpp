@@ -75,15 +75,45 @@ at::Generator new_generator(c10::DeviceIndex index) {
   return at::make_generator<PhiloxGenerator>(index < 0 ? current_device() : index);
 }
 
+namespace {
+
+struct Defaults {
+  std::mutex mutex;
+  std::optional<uint64_t> seed;           // for generators that aren't made yet
+  std::vector<at::Generator> generators;  // complete or empty
+};
+
+Defaults& defaults() {
+  static auto* instance = new Defaults;
+  return *instance;
+}
+
+}  // namespace
+
 const at::Generator& default_generator(c10::DeviceIndex index) {
-  static auto* generators = [] {
-    auto* all = new std::vector<at::Generator>;
-    for (int i = 0; i < device_count(); ++i) all->push_back(new_generator(static_cast<c10::DeviceIndex>(i)));
-    return all;
-  }();
+  const int count = device_count();
+  Defaults& d = defaults();
+  std::lock_guard<std::mutex> lock(d.mutex);
+  if (d.generators.empty()) {
+    d.generators.reserve(count);
+    for (int i = 0; i < count; ++i) {
+      d.generators.push_back(new_generator(static_cast<c10::DeviceIndex>(i)));
+      if (d.seed) d.generators.back().set_current_seed(*d.seed);
+    }
+  }
   if (index < 0) index = current_device();
-  TORCH_CHECK(index < static_cast<int>(generators->size()), "Invalid device: spiral:", static_cast<int>(index));
-  return (*generators)[index];
+  TORCH_CHECK(index < count, "Invalid device: spiral:", static_cast<int>(index));
+  return d.generators[index];
+}
+
+void manual_seed_all(uint64_t seed) {
+  Defaults& d = defaults();
+  std::lock_guard<std::mutex> lock(d.mutex);
+  d.seed = seed;
+  for (auto& generator : d.generators) {
+    std::lock_guard<std::mutex> generator_lock(generator.mutex());
+    generator.set_current_seed(seed);
+  }
 }
 
 std::pair<int64_t, int64_t> philox_reserve(const std::optional<at::Generator>& generator, c10::DeviceIndex index,

@@ -15,6 +15,9 @@ std::pair<int64_t, int64_t> philox_reserve(const std::optional<at::Generator>& g
                                            int64_t calls);
 
 const at::Generator& default_generator(c10::DeviceIndex device);
+// Seeds the default generators, now or when they are made. Looks for no devices.
+void manual_seed_all(uint64_t seed);
+
 at::Generator new_generator(c10::DeviceIndex device);
 
 }  // namespace spiral

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "aten/fallback.h"
+#include "aten/random.h"
 #include "dispatch/packed.h"
 #include "runtime/device.h"
 #include "runtime/memory.h"
@@ -65,6 +66,8 @@ void bind_runtime(py::module_& m) {
   });
 
   m.def("device_count", &device_count, NoGil());
+  m.def("devices_known", &devices_known);
+  m.def("manual_seed_all", &manual_seed_all);
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("set_device", [](int index) { set_current_device(static_cast<Index>(index)); }, NoGil());
   m.def("exchange_device", [](int index) {

@@ -217,6 +217,8 @@ int device_count() noexcept {
   }
 }
 
+bool devices_known() noexcept { return discovered.load(std::memory_order_acquire); }
+
 Device& device(c10::DeviceIndex index) {
   Slot& s = slot(index);
   check_not_forked();

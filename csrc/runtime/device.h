@@ -36,6 +36,9 @@ using DeviceLock = std::lock_guard<std::recursive_mutex>;
 // How many devices there are. Looks for adapters on the first call; opens none; never throws.
 int device_count() noexcept;
 
+// Whether devices have been looked for.
+bool devices_known() noexcept;
+
 // Opens the device on first use. Throws c10::Error for an index that doesn't exist, for a device that doesn't open, and in a
 // child forked after the first use of any device.
 Device& device(c10::DeviceIndex index);

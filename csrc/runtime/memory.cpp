@@ -2,6 +2,7 @@
 
 #include "runtime/fork.h"
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -686,7 +687,7 @@ struct PinnedBlock {
   bool freed = false;  // by its owner
 };
 
-class PinnedAllocator final : public c10::Allocator {
+class PinnedAllocator final : public at::HostAllocator {
  public:
   static PinnedAllocator& get() {
     static auto* instance = new PinnedAllocator;
@@ -711,9 +712,52 @@ class PinnedAllocator final : public c10::Allocator {
       if (posix_memalign(&data, 4096, size) != 0) data = nullptr;
 #endif
       TORCH_CHECK_WITH(OutOfMemoryError, data, "Cannot allocate ", format_bytes(size), " of pinned host memory");
+      stats_.allocations.increase(1);
+      stats_.allocated_bytes.increase(size);
+      ++stats_.num_host_alloc;
     }
     blocks_[reinterpret_cast<uintptr_t>(data)] = PinnedBlock{size};
+    stats_.active_requests.increase(1);
+    stats_.active_bytes.increase(size);
     return {data, data, &deleter, cpu};
+  }
+
+  // Reads into a block are known here without being told (hold()).
+  bool record_event(void*, void*, c10::Stream) override { return true; }
+
+  void empty_cache() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [size, blocks] : cache_) {
+      for (void* data : blocks) {
+#ifdef _WIN32
+        _aligned_free(data);
+#else
+        std::free(data);
+#endif
+        stats_.allocations.decrease(1);
+        stats_.allocated_bytes.decrease(size);
+        ++stats_.num_host_free;
+      }
+      blocks.clear();
+    }
+  }
+
+  at::HostStats get_stats() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return stats_;
+  }
+  void reset_accumulated_stats() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* stat : {&stats_.active_requests, &stats_.active_bytes, &stats_.allocations, &stats_.allocated_bytes}) {
+      stat->reset_accumulated();
+    }
+    stats_.num_host_alloc = stats_.num_host_free = 0;
+  }
+  void reset_peak_stats() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* stat : {&stats_.active_requests, &stats_.active_bytes, &stats_.allocations, &stats_.allocated_bytes}) {
+      stat->reset_peak();
+    }
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return &deleter; }
@@ -771,6 +815,8 @@ class PinnedAllocator final : public c10::Allocator {
   }
 
   void recycle(Blocks::iterator block) {
+    stats_.active_requests.decrease(1);
+    stats_.active_bytes.decrease(block->second.size);
     cache_[block->second.size].push_back(reinterpret_cast<void*>(block->first));
     blocks_.erase(block);
   }
@@ -780,6 +826,7 @@ class PinnedAllocator final : public c10::Allocator {
   std::unordered_map<uint64_t, std::vector<void*>> cache_;
   std::unordered_map<int, std::vector<uintptr_t>> waiting_;  // by device
   std::atomic<bool> any_waiting_{false};
+  at::HostStats stats_;
 };
 
 }  // namespace
@@ -829,4 +876,8 @@ void release_pinned(Device& device) noexcept { PinnedAllocator::get().release(de
 
 namespace c10 {
 REGISTER_ALLOCATOR(DeviceType::PrivateUse1, spiral::allocator());
+}  // namespace c10
+
+namespace at {
+REGISTER_HOST_ALLOCATOR(at::kPrivateUse1, static_cast<at::HostAllocator*>(spiral::pinned_allocator()))
 }

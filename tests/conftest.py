@@ -1,0 +1,47 @@
+"""Fixtures for all tests. The CPU fallback is refused: an operator without a kernel fails its test."""
+
+import os
+
+os.environ["SPIRAL_FALLBACK"] = "error"
+
+import pytest
+import torch
+import torch_spiral  # noqa: F401
+
+
+def _one_device_per_engine() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for index in range(torch.spiral.device_count()):
+        found.setdefault(torch.spiral.get_device_properties(index).engine, index)
+    return found
+
+
+ENGINES = _one_device_per_engine()
+
+
+def pytest_report_header(config):
+    lines = [f"spiral:{i}: {p.engine}, {p.name}" for i in ENGINES.values() for p in [torch.spiral.get_device_properties(i)]]
+    return [*lines, *(f"{r['engine']}: {r['why']}" for r in torch.spiral.engines() if r["why"])]
+
+
+@pytest.fixture(params=sorted(ENGINES) or ["none"])
+def device(request):
+    """A torch.device of each engine, made the current one: "spiral" means it too."""
+    if request.param == "none":
+        pytest.fail("no spiral device: `python -m torch_spiral` says why")
+    index = ENGINES[request.param]
+    with torch.spiral.device(index):
+        yield torch.device("spiral", index)
+        torch.spiral.synchronize(index)
+
+
+@pytest.fixture
+def clean_memory(device):
+    """Nothing cached before, everything given back after."""
+    import gc
+
+    gc.collect()
+    torch.spiral.empty_cache()
+    yield
+    gc.collect()
+    torch.spiral.empty_cache()

@@ -1,0 +1,89 @@
+"""torch_spiral: a PyTorch device, `spiral`, for any GPU or CPU that has WebGPU, OpenCL, CUDA or HIP.
+
+Importing it (PyTorch does, through the entry point `torch.backends`) registers the device, `torch.spiral`, and the methods and
+properties `tensor.spiral()`, `tensor.is_spiral`, `module.spiral()`. No device is looked for before the first use.
+"""
+
+
+def _autoload() -> None:
+    """Called by `import torch`; importing this module was all there is to do. Stands first: when torch_spiral is imported
+    before torch, torch calls this while the module below is still being executed."""
+
+
+import atexit
+import ctypes
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# Early: autograd's engine counts the devices of all backends when it first runs, and refuses one that comes later.
+from . import _C
+
+__version__ = "0.1.0"
+
+
+def _package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _opencl_library() -> str:
+    """The system's OpenCL loader ("": C++ finds it), else the one that pyopencl carries."""
+    if chosen := os.environ.get("SPIRAL_OPENCL_LIBRARY"):
+        return chosen
+    try:
+        ctypes.CDLL({"win32": "OpenCL.dll", "darwin": "OpenCL.framework/OpenCL"}.get(sys.platform, "libOpenCL.so.1"))
+        return ""
+    except OSError:
+        pass
+    folder = _package_folder("pyopencl")
+    for folder in (folder / ".libs", folder.parent / "pyopencl.libs") if folder else ():
+        for path in sorted(folder.glob("libOpenCL*")):
+            os.environ.setdefault("PYOPENCL_HOME", str(folder))  # its patched loader reads it, and crashes without
+            return str(path)
+    return ""
+
+
+def _wgpu_library() -> str:
+    """wgpu-native, as the package wgpu carries it; "" where there is none."""
+    if chosen := os.environ.get("SPIRAL_WGPU_LIBRARY") or os.environ.get("WGPU_LIB_PATH"):
+        return chosen
+    folder = _package_folder("wgpu")
+    for path in sorted((folder / "resources").glob("*wgpu_native-release*")) if folder else ():
+        if path.suffix in (".so", ".dylib", ".dll"):
+            return str(path)
+    return ""
+
+
+def _register() -> None:
+    _C.set_engine_library("opencl", _opencl_library())
+    _C.set_engine_library("wgpu", _wgpu_library())
+    torch.utils.rename_privateuse1_backend("spiral")
+    from . import device
+
+    torch._register_device_module("spiral", device)
+    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+
+
+@atexit.register
+def _leave() -> None:
+    """Lets queued work and autograd's threads come to rest: one that takes the GIL while the interpreter is finalised aborts
+    the process."""
+    if _C.in_bad_fork():
+        return
+    try:
+        _C.synchronize_all()
+    except Exception as error:
+        print(f"torch_spiral: an error was pending when the process ended: {error}", file=sys.stderr)
+    time.sleep(0.001)
+
+
+_register()
+
+from . import lowering, ops  # noqa: E402  (they register operators)
+
+__all__ = ["__version__", "lowering", "ops"]

@@ -1,0 +1,17 @@
+"""Mixed precision: torch.autocast("spiral") and torch.amp.GradScaler("spiral")."""
+
+from __future__ import annotations
+
+import torch
+
+
+def get_amp_supported_dtype() -> list[torch.dtype]:
+    """What autocast may cast to."""
+    return [torch.float16, torch.bfloat16]
+
+
+class autocast(torch.amp.autocast_mode.autocast):
+    """torch.autocast with device_type="spiral"."""
+
+    def __init__(self, enabled: bool = True, dtype: torch.dtype = torch.bfloat16, cache_enabled: bool = True):
+        super().__init__("spiral", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
