@@ -27,6 +27,9 @@ using namespace cl;
 // Work is handed to the device after so many commands: late enough to batch, early enough to keep the device busy.
 constexpr uint32_t kFlushAfter = 64;
 
+// A host that never waits must not queue without end: commands take memory. Deep enough that a wait costs nothing.
+constexpr uint32_t kMaxQueued = 16384;
+
 // Writes up to a segment's size go through a ring of pinned host memory, so that they neither wait for the queue nor need
 // their data to live on. Larger ones are dominated by the copy itself and block.
 constexpr uint64_t kStagingSegment = 4 << 20;
@@ -324,7 +327,7 @@ class OpenCLEngine final : public Engine {
     check_range(memory, offset, size, "read");
     if (size == 0) return synchronize();
     const cl_int code = api_.clEnqueueReadBuffer(queue_, handle(memory), true, offset, size, data, 0, nullptr, nullptr);
-    flushed();
+    finished();
     throw_kept();
     CL_CHECK(code, "reading ", size, " bytes");
   }
@@ -428,7 +431,7 @@ class OpenCLEngine final : public Engine {
   void synchronize() override {
     check_not_forked();
     keep(api_.clFinish(queue_), "waiting");
-    flushed();
+    finished();
     throw_kept();
   }
 
@@ -460,8 +463,8 @@ class OpenCLEngine final : public Engine {
 
   double elapsed_ms(EventHandle& start, EventHandle& end) override {
     TORCH_CHECK(static_cast<CLEvent&>(start).timed && static_cast<CLEvent&>(end).timed,
-                "both events must be created with enable_timing=True");
-    TORCH_CHECK(query(start) && query(end), "both events must be completed before calculating the elapsed time");
+                "elapsed_ms needs two events that were recorded with timing");
+    TORCH_CHECK(query(start) && query(end), "elapsed_ms needs two events that have completed");
     return (double(end_time(start)) - double(end_time(end))) * -1e-6;
   }
 
@@ -481,12 +484,22 @@ class OpenCLEngine final : public Engine {
   }
 
   void count_command() {
-    if (++commands_ >= kFlushAfter) flush();
+    if (++queued_ >= kMaxQueued) {
+      keep(api_.clFinish(queue_), "queued work");
+      finished();
+    } else if (++commands_ >= kFlushAfter) {
+      flush();
+    }
   }
 
   void flushed() {
     commands_ = 0;
     flushes_++;
+  }
+
+  void finished() {
+    flushed();
+    queued_ = 0;
   }
 
   // An error of queued work: the first one since the last synchronize() is what it throws.
@@ -614,6 +627,7 @@ class OpenCLEngine final : public Engine {
   std::string kept_;
   uint64_t last_id_ = 0, objects_ = 0, flushes_ = 0;
   uint32_t commands_ = 0;  // since the last flush
+  uint32_t queued_ = 0;    // since the last wait for all of them
 
   cl_mem staging_memory_ = nullptr;
   uint8_t* staging_data_ = nullptr;

@@ -13,6 +13,7 @@
 // - One buffer as both read and read_write in a dispatch is refused: every binding is read_write, but the parameter block's.
 // - Copies need multiples of 4 and two different buffers: two small kernels, fill and copy, do what is left.
 #include "engine.h"
+#include "fork.h"
 #include "kernel_cache.h"
 
 #include <c10/util/Exception.h>
@@ -313,7 +314,7 @@ class WgpuEngine final : public Engine {
   }
 
   ~WgpuEngine() override {
-    if (!device_) return;
+    if (!device_ || is_forked()) return;
     drop_encoder();
     wait_for(submitted_);
     for (auto& entry : bind_groups_) api_.BindGroupRelease(entry.second);
@@ -348,10 +349,12 @@ class WgpuEngine final : public Engine {
   // Memory
 
   Memory* allocate(uint64_t size) override {
+    check_not_forked();
     return make_memory(size, WGPUBufferUsage_Storage | WGPUBufferUsage_CopySrc | WGPUBufferUsage_CopyDst);
   }
 
   void free(Memory* memory) override {
+    if (is_forked()) return;  // the driver's threads and locks are not in this process
     auto* freed = static_cast<WgpuMemory*>(memory);
     for (auto entry = bind_groups_.begin(); entry != bind_groups_.end();) {
       bool uses = false;
@@ -444,6 +447,7 @@ class WgpuEngine final : public Engine {
   // Kernels
 
   Kernel* compile(const KernelSource& source) override {
+    check_not_forked();
     TORCH_CHECK(!lost_, properties_.name, " was lost; start the process again");
     TORCH_CHECK(source.bindings <= properties_.max_bindings, "kernel ", source.name, " takes ", source.bindings,
                 " buffers; ", properties_.name, " binds at most ", properties_.max_bindings);
@@ -492,6 +496,7 @@ class WgpuEngine final : public Engine {
 
   void enqueue(Kernel* kernel, const Binding* bindings, uint32_t count, const void* params,
                const uint32_t groups[3]) override {
+    check_not_forked();
     auto* k = static_cast<WgpuKernel*>(kernel);
     TORCH_CHECK(count == k->bindings, "kernel ", k->name, " takes ", k->bindings, " buffers, got ", count);
     if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0) return;
@@ -564,6 +569,7 @@ class WgpuEngine final : public Engine {
   }
 
   void synchronize() override {
+    check_not_forked();
     flush();
     wait_for(submitted_);
     throw_kept();
@@ -572,6 +578,7 @@ class WgpuEngine final : public Engine {
   // Events
 
   std::unique_ptr<EventHandle> record(bool timed) override {
+    check_not_forked();
     auto event = std::make_unique<WgpuEvent>();
     if (timed && properties_.timestamps) {
       event->slots = slots_;
@@ -671,6 +678,7 @@ class WgpuEngine final : public Engine {
   }
 
   WgpuMemory* check_range(Memory* memory, uint64_t offset, uint64_t size, const char* what) const {
+    check_not_forked();
     TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, what, ": bytes ", offset, " to ", offset + size,
                 " of a memory of ", memory->size);
     return static_cast<WgpuMemory*>(memory);
@@ -1238,8 +1246,10 @@ std::string unfit(const WgpuAdapter& adapter) {
 
 std::vector<std::unique_ptr<Adapter>> wgpu_adapters(const std::string& library, std::string& why) {
   std::vector<std::unique_ptr<Adapter>> found;
+  check_not_forked();
   const Api* api = load(library, why);
   if (!api) return found;
+  watch_fork();
   std::vector<WGPUAdapter> handles(api->InstanceEnumerateAdapters(api->instance, nullptr, nullptr));
   if (!handles.empty()) handles.resize(api->InstanceEnumerateAdapters(api->instance, nullptr, handles.data()));
   for (WGPUAdapter handle : handles) {
