@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # an older build of what is being built may not load
 
 import torch
 from setuptools import Extension, setup
@@ -25,8 +28,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 def generate() -> None:
-    """Runs the generator where its inputs changed. It rewrites only the files whose text changed, so an incremental build
-    compiles those alone."""
+    """Runs the generator where its inputs changed. It rewrites only files whose text changed, so that an incremental
+    build compiles those alone."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(p for p in GENERATOR.parent.iterdir() if p.suffix in (".py", ".yaml", ".json")):
         digest.update(path.name.encode() + path.read_bytes())
