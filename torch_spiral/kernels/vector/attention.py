@@ -161,3 +161,132 @@ def attention_forward(target: Target, dtype: str, causal: bool = False, mask: st
         [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
         + [("scale", "f32")],
         _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w), body)
+
+
+def attention_delta(target: Target, dtype: str, width: int | None = None) -> Kernel:
+    """What the backward kernels need of each query: D[B * H, 2, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2 and sum(dO * O), 0 in padding.
+
+    Buffers: O, G (gradient of O), L (from the forward), D. Scalars: ob, oh, ot, gb, gh, gt (i64), H, Tq, Dv (u32).
+    Grid: (cdiv(Tq, 64), B * H, 1).
+    """
+    w = schedule("f32", width or vector_width()).w
+    body = f"""
+  const uint bh = get_group_id(1), b = bh / H, h = bh % H, q0 = get_group_id(0) * {BLOCK}u, T_ = get_num_groups(0) * {BLOCK}u;
+  O += (long)b * ob + (long)h * oh; G += (long)b * gb + (long)h * gh; L += (ulong)bh * Tq; D += (ulong)bh * 2 * T_;
+  for (uint t = q0; t < q0 + {BLOCK}u; t++) {{
+    T sum = 0, l = 0;
+    if (t < Tq) {{
+      V x = (V)(0); uint d = 0; const __global {POINTEE[dtype]}* o = O + (long)t * ot; const __global {POINTEE[dtype]}* g = G + (long)t * gt;
+      for (; d + {w}u <= Dv; d += {w}u) x = fma(LDV_{dtype}(o + d), LDV_{dtype}(g + d), x);
+      sum = vsum(x);
+      for (; d < Dv; d++) sum = fma(LD_{dtype}(o + d), LD_{dtype}(g + d), sum);
+      l = L[t] == -INFINITY ? 0 : L[t] * LOG2E;
+    }}
+    D[t] = l; D[T_ + t] = sum;
+  }}
+"""
+    return finish(target, f"vector_attention_delta_{dtype}_w{w}", [("O", dtype, "r"), ("G", dtype, "r"), ("L", "f32", "r"), ("D", "f32", "w")],
+                  [(x, "i64") for x in ("ob", "oh", "ot", "gb", "gh", "gt")] + [(x, "u32") for x in ("H", "Tq", "Dv")], _module(w, (dtype,)), body)
+
+
+def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width: int | None, keys: bool) -> Kernel:
+    s = schedule("f32", width or vector_width())
+    w, mr, nr = s.w, s.mr, s.nr
+    groups = ROWS // mr
+    # rows: this task's; columns: what it sums over. For keys: S^T, a row is a key.
+    r1, r2, c1, c2, o1 = ("Ki", "Vi", "Qc", "Gc", "dK") if keys else ("Q", "G", "Kc", "Vc", "dQ")
+    nrows, ncols = ("Tk", "Tq") if keys else ("Tq", "Tk")
+    rs, cs = ("mk", "mq") if keys else ("mq", "mk")
+    skip = ""
+    if causal:
+        skip = (f"if ((int)(n0 + cols) <= (int)g0 - diagonal) continue;" if keys
+                else f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;")
+    full = " || (int)n0 < (int)row - diagonal" if keys else f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal"
+    guard = "" if mask else f"if (cols < {BLOCK}u{full if causal else ''}) "
+    lse = "vload{w}(0, Dn + n0 + j)" if keys else "(V)(Dn[row])"
+    delta = "vload{w}(0, Dn + Td + n0 + j)" if keys else "(V)(Dn[Td + row])"
+    lse, delta = lse.format(w=w), delta.format(w=w)
+    grad_rows = "Qr" if keys else "Kr"
+    heads = "for (uint hh = 0; hh < group; hh++)" if keys else ""
+    per_head = f"""
+    const uint h = {"hk * group + hh" if keys else "hx"}; const uint bh = b * H + h;
+    const __global float* Dn = Dl + (ulong)bh * 2 * Td;
+    {"const __global " + POINTEE[mask] + "* mask = mask_ + (long)b * mb + (long)h * mh;" if mask else ""}
+    const ulong ci = {"bh" if keys else "b * (H / group) + h / group"};
+    const __global T* C1 = {c1} + ci * NPc * D * {nr}; const __global T* C2 = {c2} + ci * NPc * Dv * {nr};
+    const __global T* R1 = {grad_rows} + ci * {ncols} * NPd * {nr};
+    {"const __global T* R2 = Gr + ci * Tq * NPv * " + str(nr) + ";" if keys else ""}"""
+    body = f"""
+  T Ap[{groups * mr * MAX_HEAD}]; T Bp[{groups * mr * MAX_HEAD}]; T X1[{groups * mr * MAX_HEAD}]; {f"T X2[{groups * mr * MAX_HEAD}];" if keys else ""}
+  T S[{mr * BLOCK}]; T P[{mr * BLOCK}];
+  const uint nx = get_num_groups(0), x = get_group_id(0), Hx = {"H / group" if keys else "H"}, b = get_group_id(1) / Hx, hx = get_group_id(1) % Hx;
+  {"const uint hk = hx;" if keys else ""}
+  const uint qi = {"(x & 1) ? nx - 1 - x / 2 : x / 2" if causal else "x"};
+  const uint q0 = qi * {ROWS}u, last = {nrows} - 1, rows = min({ROWS}u, {nrows} - q0), Td = (Tq + {BLOCK - 1}u) / {BLOCK}u * {BLOCK}u;
+  const uint NPc = ({ncols} + {nr - 1}u) / {nr}u, NPd = (D + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u;
+  {r1} += (long)b * xb + (long)hx * xh; {r2} += (long)b * yb + (long)hx * yh;
+  {o1} += (long)b * dxb + (long)hx * dxh; {"dV += (long)b * dyb + (long)hx * dyh;" if keys else ""}
+  for (uint i = 0; i * {mr}u < rows; i++) {{ const uint g0 = q0 + i * {mr}u;
+    T* d1 = Ap + i * {mr} * D; {_pack("d1", r1, dtype, "xt", "D", "(scale * LOG2E)", mr)}
+    T* d2 = Bp + i * {mr} * Dv; {_pack("d2", r2, dtype, "yt", "Dv", "1", mr)} }}
+  for (uint j = 0; j < {groups * mr}u * NPd * {nr}u; j++) X1[j] = 0;
+  {f"for (uint j = 0; j < {groups * mr}u * NPv * {nr}u; j++) X2[j] = 0;" if keys else ""}
+  {heads} {{ {per_head}
+    for (uint n0 = 0; n0 < {ncols}; n0 += {BLOCK}u) {{
+      const uint cols = min({BLOCK}u, {ncols} - n0);
+      for (uint i = 0; i * {mr}u < rows; i++) {{
+        const uint g0 = q0 + i * {mr}u;
+        {skip}
+        {_product(s, f"Ap + i * {mr} * D", f"C1 + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
+        {_product(s, f"Bp + i * {mr} * Dv", f"C2 + (ulong)(n0 / {nr}u) * Dv * {nr}", "Dv", "P")}
+        for (uint r = 0; r < {mr}u; r++) {{
+          const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
+          {guard}{{ {_masking(mask, causal, w, rs, cs, keys)} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
+          UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{
+            const V p = exp2v(vload{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
+            vstore{w}(p * (vload{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"vstore{w}(p, 0, S_ + j);" if keys else ""}
+          }}
+        }}
+        {_accumulate(s, "P", f"R1 + (ulong)n0 * NPd * {nr}", "D", f"X1 + i * {mr} * NPd * {nr}", "")}
+        {_accumulate(s, "S", f"R2 + (ulong)n0 * NPv * {nr}", "Dv", f"X2 + i * {mr} * NPv * {nr}", "") if keys else ""}
+      }}
+    }}
+  }}
+  for (uint r = 0; r < rows; r++) {{
+    const T* a = X1 + (r / {mr}) * {mr} * NPd * {nr} + r % {mr} * {nr};
+    for (uint d = 0; d < D; d++) ST_{dtype}({o1} + (long)(q0 + r) * dxt + d, a[d / {nr}u * {mr * nr} + d % {nr}u] * scale);
+    {f'''const T* v = X2 + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
+    for (uint d = 0; d < Dv; d++) ST_{dtype}(dV + (long)(q0 + r) * dyt + d, v[d / {nr}u * {mr * nr} + d % {nr}u]);''' if keys else ""}
+  }}
+"""
+    packed = ("Qc", "Gc", "Qr", "Gr") if keys else ("Kc", "Vc", "Kr")
+    outs = ("dK", "dV") if keys else ("dQ",)
+    strides = [p + e for p in ("x", "y", "dx", *(("dy",) if keys else ())) for e in ("b", "h", "t")] + (["mb", "mh", "mq", "mk"] if mask else [])
+    name = "_".join(x for x in ("vector_attention", "dkv" if keys else "dq", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    return finish(
+        target, name,
+        [(r1, dtype, "r"), (r2, dtype, "r"), *((p, "f32", "r") for p in packed), ("Dl", "f32", "r"), *((o, dtype, "w") for o in outs)]
+        + ([("mask_", mask, "r")] if mask else []),
+        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        + [("scale", "f32")],
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))), body)
+
+
+def attention_backward_q(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+    """dQ, one pass over blocks of queries.
+
+    Buffers: Q, G (dO), Kc, Vc (packed columns), Kr (packed rows), D (attention_delta), dQ, mask where given.
+    Scalars: strides (i64) xb, xh, xt of Q; yb, yh, yt of G; dxb, dxh, dxt of dQ; with mask mb, mh, mq, mk; then as the forward.
+    Grid: (cdiv(Tq, 48), B * H, 1).
+    """
+    return _backward(target, dtype, causal, mask, width, False)
+
+
+def attention_backward_kv(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+    """dK and dV, one pass over blocks of keys, summed over the query heads that share them.
+
+    Buffers: K, V, Qc, Gc (packed columns of Q and dO), Qr, Gr (packed rows), D (attention_delta), dK, dV, mask where given.
+    Scalars: strides (i64) x* of K, y* of V, dx* of dK, dy* of dV (b, h, t each); with mask mb, mh, mq, mk; then as the forward.
+    Grid: (cdiv(Tk, 48), B * Hk, 1).
+    """
+    return _backward(target, dtype, causal, mask, width, True)
