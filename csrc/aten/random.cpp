@@ -126,7 +126,7 @@ std::pair<int64_t, int64_t> philox_reserve(const std::optional<at::Generator>& g
 
 // For torch.spiral.default_generators: torch_python alone can wrap a generator, and does it for operators.
 TORCH_LIBRARY_FRAGMENT(spiral, m) {
-  m.def("_default_generator(int device) -> Generator",
+  m.def("_default_generator(int device) -> Generator?",
         [](int64_t index) { return default_generator(static_cast<c10::DeviceIndex>(index)); });
 }
 
