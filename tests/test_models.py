@@ -7,29 +7,17 @@ each model's conditioning and none is picked by hand.
 from __future__ import annotations
 
 import copy
-import os
 
 import models as zoo
 import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_spiral.testing.devices import engines, fallbacks
-
-# SPIRAL_TEST_DEVICE=cpu checks the tests themselves.
-if os.environ.get("SPIRAL_TEST_DEVICE"):
-    DEVICES = {os.environ["SPIRAL_TEST_DEVICE"]: torch.device(os.environ["SPIRAL_TEST_DEVICE"])}
-else:
-    DEVICES = engines()
+from torch_spiral.testing.devices import fallbacks
 
 # Make test keeps one model of each kind; the rest are marked full.
 QUICK = ("mlp", "resnet18", "unet", "gpt2", "lstm", "dcgan")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in zoo.MODELS]
-
-
-@pytest.fixture(params=list(DEVICES) or [pytest.param("none", marks=pytest.mark.skip(reason="no spiral device"))])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return DEVICES[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -72,8 +72,8 @@ def items() -> dict[str, Item]:
     for module in module_db:
         add(module.name.replace("_", ".", 1) if module.name.startswith("nn_") else module.name, "module", module,
             module.dtypes)  # fmt: skip
-    for optimizer in optim_db:
-        add(f"optim.{optimizer.optim_cls.__name__}", "optim", optimizer, (torch.float32,))
+    for info in optim_db:
+        add(f"optim.{info.optim_cls.__name__}", "optim", info, (torch.float32,))  # type: ignore[attr-defined]
     return found
 
 
@@ -93,7 +93,7 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype | None = None, gr
         if device.type == "meta":
             out = torch.empty_strided(x.shape, x.stride(), dtype=target, device=device)
         else:
-            base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
+            base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
             base = base.to(device, target, copy=True)
             out = base.as_strided(x.shape, x.stride(), x.storage_offset())
         out = out.conj() if conj else out
@@ -135,7 +135,7 @@ def _samples(item: Item, dtype: torch.dtype, limit: int | None, grad: bool = Fal
 # Comparing
 
 
-def _tolerances(info: Any, dtype: torch.dtype) -> dict[str, float]:
+def _tolerances(info: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The loosest of upstream's own tolerance for comparisons of this op, or torch.testing's for the dtype."""
     atol = rtol = 0.0
     for d in getattr(info, "decorators", None) or ():

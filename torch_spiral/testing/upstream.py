@@ -102,7 +102,8 @@ def _run_file(tests: Path, file: str, engine: str, args: argparse.Namespace) -> 
         environment["SPIRAL_ENGINE"] = args.engine
     command = [
         sys.executable, "-m", "pytest", file, "-q", "-p", "torch_spiral.testing.upstream_plugin",
-        "-n", str(args.workers), "--max-worker-restart", "10000", "--timeout", str(args.timeout), "--timeout-method", "thread",
+        "-n", str(args.workers), "--max-worker-restart", "10000",
+        "--timeout", str(args.timeout), "--timeout-method", "thread",
         "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests), *(["-k", args.k] if args.k else []),
     ]  # fmt: skip
     log = results.with_suffix(".log")
