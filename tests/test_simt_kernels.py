@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernel_runner import run, targets
 
+from torch_spiral.kernels.simt import conv as C
 from torch_spiral.kernels.simt import gemm as G
 
 TARGETS = {name: t for name, t in targets().items() if name in ("opencl-simt", "wgsl")}
@@ -152,7 +153,7 @@ def test_activations(target, name):
 
     x = np.concatenate([np.linspace(-12, 12, 2001), [np.nan, np.inf, -np.inf, 1e-20, 100, -100]]).astype(np.float32)
     kernel = G.split_reduce(target, "f32", "f32", epilogue=G.Epilogue((name,)))
-    got = run(kernel, [x, np.zeros_like(x)], [1, 1, x.size, 1, 0, x.size, 1], G.reduce_groups(1, x.size, 1))[1]
+    got = run(kernel, [x, np.zeros_like(x)], [1, 1, x.size, 1, 0, 0, 0, 0, x.size, 1], G.reduce_groups(1, x.size, 1))[1]
     f = torch.nn.functional
     functions = {"gelu_tanh": lambda v: f.gelu(v, approximate="tanh"), **{a: getattr(f, a, None) for a in ("relu6", "silu", "gelu", "hardswish", "hardsigmoid")}, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
     want = functions[name](torch.tensor(x, dtype=torch.float64)).numpy()
@@ -179,5 +180,84 @@ def test_skinny(target, b, vec, splits):
         return
     reduce = G.split_reduce(target, "f32", "f16", "s", epilogue=G.Epilogue((("add", "f32", "m"),)))
     bias, out = np.arange(m, dtype=np.float32), np.zeros((n, m), np.float16)
-    out = run(reduce, [got, bias, out], [1, m, n, splits, 0, 1, m, 0, 1, 0], G.reduce_groups(m, n, 1))[2]
+    out = run(reduce, [got, bias, out], [1, m, n, splits, 0, m * n, n, 0, 1, m, 0, 1, 0], G.reduce_groups(m, n, 1))[2]
     close(out.T.astype(float), want + bias[:, None], "f16")
+
+
+def contiguous(shape):
+    return [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
+
+
+def conv_scalars(mode, x, w, y, xs, ws, ys, stride, padding, dilation, groups, m, n, k):
+    """Scalars of simt.conv for shapes x, w, y with strides xs, ws, ys."""
+    nd = len(stride)
+    pixel = x[2:] if mode == "input" else y[2:]
+    ic, oc = x[1] // groups, y[1] // groups
+    if mode == "input":
+        mul, add, tap_mul, div, size = [1] * nd, padding, [-d for d in dilation], stride, y[2:]
+        gs, cs, g_group, c_group, channels = ys, xs, oc * ys[1], ic * xs[1], oc
+        w_part = [ws[1], ws[0], *ws[2:], oc * ws[0]]
+    else:
+        mul, add, tap_mul, div, size = stride, [-p for p in padding], dilation, [1] * nd, x[2:]
+        gs, cs, g_group, c_group, channels = xs, ys, ic * xs[1], oc * ys[1], ic
+        w_part = [ws[0], ws[1], *ws[2:], oc * ws[0]]
+    c_part = [cs[1], cs[0], *cs[2:], c_group]
+    if mode == "weight":
+        c_part, w_part = w_part, [ys[1], ys[0], *ys[2:], oc * ys[1]]
+    return [groups, m, n, k, *pixel, *w[2:], channels, *mul, *add, *tap_mul, *div, *size, gs[0], gs[1], *gs[2:], g_group, *w_part, *c_part]
+
+
+CONVOLUTIONS = [  # x shape, out channels, kernel, stride, padding, dilation, groups
+    ((2, 5, 9, 11), 7, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    ((1, 8, 12, 7), 6, (3, 2), (2, 3), (2, 0), (1, 2), 2),
+    ((2, 4, 1, 30), 4, (1, 5), (1, 2), (0, 3), (1, 1), 4),
+    ((1, 3, 5, 6, 7), 4, (2, 3, 3), (2, 1, 1), (1, 1, 0), (1, 2, 1), 1),
+]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("mode", C.MODES)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=["3x3", "strided", "1d", "3d"])
+def test_conv(target, mode, case, last, dtype="f32"):
+    import torch
+
+    x_shape, out_channels, kernel, stride, padding, dilation, groups = case
+    nd, rng = len(kernel), np.random.default_rng(3)
+    w_shape = (out_channels, x_shape[1] // groups, *kernel)
+    X, W = random(rng, x_shape, dtype), random(rng, w_shape, dtype)
+    function = torch.nn.functional.conv2d if nd == 2 else torch.nn.functional.conv3d
+    tx, tw = (torch.tensor(decode(a, dtype), requires_grad=True) for a in (X, W))
+    ty = function(tx, tw, None, stride, padding, dilation, groups)
+    y_shape = tuple(ty.shape)
+    Y = random(rng, y_shape, dtype)
+    ty.backward(torch.tensor(decode(Y, dtype)))
+    order = (0, *range(2, nd + 2), 1) if last else tuple(range(nd + 2))
+    arrays = {"x": (X, x_shape), "w": (W, w_shape), "y": (Y, y_shape)}
+    stored = {n: place(a, order, 0, 0) for n, (a, _) in arrays.items()}
+    (g, w, c), want = {
+        "forward": (("x", "w", "y"), ty.detach()),
+        "input": (("y", "w", "x"), tx.grad),
+        "weight": (("x", "y", "w"), tw.grad),
+    }[mode]
+    pixels = y_shape[0] * int(np.prod(y_shape[2:])) if mode != "input" else x_shape[0] * int(np.prod(x_shape[2:]))
+    taps = int(np.prod(kernel)) * (y_shape[1] if mode == "input" else x_shape[1]) // groups
+    m = (x_shape[1] if mode == "input" else y_shape[1]) // groups
+    n, k = (taps, pixels) if mode == "weight" else (pixels, taps)
+    strides = [stored[i][1] for i in "xwy"]
+    scalars = conv_scalars(mode, x_shape, w_shape, y_shape, *strides, stride, padding, dilation, groups, m, n, k)
+    out, out_strides = np.zeros_like(stored[c][0]), stored[c][1]
+    divided = mode == "input" and stride != (1,) * nd
+    shape = arrays[c][1]
+
+    def view(flat):
+        return np.lib.stride_tricks.as_strided(flat, shape, [s * flat.itemsize for s in out_strides])
+
+    kernel_ = C.conv(target, SMALL, mode, dtype, dtype, nd, divided, not last, "k" if last else "r", last)
+    got = run(kernel_, [stored[g][0], stored[w][0], out], scalars, C.conv_groups(SMALL, m, n, groups, last))[2]
+    close(decode(view(got), dtype), want.numpy(), dtype)
+    if mode == "weight":
+        kernel_, grid = C.direct_weight(target, dtype, dtype, nd), m * n * groups
+    else:
+        kernel_, grid = C.direct(target, mode, dtype, dtype, nd, divided), C.direct_groups(m, n, groups)
+    got = run(kernel_, [stored[g][0], stored[w][0], out], scalars, grid)[2]
+    close(decode(view(got), dtype), want.numpy(), dtype)

@@ -30,6 +30,7 @@ class Schedule:
     block_k: int
     thread_q: int = 4
     chunk: int = 16
+    unroll: int = 0
 
     @property
     def threads(self) -> int:
@@ -37,7 +38,7 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        return f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}"
+        return f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}" + (f"_u{self.unroll}" if self.unroll else "")
 
     def workgroup_memory(self, head_v: int = 64) -> int:
         """Bytes of the forward kernel."""
@@ -50,6 +51,8 @@ class Schedule:
 
 
 SCHEDULES: tuple[Schedule, ...] = (
+    Schedule(32, 32, 4, 16, 2),
+    Schedule(32, 32, 4, 8, 2),
     Schedule(32, 32, 4, 16),
     Schedule(32, 32, 4, 8),
     Schedule(64, 32, 4, 16),
@@ -65,7 +68,7 @@ SCHEDULES: tuple[Schedule, ...] = (
 def default_schedule(target: Target, head_v: int, queries_bucket: int) -> Schedule:
     """A schedule by head size and floor(log2(queries)), within the target's limits."""
     wide = queries_bucket >= 6 and target.compute_units > 4
-    for s in (SCHEDULES[2], SCHEDULES[3]) if wide and head_v <= 128 else ():
+    for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide and head_v <= 128 else ():
         if s.fits(target, head_v):
             return s
     return SCHEDULES[0] if SCHEDULES[0].fits(target, head_v) else SCHEDULES[1]
@@ -111,7 +114,7 @@ class _Scores:
         pb.store()
         t.barrier()
         t.let("b_stage", f"{offset}u + tx")
-        acc.multiply("stage", la.pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, tx="b_stage")
+        acc.multiply("stage", la.pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, tx="b_stage", unroll=s.unroll)
         t.end()
         t.end()
 
@@ -151,7 +154,7 @@ class _Prefixed(TileLoader):
 
 
 def _weighted(t: Text, acc: Accumulators, weights: str, pitch: int, lanes_m: int, buffer: str, base: str, row0: str, rows_end: str, size: str,
-              columns: int, lanes_n: int, block: int, chunk: int, vec: bool, prefix: str) -> None:  # fmt: skip
+              columns: int, lanes_n: int, block: int, chunk: int, vec: bool, prefix: str, unroll: int) -> None:  # fmt: skip
     """acc[m][column] += sum over r < block of weights[r][m] X[row0 + r, column]: X is the second operand of P V, dS K, dS^T Q, P^T dO.
 
     weights: shared, r-major with `pitch` vec4 a row. Rows of X beyond rows_end load zeros; columns beyond size are clamped.
@@ -166,7 +169,7 @@ def _weighted(t: Text, acc: Accumulators, weights: str, pitch: int, lanes_m: int
     p.store()
     t.barrier()
     t.let("w0", f"r0 * {pitch}u + ty")
-    acc.multiply(weights, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty="w0")
+    acc.multiply(weights, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty="w0", unroll=unroll)
     t.end()
     t.end()
 
@@ -352,7 +355,7 @@ def forward(
         t.add(f"sum = sum + partial[{j * s.block_q}u + {r}];")
     t.put_component("row_sum", f"{r} / 4u", f"({r} % 4u)", "sum", "f32")
     t.end()
-    _weighted(t, o, "weights", pitch_p, lanes_q, "v", "v_base", "k0", "key_end", "head_v", columns, lanes_k, s.block_k, s.chunk, vec, "vv")
+    _weighted(t, o, "weights", pitch_p, lanes_q, "v", "v_base", "k0", "key_end", "head_v", columns, lanes_k, s.block_k, s.chunk, vec, "vv", s.unroll)
     t.barrier()
     t.end()
     if split:

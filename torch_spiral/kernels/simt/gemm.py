@@ -31,6 +31,7 @@ class Schedule:
     prefetch: the next tile is loaded into registers while the current one is multiplied.
     chunk: products are summed in runs of `chunk` along k, and the runs added in a second accumulator (0: one accumulator).
     float32 needs it: the error of one sequential sum is 3 times that of torch.mm.
+    unroll: steps of k written out (0: tile_k); fewer compile faster, which counts where compiling takes seconds (lavapipe).
     """
 
     tile_m: int
@@ -41,6 +42,7 @@ class Schedule:
     lanes: int = 0
     prefetch: bool = True
     chunk: int = 32
+    unroll: int = 0
 
     @property
     def threads(self) -> int:
@@ -49,7 +51,7 @@ class Schedule:
     @property
     def key(self) -> str:
         text = f"{self.tile_m}x{self.tile_n}x{self.tile_k}_{self.thread_m}x{self.thread_n}"
-        return text + (f"_w{self.lanes}" if self.lanes else "") + ("_p" if self.prefetch else "") + f"_c{self.chunk}"
+        return text + (f"_w{self.lanes}" if self.lanes else "") + ("_p" if self.prefetch else "") + f"_c{self.chunk}" + (f"_u{self.unroll}" if self.unroll else "")
 
     def workgroup_memory(self, itemsize: int = 4) -> int:
         """Bytes, at most (one vector of padding a row of A and of B)."""
@@ -61,6 +63,7 @@ class Schedule:
 
 # What a tuner may choose from, for float32, float16 and bfloat16 storage. The first is the reference.
 SCHEDULES: tuple[Schedule, ...] = (
+    Schedule(32, 32, 16, 4, 4, unroll=4),
     Schedule(32, 32, 16, 4, 4),
     Schedule(64, 64, 16, 4, 4),
     Schedule(64, 64, 16, 8, 8, prefetch=False),
@@ -77,8 +80,10 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0),
     Schedule(64, 128, 16, 4, 8, chunk=0),
 )
+# Software adapters (lavapipe): larger register tiles, no prefetch.
+SOFTWARE = Schedule(64, 64, 16, 8, 8, prefetch=False, unroll=2)
 # float64 and integers: no second accumulator.
-WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0)
+WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0, unroll=4)
 
 
 def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -> Schedule:
@@ -87,15 +92,15 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
         return WIDE_SCHEDULE
     area = m_bucket + n_bucket
     if target.vendor and "llvmpipe" in target.vendor.lower() or target.compute_units <= 4:
-        return SCHEDULES[2] if area >= 12 and SCHEDULES[2].fits(target) else SCHEDULES[0]
+        return SOFTWARE if area >= 12 and SOFTWARE.fits(target) else SCHEDULES[0]
     if area >= 23:
         wanted = Schedule(128, 128, 16, 8, 8, lanes=16)
     elif area >= 19:
         wanted = Schedule(64, 128, 16, 4, 8) if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4)
     elif area >= 15:
-        wanted = SCHEDULES[1]
+        wanted = Schedule(64, 64, 16, 4, 4)
     else:
-        wanted = SCHEDULES[0]
+        wanted = Schedule(32, 32, 16, 4, 4)
     return wanted if wanted.fits(target) else SCHEDULES[0]
 
 
@@ -222,18 +227,24 @@ class Accumulators:
             for m, v in self.each():
                 self.t.add(f"{self.name}{m}_{v} += {self.name}s{m}_{v};")
 
-    def multiply(self, a: str, pitch_a: int, lanes_m: int, b: str, pitch_b: int, lanes_n: int, tile_k: int, ty="ty", tx="tx", a_k0: int = 0) -> None:
+    def multiply(self, a: str, pitch_a: int, lanes_m: int, b: str, pitch_b: int, lanes_n: int, tile_k: int, ty="ty", tx="tx", unroll: int = 0) -> None:
         """self += a^T b over tile_k rows of the shared tiles a[k][m / 4] and b[k][n / 4]."""
         t = self.t
-        for k in range(tile_k):
+        looped = 0 < unroll < tile_k
+        if looped:
+            t.loop("kk", "0u", f"{tile_k}u", f"{unroll}u")
+            ty, tx = t.let("ka", f"kk * {pitch_a}u + {ty}"), t.let("kb", f"kk * {pitch_b}u + {tx}")
+        for k in range(unroll if looped else tile_k):
             t.open()
             for i in range(self.m // 4):
-                t.let(f"a{i}", f"{a}[{(k + a_k0) * pitch_a + i * lanes_m}u + {ty}]", self.dtype, 4)
+                t.let(f"a{i}", f"{a}[{k * pitch_a + i * lanes_m}u + {ty}]", self.dtype, 4)
             for v in range(self.v):
                 t.let(f"b{v}", f"{b}[{k * pitch_b + v * lanes_n}u + {tx}]", self.dtype, 4)
             for m, v in self.each():
                 c = f"{self.name}{m}_{v}"
                 t.add(f"{c} = {t.fma(t.splat(f'a{m // 4}.{COMPONENTS[m % 4]}', self.dtype), f'b{v}', c, self.dtype)};")
+            t.end()
+        if looped:
             t.end()
 
 
@@ -444,7 +455,7 @@ def gemm(
         la.load("k1", "k_end")
         lb.load("k1", "k_end")
         t.end()
-    c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k)
+    c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k, unroll=s.unroll)
     if chunked:
         runs = s.chunk // s.tile_k
         if runs > 1:
@@ -473,10 +484,11 @@ def gemm(
 def split_reduce(
     target: Target, acc: str, out_dtype: str, c: str = "n", vec_c: bool = False, epilogue: Epilogue = NO_EPILOGUE
 ) -> Kernel:
-    """C[z, m, n] = epilogue(sum over splits of P[z, split, m, n]), P contiguous in the accumulator dtype acc.
+    """C[z, m, n] = epilogue(sum over i < splits of P[z * p_batch + i * p_split + m * p_row + n]), P in the accumulator dtype acc.
 
-    c, vec_c, epilogue: as in gemm(); vec_c needs n divisible by 4.
-    Buffers: p, epilogue operands, c. Scalars (u32): batch, m, n, splits, c_batch, c_row, c_col, per operand batch, row, col, factors.
+    c, vec_c, epilogue: as in gemm(); vec_c needs n and P's strides divisible by 4.
+    Buffers: p, epilogue operands, c. Scalars (u32): batch, m, n, splits, p_batch, p_split, p_row, c_batch, c_row, c_col, per operand batch, row, col;
+    factors.
     Grid: reduce_groups(m, n, batch). Partials: batch * splits * m * n elements.
     """
     name = f"gemm_reduce_{acc}_{out_dtype}_{c}{'v' if vec_c else 's'}{epilogue_name(epilogue)}"
@@ -485,7 +497,7 @@ def split_reduce(
     t.buffer("p", acc, "r", 4 if vec_c else 1)
     out = Output(t, out_dtype, acc, vec_c, c == "n", epilogue)
     out.declare_buffers()
-    t.scalar("batch", "m", "n", "splits")
+    t.scalar("batch", "m", "n", "splits", "p_batch", "p_split", "p_row")
     out.declare_scalars()
     width = 4 if vec_c else 1
     t.let("columns", f"n / {width}u")
@@ -495,10 +507,10 @@ def split_reduce(
     t.let("col", f"(e % columns) * {width}u")
     t.let("z", "e / (columns * m)")
     out.begin("z")
-    t.base("p_base", "p", ("z", "splits * m * n"))
+    t.base("p_base", "p", ("z", "p_batch"))
     t.var("sum", t.zero(acc, width), acc, width)
     t.loop("i", "0u", "splits", "1u")
-    t.add(f"sum += {t.load('p', 'p_base', '(i * m + row) * n + col', width)};")
+    t.add(f"sum += {t.load('p', 'p_base', 'i * p_split + row * p_row + col', width)};")
     t.end()
     (out.store4 if vec_c else out.store1)("row", "col", "sum", "m", "n")
     t.end()
@@ -587,6 +599,7 @@ def skinny(
         # One row of C at a time, so that shared memory stays small: 64 invocations add `threads` sums by eighths, 8 add those.
         t.shared("sums", acc, columns * (threads + 1), 1)
         t.shared("eighths", acc, columns * 8, 1)
+        t.shared("totals", acc, rows * columns, 1)
         for r in range(rows):
             for c in range(columns):
                 value = f"s{r}_{c}"
@@ -601,10 +614,12 @@ def skinny(
             t.barrier()
             t.open(f"lid < {columns}u")
             total = " + ".join(f"eighths[lid * 8u + {j}u]" for j in range(8))
-            t.let("total", f"({total})", acc)
-            _skinny_store(t, out, split, str(r) + "u", "(col0 + lid)", "total")
+            t.add(f"totals[{r * columns}u + lid] = {total};")
             t.end()
-            t.barrier()
+        t.barrier()
+        t.loop("e", "lid", f"{rows * columns}u", f"{threads}u")
+        _skinny_store(t, out, split, f"(e / {columns}u)", f"(col0 + e % {columns}u)", "totals[e]")
+        t.end()
     else:
         per, lanes = 16, threads // 16  # 16 invocations along n, 4 columns each; `lanes` along k
         t.let("tx", f"lid % {per}u")
