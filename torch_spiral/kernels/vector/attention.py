@@ -163,6 +163,67 @@ def attention_forward(target: Target, dtype: str, causal: bool = False, mask: st
         _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w), body)
 
 
+def attention_decode(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+    """attention_forward for few queries (decoding with a KV cache): K and V are read in place, once per query, without packing.
+
+    K and V have any strides of B, H and T and unit stride along D. Buffers: Q, K, V, O, L, and mask where given.
+    Scalars: strides (i64) qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, and with mask mb, mh, mq, mk; then as attention_forward.
+    Grid: (Tq, B * H, 1).
+    """
+    w = schedule("f32", width or vector_width()).w
+    n, ku = 256, 4  # keys of a chunk, keys at a time
+    kptr = " ".join(f"const __global {POINTEE[dtype]}* k{j} = Ki + (long)(n0 + min(t + {j}u, cols - 1)) * kt; V s{j} = (V)(0); T r{j} = 0;" for j in range(ku))
+    dots = " ".join(f"s{j} = FMA(q, LDV_{dtype}(k{j} + d), s{j});" for j in range(ku))
+    dot1 = " ".join(f"r{j} = FMA(Qs[d], LD_{dtype}(k{j} + d), r{j});" for j in range(ku))
+    put = " ".join(f"S[t + {j}] = vsum(s{j}) + r{j};" for j in range(ku))
+    vptr = " ".join(f"const __global {POINTEE[dtype]}* v{j} = Vi + (long)(n0 + min(t + {j}u, cols - 1)) * vt; const T p{j} = S[t + {j}];" for j in range(ku))
+    add = " ".join(f"a = FMA((V)(p{j}), LDV_{dtype}(v{j} + d), a);" for j in range(ku))
+    add1 = " ".join(f"a = FMA(p{j}, LD_{dtype}(v{j} + d), a);" for j in range(ku))
+    masked = _masking(mask, causal, w, "mq", "mk", False).replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)").replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
+    body = f"""
+  T Qs[{MAX_HEAD}]; T Os[{MAX_HEAD}]; T S[{n}];
+  const uint row = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H, hk = h / group;
+  Q += (long)b * qb + (long)h * qh + (long)row * qt; O += (long)b * ob + (long)h * oh + (long)row * ot;
+  Ki += (long)b * kb + (long)hk * kh; Vi += (long)b * vb + (long)hk * vh;
+  {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
+  for (uint d = 0; d < D; d++) Qs[d] = LD_{dtype}(Q + d) * (scale * LOG2E);
+  for (uint d = 0; d < Dv; d++) Os[d] = 0;
+  T m = -INFINITY, z = 0;
+  const uint keys = {"min(Tk, (uint)max(0, (int)row + diagonal + 1))" if causal else "Tk"};
+  for (uint n0 = 0; n0 < keys; n0 += {n}u) {{
+    const uint cols = min({n}u, keys - n0); T* S_ = S;
+    for (uint t = 0; t < cols; t += {ku}u) {{
+      {kptr} uint d = 0;
+      for (; d + {w}u <= D; d += {w}u) {{ const V q = vload{w}(0, Qs + d); {dots} }}
+      for (; d < D; d++) {{ {dot1} }}
+      {put}
+    }}
+    {masked}
+    T top = m; for (uint j = 0; j < cols; j++) top = max(top, S[j]);
+    const T base = top == -INFINITY ? 0 : top, al = exp2(m - base); m = top;
+    V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v(vload{w}(0, S + j) - base); zs += e; vstore{w}(e, 0, S + j); }}
+    z = fma(z, al, vsum(zs));
+    for (uint d = 0; d < Dv; d++) Os[d] *= al;
+    for (uint t = 0; t < cols; t += {ku}u) {{
+      {vptr} uint d = 0;
+      for (; d + {w}u <= Dv; d += {w}u) {{ V a = vload{w}(0, Os + d); {add} vstore{w}(a, 0, Os + d); }}
+      for (; d < Dv; d++) {{ T a = Os[d]; {add1} Os[d] = a; }}
+    }}
+  }}
+  const T inv = z == 0 ? 0 : 1 / z;
+  L[(ulong)bh * Tq + row] = m == -INFINITY ? -INFINITY : (m + log2(z)) * 0.69314718f;
+  for (uint d = 0; d < Dv; d++) ST_{dtype}(O + d, Os[d] * inv);
+"""
+    strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
+    name = "_".join(x for x in ("vector_attention_decode", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    return finish(
+        target, name,
+        [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", dtype, "w"), ("L", "f32", "w")] + ([("mask", mask, "r")] if mask else []),
+        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        + [("scale", "f32")],
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))), body)
+
+
 def attention_delta(target: Target, dtype: str, width: int | None = None) -> Kernel:
     """What the backward kernels need of each query: D[B * H, 2, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2 and sum(dO * O), 0 in padding.
 
