@@ -309,6 +309,7 @@ class Iter:
     shape: tuple[Size, ...]
     outputs: tuple[IterOperand, ...]
     inputs: tuple[IterOperand, ...]
+    common: str | None = None  # the dtype to compute in, where ATen inferred one
 
     @property
     def ndim(self) -> int:
@@ -416,9 +417,9 @@ class Recorder:
             _, number, dtype, sizes, strides, written, flags = a
             return self.tensor(number, dtype_name(dtype), self.sizes(sizes), self.strides(strides), written, flags)
         if kind == "iterator":
-            _, shape, operands, outputs = a
+            _, shape, operands, outputs, common = a
             handles = tuple(self.iter_operand(o, i < outputs, shape) for i, o in enumerate(operands))
-            return Iter(self.sizes(shape), handles[:outputs], handles[outputs:])
+            return Iter(self.sizes(shape), handles[:outputs], handles[outputs:], DTYPE_NAMES.get(common))
         if kind == "dtype":
             return dtype_name(a[1])
         if kind in ("int", "bool"):

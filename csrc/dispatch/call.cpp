@@ -167,7 +167,13 @@ void Call::iterator(at::TensorIteratorBase& iter) {
   iterators_.push_back(
       {static_cast<uint32_t>(operands_.size()), static_cast<uint32_t>(operands), static_cast<uint32_t>(iter.noutputs()),
        static_cast<uint32_t>(ndim), static_cast<uint32_t>(slots_.size())});
-  uint64_t word = static_cast<uint64_t>(Kind::Iterator) << 56 | operands << 8 | static_cast<uint64_t>(iter.noutputs()) << 16 | ndim;
+  // The dtype to compute in, where ATen inferred one (unreliable for reductions: their lowerings don't ask).
+  struct Peek : at::TensorIteratorBase {
+    static at::ScalarType get(const at::TensorIteratorBase& i) { return i.*(&Peek::common_dtype_); }
+  };
+  const auto common = Peek::get(iter);
+  iterators_.back().common_dtype = static_cast<int8_t>(common);
+  uint64_t word = static_cast<uint64_t>(Kind::Iterator) << 56 | static_cast<uint64_t>(static_cast<uint8_t>(common)) << 32 | operands << 8 | static_cast<uint64_t>(iter.noutputs()) << 16 | ndim;
   key_.push_back(word);
   word = 0;
   for (size_t d = 0; d < ndim; ++d) {

@@ -90,6 +90,7 @@ class Call {
   };
   struct Iterator {
     uint32_t first_operand, operands, outputs, ndim, shape_slot;
+    int8_t common_dtype = 0;
   };
   // What each argument was, to hand it to Python when a plan must be recorded.
   enum class Kind : uint8_t {

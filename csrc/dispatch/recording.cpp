@@ -83,7 +83,7 @@ std::shared_ptr<Plan> Recording::record() {
         for (uint32_t d = 0; d < it.ndim; ++d) {
           shape[d] = py::make_tuple(it.shape_slot + d, Call::size_class(slots[it.shape_slot + d], true));
         }
-        return py::make_tuple("iterator", shape, operands, it.outputs);
+        return py::make_tuple("iterator", shape, operands, it.outputs, static_cast<int>(it.common_dtype));
       }
       case Kind::Int: return py::int_(static_cast<int64_t>(call.key_[a.index]));
       case Kind::Bool: return py::bool_(a.index != 0);

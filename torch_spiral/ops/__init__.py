@@ -1,0 +1,8 @@
+"""What each op computes, a module per family. Importing one registers its ops."""
+
+from importlib import import_module
+
+FAMILIES = ("pointwise",)
+
+for _family in FAMILIES:
+    import_module(f"{__name__}.{_family}")
