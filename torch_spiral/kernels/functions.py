@@ -83,24 +83,25 @@ def _power_of_two(n: Node, dtype: str) -> Node:
     return ir.bitcast(ir.shl(n + f.bias, f.mantissa), dtype)
 
 
+def head(x: Node) -> Node:
+    """x without the lower half of its mantissa. By bits: drivers simplify (x + c) - c as if floats were reals."""
+    f = FORMAT[x.dtype]
+    low = (1 << (f.mantissa // 2 + 1)) - 1
+    return ir.bitcast(ir.and_(ir.bitcast(x, f.uint), (1 << f.bits) - 1 - low), x.dtype)
+
+
 def two_product(a: Node, b: Any) -> tuple[Node, Node]:
     """a * b as an exact sum of two floats (Dekker); unaffected by contraction."""
     _, (a, b) = ir.same(a, b)
-    c = by_dtype(a, 4097.0, 134217729.0)
-
-    def halves(x: Node) -> tuple[Node, Node]:
-        t = x * c
-        hi = t - (t - x)
-        return hi, x - hi
-
     p = a * b
-    (ah, al), (bh, bl) = halves(a), halves(b)
+    ah, bh = head(a), head(b)
+    al, bl = a - ah, b - bh
     return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
 
 
 def two_sum(a: Node, b: Node) -> tuple[Node, Node]:
-    """a + b as an exact sum of two floats, for |a| >= |b|."""
-    s = a + b
+    """a + b, for |a| >= |b|, as the head of the sum and the rest, good to one and a half times the precision."""
+    s = head(a + b)
     return s, b - (s - a)
 
 
@@ -229,10 +230,14 @@ def _log_reduce(x: Node) -> tuple[Node, Node]:
 
 def _log_mantissa(m: Node) -> Node:
     """log(m) for m from sqrt(1/2) to sqrt(2)."""
-    f = m - 1.0
+    return _log_series(m - 1.0)
+
+
+def _log_series(f: Node) -> Node:
+    """log(1 + f) for f from sqrt(1/2) - 1 to sqrt(2) - 1."""
     s = f / (2.0 + f)
     z = s * s
-    series = z * poly(z, [2 / (2 * k + 3) for k in range(by_dtype(m, 5, 11))])
+    series = z * poly(z, [2 / (2 * k + 3) for k in range(by_dtype(f, 5, 11))])
     h = 0.5 * f * f
     return f - (h - s * (h + series))
 
@@ -264,10 +269,8 @@ def log10(x: Node) -> Node:
 
 @lower
 def log1p(x: Node) -> Node:
-    u = 1.0 + x
-    y = ir.log(u) + (x - (u - 1.0)) / u
-    y = where(ir.or_(ir.eq(u, 1.0), ir.eq(x, math.inf)), x, y)
-    return where(ir.eq(x, -1.0), -math.inf, y)
+    near = ir.and_(ir.gt(x, -0.29), ir.lt(x, 0.41))
+    return where(near, _log_series(where(near, x, ir.const(0.0, x.dtype))), ir.log(1.0 + x))
 
 
 @lower
@@ -276,8 +279,8 @@ def pow_(x: Node, y: Node) -> Node:
     a = ir.abs(x)
     e, m = _log_reduce(a)
     f = m - 1.0
-    d = 2.0 + f
-    d_lo = f - (d - 2.0)
+    d = head(2.0 + f)
+    d_lo = (2.0 - d) + f
     s = f / d
     p, p_lo = two_product(s, d)
     s_lo = (((f - p) - p_lo) - s * d_lo) / d
@@ -563,10 +566,7 @@ def _erf_small(x: Node) -> Node:
 def _erfc_large(a: Node) -> Node:
     """erfc(a) for a >= 0, with small relative error."""
     t = (a - 4.0) / (a + 4.0)
-    f = FORMAT[a.dtype]
-    # exp(-a a) in two factors, so that the rounding of a a does not matter.
-    mask = ((1 << f.bits) - 1) ^ ((1 << (f.mantissa // 2 + 1)) - 1)
-    hi = ir.bitcast(ir.and_(ir.bitcast(a, f.uint), mask), a.dtype)
+    hi = head(a)  # exp(-a a) in two factors, so that the rounding of a a does not matter
     e = ir.exp(-(hi * hi)) * ir.exp(-((a - hi) * (a + hi)))
     y = e * poly(t, by_dtype(a, ERFCX32, ERFCX64)) / (1.0 + 2.0 * a)
     return where(ir.gt(a, by_dtype(a, 10.1, 27.3)), ir.const(0.0, a.dtype), y)

@@ -93,8 +93,10 @@ class _Scores:
         self.t, self.s, self.vec = t, s, vec
         self.lanes_k, self.lanes_q = s.block_k // 4, s.block_q // s.thread_q
 
-    def product(self, name: str, a: str, b: str, a_base: str, b_base: str, q0: str, k0: str, size: str, declare: bool) -> None:
-        """name[query][key] = sum over d < size of a[q0 + query, d] b[k0 + key, d]; a, b: buffers with <buffer>_row strides."""
+    def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
+                rows_end: str = "queries", cols_end: str = "keys") -> None:  # fmt: skip
+        """name[row][column] = sum over d < size of a[row0 + row, d] b[col0 + column, d]; a, b: buffers with <buffer>_row strides.
+        Rows and columns beyond their ends repeat the last ones."""
         t, s = self.t, self.s
         la = TileLoader(t, a, "stage", s.block_q, s.chunk, "k", self.vec, True, False)
         lb = TileLoader(t, b, "stage", s.block_k, s.chunk, "k", self.vec, True, False)
@@ -104,8 +106,8 @@ class _Scores:
         acc = Accumulators(t, name, s.thread_q, 4, "f32")
         acc.declare()
         t.open()
-        pa.begin(a_base, q0, "queries", f"{a}_row", "1u", "0u")
-        pb.begin(b_base, k0, "keys", f"{b}_row", "1u", "0u")
+        pa.begin(a_base, row0, rows_end, f"{a}_row", "1u", "0u")
+        pb.begin(b_base, col0, cols_end, f"{b}_row", "1u", "0u")
         t.loop("d0", "0u", size, f"{s.chunk}u")
         pa.load("d0", size)
         pb.load("d0", size)
@@ -306,7 +308,7 @@ def forward(
     t.end()
     t.barrier()
     t.loop("k0", "key_begin", "key_end", f"{s.block_k}u")
-    scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head", True)
+    scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head")
     # Scores with mask; the maximum of a row over this invocation's four keys.
     for i in range(s.thread_q):
         row = f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)"
@@ -381,10 +383,7 @@ def forward(
                 t.store("out", "out_base", f"query * {'head_v' if split else 'out_row'} + col{v}_{j}", f"o{i}_{v}.{c} * inverse")
                 t.end()
         t.open("tx == 0u")
-        inf = "-1.0 / zero" if t.wgsl else "-INFINITY"
-        if t.wgsl:  # naga folds constants and refuses infinities
-            t.let("inf_bits", "0xff800000u | min(queries, 0u)")
-            inf = "bitcast<f32>(inf_bits)"
+        inf = negative_infinity(t)
         at = "((part * batch + z) * heads + h) * queries + query" if split else "bh * queries + query"
         t.base("lse_base", "lse")
         t.store("lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}"))
@@ -399,3 +398,277 @@ def forward(
 def forward_groups(schedule: Schedule, batch, heads, queries, splits=1, minimum=min):
     """Grid of forward()."""
     return (minimum(cdiv(queries, schedule.block_q) * heads * batch * splits, MAX_GROUPS), 1, 1)
+
+
+def merge(target: Target, dtype: str) -> Kernel:
+    """Combines the partial results of forward(split=True).
+
+    Buffers: parts, part_lse, out, lse. Scalars (u32): splits, batch, heads, queries, head_v, out_batch, out_head, out_row.
+    Grid: merge_groups(batch, heads, queries, head_v)."""
+    t = Text(target, f"attention_merge_{dtype}", 64)
+    for n in ("parts", "part_lse"):
+        t.buffer(n, "f32")
+    t.buffer("out", dtype, "w")
+    t.buffer("lse", "f32", "w")
+    t.scalar("splits", "batch", "heads", "queries", "head_v", "out_batch", "out_head", "out_row")
+    t.let("rows", "batch * heads * queries")
+    t.loop("e", f"{t.group} * 64u + lid", "rows * head_v", f"{t.groups} * 64u")
+    t.let("row", "e / head_v")
+    t.let("col", "e % head_v")
+    for n in ("parts", "part_lse", "lse"):
+        t.base(f"{n}_base", n)
+    t.var("high", t_float(t, NEVER), "f32")
+    t.loop("i", "0u", "splits", "1u")
+    t.add(f"high = max(high, {t.load('part_lse', 'part_lse_base', 'i * rows + row')});")
+    t.end()
+    t.var("total", t_float(t, "0.0"), "f32")
+    t.var("sum", t_float(t, "0.0"), "f32")
+    t.loop("i", "0u", "splits", "1u")
+    t.let("l", t.load("part_lse", "part_lse_base", "i * rows + row"), "f32")
+    # An empty part has -inf, which max() keeps out of the exponent.
+    t.let("weight", t.select(t_float(t, "0.0"), "exp(l - high)", f"l > {t_float(t, NEVER)}"), "f32")
+    t.add("total = total + weight;")
+    t.add(f"sum = sum + weight * {t.load('parts', 'parts_base', '(i * rows + row) * head_v + col')};")
+    t.end()
+    zero = t_float(t, "0.0")
+    t.let("inverse", t.select(f"{t_float(t, '1.0')} / total", zero, f"total == {zero}"), "f32")
+    t.base("out_base", "out", ("(row / (queries * heads))", "out_batch"), ("((row / queries) % heads)", "out_head"))
+    t.store("out", "out_base", "(row % queries) * out_row + col", "sum * inverse")
+    t.open("col == 0u")
+    t.store("lse", "lse_base", "row", t.select("high + log(total)", negative_infinity(t), f"total == {zero}"))
+    t.end()
+    t.end()
+    return t.finish()
+
+
+def merge_groups(batch, heads, queries, head_v, minimum=min):
+    """Grid of merge()."""
+    return (minimum(cdiv(batch * heads * queries * head_v, 64), MAX_GROUPS), 1, 1)
+
+
+def negative_infinity(t: Text) -> str:
+    """-inf as text. naga refuses constant infinities: the bits go through a run-time value."""
+    return "bitcast<f32>(0xff800000u | min(queries, 0u))" if t.wgsl else "-INFINITY"
+
+
+def delta(target: Target, dtype: str) -> Kernel:
+    """delta[b, h, q] = sum over d of do[b, h, q, d] * out[b, h, q, d], f32, contiguous: the first step of backward.
+
+    Buffers: g (the gradient do), out, delta. Scalars (u32): batch, heads, queries, head_v, batch, head, row strides of do, of out.
+    Grid: (min(cdiv(batch * heads * queries, 64), 65535), 1, 1)."""
+    t = Text(target, f"attention_delta_{dtype}", 64)
+    t.buffer("g", dtype)
+    t.buffer("out", dtype)
+    t.buffer("delta", "f32", "w")
+    t.scalar("batch", "heads", "queries", "head_v")
+    _declare(t, ["g", "out"])
+    t.loop("e", f"{t.group} * 64u + lid", "batch * heads * queries", f"{t.groups} * 64u")
+    for n in ("g", "out"):
+        t.base(f"{n}_base", n, ("(e / (queries * heads))", f"{n}_batch"), ("((e / queries) % heads)", f"{n}_head"), ("(e % queries)", f"{n}_row"))
+    t.base("delta_base", "delta")
+    t.var("sum", t_float(t, "0.0"), "f32")
+    t.loop("d", "0u", "head_v", "1u")
+    t.add(f"sum = fma({t.load('g', 'g_base', 'd')}, {t.load('out', 'out_base', 'd')}, sum);")
+    t.end()
+    t.store("delta", "delta_base", "e", "sum")
+    t.end()
+    return t.finish()
+
+
+def _backward(t: Text, s: Schedule, dtype: str, mask: str, causal: bool, vec: bool, results: list[tuple[str, str]]) -> None:
+    """Buffers, scalars and shared memory of the backward kernels."""
+    for n in ("q", "k", "v", "g"):
+        t.buffer(n, dtype, "r", 4 if vec else 1)
+    if mask:
+        t.buffer("mask", mask)
+    t.buffer("lse", "f32")
+    t.buffer("delta", "f32")
+    for n, d in results:
+        t.buffer(n, d, "w")
+    _common_scalars(t, mask, causal)
+    _declare(t, ["q", "k", "v", "g", *(n for n, _ in results if n != "ds")])
+
+
+def _tile_sizes(t: Text, s: Schedule, columns: int) -> tuple[int, int, int]:
+    """Shared memory and thread layout; returns lanes along columns, along rows, and the pitch of weights."""
+    lanes, lanes_m = s.block_k // 4, s.block_q // s.thread_q
+    t.shared("stage", "f32", s.chunk * max(s.block_q // 4 + s.block_k // 4 + 2, columns // 4))
+    pitch = s.block_q // 4 + 1
+    t.shared("weights", "f32", s.block_k * pitch)
+    t.let("tx", f"lid % {lanes}u")
+    t.let("ty", f"lid / {lanes}u")
+    return lanes, lanes_m, pitch
+
+
+def _share(t: Text, s: Schedule, name: str, lanes_m: int, pitch: int) -> None:
+    """The registers name[row][column] to weights[column][row]."""
+    for i in range(s.thread_q // 4):
+        for j, c in enumerate(COMPONENTS):
+            parts = t.vector([f"{name}{i * 4 + l}_0.{c}" for l in range(4)])
+            t.add(f"weights[(tx * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
+
+
+def _probability(t: Text, score: str, lse: str) -> str:
+    return t.select(f"exp({score} - {lse})", t_float(t, "0.0"), f"{score} <= {t_float(t, NEVER)}")
+
+
+def _store_rows(t: Text, s: Schedule, acc: Accumulators, name: str, row0: str, rows: str, size: str, lanes: int, lanes_m: int, factor: str) -> None:
+    for i in range(s.thread_q):
+        t.open()
+        t.let("row", f"{row0} + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
+        t.open(f"row < {rows}")
+        for v in range(acc.v):
+            for j, c in enumerate(COMPONENTS):
+                t.open()
+                t.let("column", f"({v * lanes}u + tx) * 4u + {j}u")
+                t.open(f"column < {size}")
+                t.store(name, f"{name}_base", f"row * {name}_row + column", f"{acc.name}{i}_{v}.{c}{factor}")
+                t.end(2)
+        t.end(2)
+
+
+def backward_query(
+    target: Target, schedule: Schedule, dtype: str, head: int, head_v: int, mask: str = "", causal: bool = False, vec: bool = False, mask_grad: bool = False
+) -> Kernel:
+    """dq, and with mask_grad also the gradient of the score matrix ds (f32, contiguous (batch, heads, queries, keys)), for the mask;
+    the caller fills ds with zeros first where causal, and sums it over the dimensions that the mask broadcasts.
+
+    g is the gradient of out; lse from forward(), delta from delta(). Deterministic. Arguments as in forward(); vec includes g.
+    Buffers: q, k, v, g, [mask], lse, delta, dq, [ds].
+    Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dq. Grid: forward_groups()."""
+    s = schedule
+    t = Text(target, f"attention_dq_{dtype}_{head}_{head_v}_{mask or 'none'}{'_causal' if causal else ''}{'_vec' if vec else ''}"
+             f"{'_ds' if mask_grad else ''}_{s.key}", s.threads)  # fmt: skip
+    _backward(t, s, dtype, mask, causal, vec, [("dq", dtype)] + ([("ds", "f32")] if mask_grad else []))
+    columns = padded(head, s.block_k // 4)
+    lanes, lanes_m, pitch = _tile_sizes(t, s, columns)
+    t.let("blocks", f"(queries + {s.block_q - 1}u) / {s.block_q}u")
+    t.loop("tile", t.group, "blocks * heads * batch", t.groups)
+    t.let("bh", "tile / blocks")
+    t.let("q0", f"(blocks - 1u - tile % blocks) * {s.block_q}u")
+    t.let("z", "bh / heads")
+    t.let("h", "bh % heads")
+    if causal:
+        visible = f"{t.cast(f'min(q0 + {s.block_q}u, queries)', 'i32')} + causal_shift"
+        t.let("key_end", f"min(keys, {t.cast(f'max({visible}, 0)', 'u32')})")
+    else:
+        t.let("key_end", "keys")
+    _bases(t, mask)
+    t.base("dq_base", "dq", ("z", "dq_batch"), ("h", "dq_head"))
+    if mask_grad:
+        t.base("ds_base", "ds", ("bh", "queries * keys"))
+    acc = Accumulators(t, "o", s.thread_q, columns // lanes, "f32")
+    acc.declare()
+    for i in range(s.thread_q):
+        t.let(f"at{i}", f"min(q0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u, queries - 1u)")
+        t.let(f"lse{i}", t.load("lse", "lse_base", f"at{i}"), "f32")
+        t.let(f"delta{i}", t.load("delta", "delta_base", f"at{i}"), "f32")
+    scores = _Scores(t, s, vec)
+    t.loop("k0", "0u", "key_end", f"{s.block_k}u")
+    scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head")
+    scores.product("p", "g", "v", "g_base", "v_base", "q0", "k0", "head_v")
+    for i in range(s.thread_q):
+        t.open()
+        t.let("query", f"q0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
+        t.let("key", "k0 + tx * 4u")
+        for j, c in enumerate(COMPONENTS):
+            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}")
+            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}"), "f32")
+            t.let(f"d{j}", t.select(f"w{j} * (p{i}_0.{c} - delta{i})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"), "f32")
+            if mask_grad:
+                t.open(f"query < queries && key + {j}u < keys")
+                t.store("ds", "ds_base", f"query * keys + key + {j}u", f"d{j}")
+                t.end()
+        t.add(f"s{i}_0 = {t.vector([f'd{j}' for j in range(4)])};")
+        t.end()
+    _share(t, s, "s", lanes_m, pitch)
+    _weighted(t, acc, "weights", pitch, lanes_m, "k", "k_base", "k0", "key_end", "head", columns, lanes, s.block_k, s.chunk, vec, "kk_", s.unroll)
+    t.barrier()
+    t.end()
+    _store_rows(t, s, acc, "dq", "q0", "queries", "head", lanes, lanes_m, " * scale")
+    t.barrier()
+    t.end()
+    return t.finish()
+
+
+def _bases(t: Text, mask: str) -> None:
+    t.base("q_base", "q", ("z", "q_batch"), ("h", "q_head"))
+    t.base("k_base", "k", ("z", "k_batch"), ("(h / group)", "k_head"))
+    t.base("v_base", "v", ("z", "v_batch"), ("(h / group)", "v_head"))
+    t.base("g_base", "g", ("z", "g_batch"), ("h", "g_head"))
+    t.base("lse_base", "lse", ("bh", "queries"))
+    t.base("delta_base", "delta", ("bh", "queries"))
+    if mask:
+        t.base("mask_base", "mask", ("z", "mask_batch"), ("h", "mask_head"))
+
+
+def backward_key(
+    target: Target, schedule: Schedule, dtype: str, head: int, head_v: int, mask: str = "", causal: bool = False, vec: bool = False
+) -> Kernel:
+    """dk and dv: a workgroup owns block_q keys of a kv head and walks over the queries of its query heads, block_k at a time, in order:
+    deterministic, grouped heads summed.
+
+    Buffers: q, k, v, g, [mask], lse, delta, dk, dv.
+    Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dk, dv. Grid: backward_key_groups()."""
+    s = schedule
+    t = Text(target, f"attention_dkv_{dtype}_{head}_{head_v}_{mask or 'none'}{'_causal' if causal else ''}{'_vec' if vec else ''}_{s.key}",
+             s.threads)  # fmt: skip
+    _backward(t, s, dtype, mask, causal, vec, [("dk", dtype), ("dv", dtype)])
+    columns_k, columns_v = padded(head, s.block_k // 4), padded(head_v, s.block_k // 4)
+    lanes, lanes_m, pitch = _tile_sizes(t, s, max(columns_k, columns_v))
+    t.let("blocks", f"(keys + {s.block_q - 1}u) / {s.block_q}u")
+    t.let("kv_heads", "heads / group")
+    t.loop("tile", t.group, "blocks * kv_heads * batch", t.groups)
+    t.let("kv", "(tile / blocks) % kv_heads")
+    t.let("z", "tile / (blocks * kv_heads)")
+    t.let("k0", f"(tile % blocks) * {s.block_q}u")
+    t.let("key_end", "keys")
+    dk = Accumulators(t, "o", s.thread_q, columns_k // lanes, "f32")
+    dv = Accumulators(t, "u", s.thread_q, columns_v // lanes, "f32")
+    dk.declare()
+    dv.declare()
+    if causal:  # the first query that sees a key of this block
+        first = f"{t.cast('k0', 'i32')} - causal_shift"
+        t.let("q_begin", f"({t.cast(f'max({first}, 0)', 'u32')} / {s.block_k}u) * {s.block_k}u")
+    else:
+        t.let("q_begin", "0u")
+    scores = _Scores(t, s, vec)
+    t.loop("h", "kv * group", "kv * group + group", "1u")
+    t.let("bh", "z * heads + h")
+    _bases(t, mask)
+    t.loop("q0", "q_begin", "queries", f"{s.block_k}u")
+    scores.product("s", "k", "q", "k_base", "q_base", "k0", "q0", "head", "keys", "queries")
+    scores.product("p", "v", "g", "v_base", "g_base", "k0", "q0", "head_v", "keys", "queries")
+    t.let("query", "q0 + tx * 4u")
+    for j in range(4):
+        t.let(f"at{j}", f"min(query + {j}u, queries - 1u)")
+        t.let(f"lse{j}", t.load("lse", "lse_base", f"at{j}"), "f32")
+        t.let(f"delta{j}", t.load("delta", "delta_base", f"at{j}"), "f32")
+    for i in range(s.thread_q):
+        t.open()
+        t.let("key", f"k0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
+        for j, c in enumerate(COMPONENTS):
+            _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}")
+            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}"), "f32")
+            t.let(f"d{j}", t.select(f"w{j} * (p{i}_0.{c} - delta{j})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"), "f32")
+        t.add(f"s{i}_0 = {t.vector([f'w{j}' for j in range(4)])};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};")
+        t.end()
+    args = (lanes, s.block_k, s.chunk, vec)
+    _share(t, s, "s", lanes_m, pitch)
+    _weighted(t, dv, "weights", pitch, lanes_m, "g", "g_base", "q0", "queries", "head_v", columns_v, *args, "gg", s.unroll)
+    t.barrier()
+    _share(t, s, "p", lanes_m, pitch)
+    _weighted(t, dk, "weights", pitch, lanes_m, "q", "q_base", "q0", "queries", "head", columns_k, *args, "qq", s.unroll)
+    t.barrier()
+    t.end(2)
+    t.base("dk_base", "dk", ("z", "dk_batch"), ("kv", "dk_head"))
+    t.base("dv_base", "dv", ("z", "dv_batch"), ("kv", "dv_head"))
+    _store_rows(t, s, dk, "dk", "k0", "keys", "head", lanes, lanes_m, " * scale")
+    _store_rows(t, s, dv, "dv", "k0", "keys", "head_v", lanes, lanes_m, "")
+    t.end()
+    return t.finish()
+
+
+def backward_key_groups(schedule: Schedule, batch, kv_heads, keys, minimum=min):
+    """Grid of backward_key()."""
+    return (minimum(cdiv(keys, schedule.block_q) * kv_heads * batch, MAX_GROUPS), 1, 1)
