@@ -45,7 +45,7 @@ $(VENV)/.dev: $(VENV)/.torch requirements-dev.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch
-	$(PIP) scikit-learn
+	$(PIP) scikit-learn matplotlib
 	@touch $@
 
 setup: $(VENV)/.package engines

@@ -189,7 +189,7 @@ def run_suite(suite: str, rows: list[Work | Reading], args: argparse.Namespace, 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = devices.resolve(args.device, args.engine)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     about = provenance(device) | (about or {})
     console.print(f"[bold]{suite}[/] on {about['device']} · {about['processor']} · torch {about['torch']}")
     wanted = args.only.split(",") if args.only else [""]

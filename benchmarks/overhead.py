@@ -46,7 +46,10 @@ def objects_per_op(device: torch.device, n: int = 1000) -> float:
     """Objects created at the compute API per op in a steady state."""
     if device.type != "spiral":
         return 0.0
-    x, w = torch.randn(32, 32, device=device), torch.randn(32, 32, device=device)
+    from torch_spiral import _C
+
+    index = torch.spiral._get_device_index(device)
+    x, w = (torch.randn(32, 32).to(device) for _ in range(2))
 
     def ops() -> None:
         z = x
@@ -56,9 +59,9 @@ def objects_per_op(device: torch.device, n: int = 1000) -> float:
 
     for _ in range(3):
         ops()
-    before = torch.spiral.objects_created(device)
+    before = _C.objects_created(index)
     ops()
-    return (torch.spiral.objects_created(device) - before) / n
+    return (_C.objects_created(index) - before) / n
 
 
 def memory_left(device: torch.device) -> float:

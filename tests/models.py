@@ -76,12 +76,18 @@ def _without_torchvision_kernels() -> Iterator[None]:
         torch.library.register_fake = register_fake
 
 
+def _import_torchvision() -> None:
+    with _without_torchvision_kernels():
+        import torchvision.models  # noqa: F401
+
+
 # Image classifiers
 
 
 def _torchvision(name: str, **kwargs: Any) -> nn.Module:
-    with _without_torchvision_kernels():
-        import torchvision.models as zoo
+    _import_torchvision()
+    import torchvision.models as zoo
+
     return getattr(zoo, name)(weights=None, **kwargs)
 
 
@@ -128,8 +134,9 @@ def _resnet(blocks: str, layers: list[int]):
     def make(size: str) -> nn.Module:
         if size == "real":
             return _torchvision("resnet18" if blocks == "BasicBlock" else "resnet50")
-        with _without_torchvision_kernels():
-            from torchvision.models import resnet
+        _import_torchvision()
+        from torchvision.models import resnet
+
         # Same blocks and stages, but a quarter of the width, which torchvision fixes: narrow the stem afterwards.
         net = resnet.ResNet(getattr(resnet, blocks), layers, num_classes=10, width_per_group=64)
         return _narrow(net, 8)
@@ -180,8 +187,9 @@ def _mobilenet_v2(size: str) -> nn.Module:
 def _mobilenet_v3(size: str) -> nn.Module:
     if size == "real":
         return _torchvision("mobilenet_v3_small", dropout=0.0)
-    with _without_torchvision_kernels():
-        from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+    _import_torchvision()
+    from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+
     # in, kernel, expanded, out, squeeze-and-excitation, activation (ReLU or Hardswish), stride, dilation, width
     blocks = [
         InvertedResidualConfig(16, 3, 16, 16, True, "RE", 2, 1, 0.5),
@@ -199,8 +207,9 @@ _add("mobilenet_v3", _mobilenet_v3, _images(32), _classify, _classification_loss
 def _vit(size: str) -> nn.Module:
     if size == "real":
         return _with_random_head(_torchvision("vit_b_16"))
-    with _without_torchvision_kernels():
-        from torchvision.models.vision_transformer import VisionTransformer
+    _import_torchvision()
+    from torchvision.models.vision_transformer import VisionTransformer
+
     vit = VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
     )
@@ -420,6 +429,7 @@ _add(
 
 
 def _bert(size: str) -> nn.Module:
+    _import_torchvision()  # transformers imports it
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -459,6 +469,7 @@ _add("bert", _bert, _bert_inputs, _logits, _hf_loss)
 
 def gpt2(vocabulary: int, positions: int, width: int, layers: int, heads: int) -> nn.Module:
     """A GPT-2 of transformers with the given shape, without dropout."""
+    _import_torchvision()  # transformers imports it
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
@@ -518,6 +529,7 @@ _add(
 
 
 def _whisper(size: str) -> nn.Module:
+    _import_torchvision()  # transformers imports it
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     tiny: dict[str, Any] = {

@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import queue
+import re
 import selectors
 import subprocess
 import sys
@@ -382,6 +383,9 @@ def _totals(console, results: list[Result], engine: str, expected: dict, seconds
         detail = ", ".join(f"{c[s]} {s}" for s in ("fail", "crash", "timeout") if c[s])
         share = f"{100 * c['pass'] / asked:.1f} %" if asked else "-"
         console.print(f"{check} {dtype}: {c['pass']} of {asked} ({share}){' · ' + detail if detail else ''}")
+    missing = Counter(m[1] for r in results if (m := re.search(r"no kernel for ([\w.:]+)", r.message)))
+    if missing:
+        console.print("missing kernels: " + ", ".join(f"{name} ({n})" for name, n in missing.most_common(60)))
     known = sum((r.op, r.check, r.dtype, engine) in expected for r in results)
     console.print(f"{len(results)} checks in {seconds:.0f} s, {known} of them expected to fail")
 

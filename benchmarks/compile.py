@@ -1,0 +1,207 @@
+"""torch.compile(backend="spiral") against torch eager and torch.compile on the CPU, and against spiral eager.
+
+python -m benchmarks.compile [--engine opencl] [--only bert]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.device import randn
+from benchmarks.harness import ROOT, Contender, Reading, Step, Work, arguments, model_zoo, run_suite
+
+CPU = torch.device("cpu")
+# A set-up for a device, given how to compile what is called (the identity for eager).
+Make = Callable[[torch.device, Callable[[Any], Any]], Step]
+
+
+def contenders(make: Make) -> Callable[[torch.device], dict[str, Contender]]:
+    def run(device: torch.device) -> dict[str, Contender]:
+        torch._dynamo.reset()
+        return {
+            "torch": Contender(make(CPU, lambda f: f), CPU),
+            "torch.compile": Contender(make(CPU, torch.compile), CPU),
+            "spiral eager": Contender(make(device, lambda f: f), device),
+            "spiral compiled": Contender(make(device, lambda f: torch.compile(f, backend="spiral")), device),
+        }
+
+    return run
+
+
+def function(fn: Callable[..., Tensor], *shapes: tuple[int, ...], backward: bool = False) -> Make:
+    def make(device: torch.device, compile: Callable[[Any], Any]) -> Step:
+        inputs = [randn(device, *s, grad=backward) for s in shapes]
+        compiled = compile(fn)
+
+        def step() -> None:
+            out = compiled(*inputs)
+            if backward:
+                torch.autograd.grad(out.sum(), inputs)
+
+        return step
+
+    return make
+
+
+def chain(x: Tensor, y: Tensor) -> Tensor:
+    """Ten pointwise ops."""
+    z = (x * 1.5 + y).sigmoid() * x
+    z = (z - y).tanh() * 0.5
+    return (z * z + 1.0).sqrt()
+
+
+def norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), w, b)
+
+
+def inference(name: str, batch: int = 1) -> Make:
+    def make(device: torch.device, compile: Callable[[Any], Any]) -> Step:
+        zoo = model_zoo()
+        spec = zoo.MODELS[name]
+        module = compile(spec.build("real").eval().to(device))
+        inputs = zoo.to(spec.inputs("real", batch), device)
+
+        def step() -> None:
+            with torch.no_grad():
+                spec.forward(module, inputs)
+
+        return step
+
+    return make
+
+
+def training(name: str, batch: int) -> Make:
+    def make(device: torch.device, compile: Callable[[Any], Any]) -> Step:
+        zoo = model_zoo()
+        spec = zoo.MODELS[name]
+        module = spec.build("real").to(device)
+        inputs = zoo.to(spec.inputs("real", batch), device)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        loss = compile(lambda: spec.loss(module, inputs))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        return step
+
+    return make
+
+
+def decode(name: str = "gpt2", seen: int = 128) -> Make:
+    """One token with a static KV cache that holds 128."""
+
+    def make(device: torch.device, compile: Callable[[Any], Any]) -> Step:
+        from transformers import StaticCache
+
+        zoo = model_zoo()
+        module = zoo.MODELS[name].build("real").eval().to(device)
+        cache = StaticCache(config=module.config, max_cache_len=2 * seen)
+        ids = torch.ones(1, seen, dtype=torch.long, device=device)
+        with torch.no_grad():
+            module(ids, past_key_values=cache, use_cache=True)
+        compiled = compile(module)
+        position = torch.tensor([seen], device=device)
+
+        def step() -> None:
+            with torch.no_grad():
+                compiled(ids[:, :1], past_key_values=cache, cache_position=position, use_cache=True)
+
+        return step
+
+    return make
+
+
+def call_overhead(device: torch.device) -> float:
+    """Microseconds per call of a compiled graph of three kernels over a few elements."""
+    x, w = randn(device, 8, 8), randn(device, 8, 8)
+    fn = torch.compile(lambda x, w: ((x @ w).relu() @ w).softmax(-1), backend="spiral")
+    for _ in range(5):
+        fn(x, w)
+    times = []
+    for _ in range(20):
+        torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(200):
+            fn(x, w)
+        torch.accelerator.synchronize(device)
+        times.append((time.perf_counter() - start) / 200)
+    return 1e6 * sorted(times)[len(times) // 2]
+
+
+WARM_START = """
+import sys, time
+import torch
+from benchmarks.harness import model_zoo
+device = torch.device(sys.argv[1])
+zoo = model_zoo()
+spec = zoo.MODELS["gpt2"]
+module, inputs = spec.build("real").eval().to(device), zoo.to(spec.inputs("real", 1), device)
+start = time.perf_counter()
+with torch.no_grad():
+    spec.forward(torch.compile(module, backend="spiral"), inputs).cpu()
+print(time.perf_counter() - start)
+"""
+
+
+def warm_start(device: torch.device) -> float:
+    """Seconds of GPT-2's first compiled call in a second process, with what the first left on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ, SPIRAL_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
+        seconds = 0.0
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", WARM_START, str(device)],
+                cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            seconds = float(done.stdout.split()[-1])
+        return seconds
+
+
+def work(name: str, make: Make, **bars: float) -> Work:
+    names = {"torch": "torch", "torch_compile": "torch.compile", "spiral": "spiral eager"}
+    return Work(name, contenders(make), {names[k]: v for k, v in bars.items()}, compiles=True)
+
+
+MODEL = {"torch": 1.6, "torch_compile": 1.5}
+ROWS: list[Work | Reading] = [
+    work("pointwise chain 16M", function(chain, (1 << 24,), (1 << 24,)), torch=8.0),
+    work(
+        "softmax 4096x1024, forward + backward",
+        function(lambda x: x.softmax(-1) ** 2, (4096, 1024), backward=True),
+        spiral=1.5,
+        torch_compile=1.0,
+    ),
+    work(
+        "layer norm 4096x1024, forward + backward",
+        function(norm, (4096, 1024), (1024,), (1024,), backward=True),
+        spiral=1.5,
+        torch_compile=1.0,
+    ),
+    work("inference bert, 128 tokens", inference("bert"), **MODEL),
+    work("inference gpt2, 128 tokens", inference("gpt2"), **MODEL),
+    work("inference vit_b_16 b1", inference("vit_b_16"), **MODEL),
+    work("inference resnet50 b1", inference("resnet50"), torch=1.25),
+    work("training step GPT 4x256 b8 s128, AdamW", training("gpt_4x256", 8), torch=1.4),
+    work("training step resnet18 b16, AdamW", training("resnet18", 16), torch=1.15),
+    work("decode step gpt2, 128 tokens seen", decode(), torch=1.5),
+    Reading("compiled call of a 3-kernel graph", call_overhead, "µs", at_most=10),
+    Reading("warm start of gpt2 from the disk cache", warm_start, "s", at_most=3),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(run_suite("compile", ROWS, arguments(__doc__).parse_args()))

@@ -1,0 +1,175 @@
+"""A GPU through every engine it has against torch's own CUDA backend, in one process.
+
+python -m benchmarks.gpu                 OpenCL, wgpu and CUDA, one after another
+python -m benchmarks.gpu --engine wgpu
+python -m benchmarks.gpu --only gemm --strict
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import overhead
+from benchmarks.harness import Contender, Reading, Step, Work, arguments, model_zoo, run_suite
+from torch_spiral.testing import devices
+
+CUDA = torch.device("cuda")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+Make = Callable[[torch.device], Step]
+
+
+def randn(device: torch.device, *shape: int, dtype: torch.dtype = F32, grad: bool = False) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return x.requires_grad_() if grad else x
+
+
+def versus_cuda(make: Make) -> Callable[[torch.device], dict[str, Contender]]:
+    return lambda device: {"torch": Contender(make(CUDA), CUDA), "spiral": Contender(make(device), device)}
+
+
+def gemm(n: int, dtype: torch.dtype) -> Make:
+    def make(device: torch.device) -> Step:
+        a, b = randn(device, n, n, dtype=dtype), randn(device, n, n, dtype=dtype)
+        return lambda: a @ b
+
+    return make
+
+
+def attention(dtype: torch.dtype, backward: bool) -> Make:
+    def make(device: torch.device) -> Step:
+        q, k, v = (randn(device, 8, 16, 2048, 64, dtype=dtype, grad=backward) for _ in range(3))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        g = torch.ones_like(out)
+        if backward:
+            return lambda: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return make
+
+
+def rows(fn: Callable[[Tensor], Tensor], *shape: int) -> Make:
+    def make(device: torch.device) -> Step:
+        x = randn(device, *shape)
+        return lambda: fn(x)
+
+    return make
+
+
+def cross_entropy(device: torch.device) -> Step:
+    x = randn(device, 4096, 50257)
+    y = torch.randint(50257, (4096,), generator=torch.Generator().manual_seed(0)).to(device)
+    return lambda: F.cross_entropy(x, y)
+
+
+def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torch.device], float]:
+    """Share of the copy rate of torch's CUDA backend that fn reaches over 1 GB; moved is fn's traffic in tensors."""
+
+    def measure(device: torch.device) -> float:
+        from benchmarks.harness import time_work
+
+        def copy(where: torch.device) -> Step:
+            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
+            return lambda: y.copy_(x)
+
+        def ours(where: torch.device) -> Step:
+            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
+            return lambda: fn(x, y)
+
+        pair = {"copy": Contender(copy(CUDA), CUDA), "ours": Contender(ours(device), device)}
+        return time_work(Work("", lambda _: pair), device, seconds=2).ratio["copy"] * moved / 2
+
+    return measure
+
+
+def model(name: str, batch: int, autocast: bool) -> Callable[[torch.device], dict[str, Contender]]:
+    """Contenders: torch CUDA eager, torch.compile's default, torch.compile(backend="spiral")."""
+
+    def make(device: torch.device, backend: str | None) -> Step:
+        zoo = model_zoo()
+        spec = zoo.MODELS[name]
+        module = spec.build("real").eval().to(device)
+        inputs = zoo.to(spec.inputs("real", batch), device)
+        run = torch.compile(module, backend=backend) if backend else module
+
+        def step() -> None:
+            with torch.no_grad(), torch.autocast(device.type, BF16, enabled=autocast):
+                spec.forward(run, inputs)
+
+        return step
+
+    def contenders(device: torch.device) -> dict[str, Contender]:
+        torch._dynamo.reset()
+        return {
+            "torch": Contender(make(CUDA, None), CUDA),
+            "torch.compile": Contender(make(CUDA, "inductor"), CUDA),
+            "spiral compiled": Contender(make(device, "spiral"), device),
+        }
+
+    return contenders
+
+
+def list_rows(engine: str) -> list[Work | Reading]:
+    """The rows with a bar for this engine carry it; the others are recorded."""
+    triton = engine in ("cuda", "hip")
+    f32_bar = {"opencl": 0.97, "wgpu": 0.90}.get(engine)
+    found: list[Work | Reading] = []
+
+    def add(name: str, make: Make, bar: float | None = None, aim: float | None = None) -> None:
+        found.append(Work(name, versus_cuda(make), {"torch": bar} if bar else {}, aim))
+
+    for n in (1024, 2048, 4096, 8192):
+        add(f"gemm f32 {n}", gemm(n, F32), f32_bar, 1.0 if engine == "opencl" else 0.97)
+    for dtype in (BF16, F16):
+        for n in (2048, 4096, 8192):
+            name = str(dtype).removeprefix("torch.")
+            add(f"gemm {name} {n}", gemm(n, dtype), (0.90 if n == 2048 else 0.95) if triton else None)
+    add("attention bf16 B8 H16 T2048 D64 causal, forward", attention(BF16, False), 0.9 if triton else None, 1.0)
+    add("attention bf16 B8 H16 T2048 D64 causal, backward", attention(BF16, True), 0.75 if triton else None, 1.0)
+    add("attention f32 B8 H16 T2048 D64 causal, forward", attention(F32, False), 0.8 if engine == "wgpu" else None, 1.0)
+    wgpu = engine == "wgpu"
+    add("softmax f32 8192x4096", rows(lambda x: x.softmax(-1), 8192, 4096), 1.3 if wgpu else None)
+    add("layer norm f32 8192x4096", rows(lambda x: F.layer_norm(x, (4096,)), 8192, 4096), 1.2 if wgpu else None)
+    add("cross entropy f32 4096x50257", cross_entropy, 1.2 if wgpu else None)
+    for name, fn, moved in (
+        ("copy", lambda x, y: y.copy_(x), 2),
+        ("add, out=", lambda x, y: torch.add(x, y, out=y), 3),
+        ("gelu, out=", lambda x, y: torch.ops.aten.gelu.out(x, out=y), 2),
+        ("sum", lambda x, y: x.sum(), 1),
+    ):
+        found.append(Reading(f"{name} of 1 GB, share of the copy rate", bandwidth(fn, moved), "", at_least=0.9))
+    found.append(Reading("host time of an eager op", overhead.chained_adds, "µs", at_most=4))
+    for name in ("bert", "gpt2", "resnet50", "vit_b_16"):
+        for batch in (1, 8, 32):
+            for autocast in (False, True):
+                bars = {"torch": 1.35 if batch == 1 or autocast else 1.0, "torch.compile": 1.3 if batch == 1 else 0.97}
+                kind = "bf16 autocast" if autocast else "f32"
+                found.append(Work(f"model {name} b{batch} {kind}", model(name, batch, autocast), bars, compiles=True))
+    return found
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def main() -> int:
+    args = arguments(__doc__).parse_args()
+    if not torch.cuda.is_available():
+        print("this compares with torch's CUDA backend, and there is none here", file=sys.stderr)
+        return 2
+    engines = [args.engine] if args.engine else list(devices.engines())
+    status = 0
+    for engine in engines:
+        args.engine = engine
+        status |= run_suite("gpu", list_rows(engine), args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
