@@ -5,13 +5,13 @@
 
 Every dense operator that a backend must supply falls into one of three kinds:
 
-native      CPU and CUDA share one function of at::native. It is device-generic, so it is registered for PrivateUse1 as it
-            is. Most of them end in a DispatchStub, whose PrivateUse1 pointer is set too.
+native      CPU and CUDA share one function of at::native. It is device-generic, so it is registered for PrivateUse1
+            as it is. Most of them end in a DispatchStub, whose PrivateUse1 pointer is set too.
 structured  CPU and CUDA share the meta function only. A class derived from it is generated whose body runs a lowering.
 remaining   nothing is shared. A lowering in Python registers the overload.
 
-Torchgen is asked for the key XPU, the one backend outside of the tree that it can generate structured kernels for, and its text is
-renamed. A file is rewritten only where its content changes, so that an incremental build stays incremental.
+Torchgen is asked for the key XPU, the one backend outside of the tree that it generates structured kernels for, and its
+text is renamed. A file is rewritten only where its content changes, so that an incremental build stays incremental.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ DROP = {
 }
 
 # Structured operators with checks that upstream keeps in its own bodies: functions of prechecks.h.
-PRECHECKS = {"_log_softmax", "_softmax", "addmv", "baddbmm", "bmm", "mm", "nll_loss_backward", "nll_loss_forward"}
+PRECHECKS = {"_log_softmax", "_softmax", "addmv", "baddbmm", "bmm", "mm"}
 
 # Iterator stubs that stay empty.
 UNREACHED = "only CPU kernels call it"
@@ -211,15 +211,24 @@ OVERRIDEABLE = re.compile(r".*_overrideable$")
 
 # Families of the remaining operators, for people who pick one: first match wins.
 FAMILIES = [
-    ("runtime (defined by csrc)", r"empty\.|empty_strided|resize_|set_|as_strided|_reshape_alias|view|unfold$|_local_scalar_dense|_assert_async|_functional_assert|equal$|"
-     r"_efficientzerotensor|_fused_sdp_choice"),
+    (
+        "runtime (defined by csrc)",
+        r"empty\.|empty_strided|resize_|set_|as_strided|_reshape_alias|view|unfold$|_local_scalar_dense|_assert_async|"
+        r"_functional_assert|equal$|_efficientzerotensor|_fused_sdp_choice",
+    ),
     ("foreach", r"_foreach_"),
     ("optimizer", r"_fused_(adam|sgd|adagrad)"),
     ("amp and fake quantization", r"_amp_|_fused_moving"),
-    ("attention", r"_scaled_dot|_native_multi_head|_transformer|_triton_multi|_transform_bias|_masked_softmax|_jagged|_padded"),
+    (
+        "attention",
+        r"_scaled_dot|_native_multi_head|_transformer|_triton_multi|_transform_bias|_masked_softmax|_jagged|_padded",
+    ),
     ("rnn", r"_thnn_"),
     ("convolution", r".*conv|col2im|im2col"),
-    ("batch, layer, group, rms norm", r".*(batch_norm|layer_norm|group_norm|rms_norm|weight_norm)|_?native_batch|.*_norm_interface"),
+    (
+        "batch, layer, group, rms norm",
+        r".*(batch_norm|layer_norm|group_norm|rms_norm|weight_norm)|_?native_batch|.*_norm_interface",
+    ),
     ("embedding", r"_?embedding"),
     ("loss", r".*(_loss|cross_entropy|margin)"),
     ("activation", r".*(glu|log_sigmoid|rrelu|add_relu|prelu)"),
@@ -231,8 +240,15 @@ FAMILIES = [
     ("fft", r"_fft_"),
     ("matmul", r".*(mm$|mm\.|_mm|dot|addr|matmul|vdot)"),
     ("linear algebra", r".*(cholesky|linalg|lu_|triangular|geqrf|ormqr|_lstsq)"),
-    ("indexing and masking", r".*(index|mask|nonzero|take|put_|gather|scatter|narrow_copy|split_with|repeat|roll|flip|_chunk_cat|_stack|pixel_|.*shuffle|unique|where|tril|triu)"),
-    ("sorting, searching, histograms", r".*(sort|topk|kthvalue|median|mode|bucketize|searchsorted|hist|bincount|unique|isin)"),
+    (
+        "indexing and masking",
+        r".*(index|mask|nonzero|take|put_|gather|scatter|narrow_copy|split_with|repeat|roll|flip|_chunk_cat|_stack|pixel_|"
+        r"shuffle|unique|where|tril|triu)",
+    ),
+    (
+        "sorting, searching, histograms",
+        r".*(sort|topk|kthvalue|median|mode|bucketize|searchsorted|hist|bincount|unique|isin)",
+    ),
     ("scans", r".*(cum)"),
     ("reductions and distances", r".*(trace|count_nonzero|var|std|norm|dist|sum|min|max|all|any)"),
 ]
@@ -289,7 +305,9 @@ class Yaml:
     @cached_property
     def structured(self) -> list[NativeFunctionsGroup]:
         """The groups of which CPU and CUDA share the meta function only."""
-        found = [g for g in self.groups if isinstance(g, NativeFunctionsGroup) and g.structured and not self.is_native(g.out)]
+        found = [
+            g for g in self.groups if isinstance(g, NativeFunctionsGroup) and g.structured and not self.is_native(g.out)
+        ]
         found = [g for g in found if lowering_name(g) not in SKIP_STRUCTURED]
         names = [lowering_name(g) for g in found]
         assert len(set(names)) == len(names), "two structured operators of one name"
@@ -319,6 +337,7 @@ HEAD = "// Written by csrc/aten/generate.py for torch {version}.\n"
 # What torchgen's text needs.
 INCLUDES = """#include <ATen/Dispatch.h>
 #include <ATen/TensorMeta.h>
+#include <ATen/WrapDimUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/op_registration/adaption.h>
 #include <ATen/native/Resize.h>
@@ -334,7 +353,9 @@ class Registrations:
     """Torchgen's registrations of some groups for PrivateUse1, as the text of one C++ file."""
 
     def __init__(self, index: dict[OperatorName, BackendMetadata]):
-        self.index = BackendIndex(DispatchKey.XPU, use_out_as_primary=True, external=False, device_guard=True, index=index)
+        self.index = BackendIndex(
+            DispatchKey.XPU, use_out_as_primary=True, external=False, device_guard=True, index=index
+        )
 
     def wants(self, g: NativeFunction | NativeFunctionsGroup) -> bool:
         if isinstance(g, NativeFunction):
@@ -387,7 +408,7 @@ def native_files(yaml: Yaml) -> tuple[dict[str, str], int]:
 
 
 def structured_class(g: NativeFunctionsGroup) -> str:
-    """The class whose body runs the lowering: the arguments of the meta function's kernel in order, then the outputs."""
+    """The class whose body runs the lowering: the arguments that the meta function leaves, then the outputs."""
     name = lowering_name(g)
     with local.parametrize(use_const_ref_for_mutable_tensors=False, use_ilistref_for_tensor_lists=True):
         arguments = torchgen.api.structured.impl_arguments(g)
@@ -403,11 +424,13 @@ def structured_class(g: NativeFunctionsGroup) -> str:
     if name in PRECHECKS:
         body.append(f"prechecks::{name.lstrip('_')}({', '.join(inputs + outs)});")
     body.append(f'static const OpId op = op_id("{name}");')
-    passed = [f"pass(call, {a}, {'true' if a in slots else 'false'});" for a in inputs if a not in drop]
+    # Not every meta function wraps a negative dimension.
+    wrapped = {"dim": f"at::maybe_wrap_dim(dim, {inputs[0]}.dim())"} if inputs[0] != "tensors" else {}
+    passed = [f"pass(call, {wrapped.get(a, a)}, {'true' if a in slots else 'false'});" for a in inputs if a not in drop]
     if g.out.structured_inherits:
         # The operands are those of the iterator that the meta function has set up.
         tensors = {a.name for a in arguments if "Tensor" in str(a.type)}
-        passed = [p for p, a in zip(passed, inputs) if a not in tensors]
+        passed = [p for p, a in zip(passed, inputs, strict=True) if a not in tensors]
         body.append(f"run_iterator(op, *this, [&](Call& call) {{ {' '.join(passed)} }});")
     else:
         empty = " && ".join(f"{o}.numel() == 0" for o in outs)
@@ -415,7 +438,8 @@ def structured_class(g: NativeFunctionsGroup) -> str:
         body += [*(f"call.out({o});" for o in outs), "call.run();"]
     signature = ", ".join(a.defn() for a in arguments)
     lines = "\n".join(f"    {line}" for line in body)
-    return f"struct structured_{name} : at::meta::structured_{torchgen.api.meta.name(g)} {{\n  void impl({signature}) {{\n{lines}\n  }}\n}};\n"
+    head = f"struct structured_{name} : at::meta::structured_{torchgen.api.meta.name(g)} {{"
+    return f"{head}\n  void impl({signature}) {{\n{lines}\n  }}\n}};\n"
 
 
 def structured_files(yaml: Yaml) -> tuple[dict[str, str], int]:
@@ -427,7 +451,8 @@ def structured_files(yaml: Yaml) -> tuple[dict[str, str], int]:
     for i in range(2):
         groups = yaml.structured[i::2]
         classes = "\n".join(structured_class(g) for g in groups)
-        before = f'#include "aten/prechecks.h"\n#include "aten/stubs.h"\n\nnamespace spiral {{\n{classes}}}  // namespace spiral\n\n'
+        before = '#include "aten/prechecks.h"\n#include "aten/stubs.h"\n\n'
+        before += f"namespace spiral {{\n{classes}}}  // namespace spiral\n\n"
         files[f"register_structured_{i}.cpp"], n = Registrations(index).text(groups, before)
         count += n
     return files, count
@@ -515,13 +540,90 @@ def remaining_text(yaml: Yaml) -> str:
         groups.setdefault(family, []).append(f"  {f.func}" + (f"    [{', '.join(notes)}]" if notes else ""))
     lines = [
         "Overloads that neither a shared native nor a structured class supplies: each needs a lowering in Python.",
-        "Written by csrc/aten/generate.py --docs docs. Operators of cuDNN, MIOpen, oneDNN, quantized, nested and sparse",
-        "tensors are left out. Overloads without an out= variant here get it from CompositeExplicitAutograd.",
+        "Written by csrc/aten/generate.py --docs docs. Operators of cuDNN, MIOpen, oneDNN, quantized, nested and",
+        "sparse tensors are left out. Overloads without an out= variant here get it from CompositeExplicitAutograd.",
     ]
     order = [n for n, _ in FAMILIES] + ["other"]
     for family in sorted(groups, key=order.index):
         lines += ["", f"{family} ({len(groups[family])})", *groups[family]]
     return "\n".join(lines) + "\n"
+
+
+def registrations_text(yaml: Yaml, stubs: list[Stub], counts: str) -> str:
+    native = sorted(str(name) for name in yaml.natives)
+    lines = [
+        "# How ATen's operators reach spiral",
+        "",
+        f"Written by `csrc/aten/generate.py --docs docs` for torch {torch.__version__.split('+')[0]}: {counts}.",
+        "remaining_ops.txt lists the overloads that need a lowering of their own.",
+        "",
+        "## Structured operators",
+        "",
+        "ATen's meta function, our body. The lowering (`@structured`) takes these arguments. `*` marks a slot;",
+        "dimensions are not negative; nothing is called where all outputs are empty. Those over an iterator get it first.",
+        "",
+    ]
+    lines += [f"- `{structured_signature(g)}`" for g in yaml.structured]
+    lines += [
+        "",
+        "## Iterator stubs",
+        "",
+        "The lowering (`@stub`) takes the iterator, then these arguments: integers, floats and Scalars are slots;",
+        "a generator is not handed over (`philox` draws from it). Strides are in bytes (`index_stub`), as in ATen.",
+        "",
+    ]
+    for s in stubs:
+        if s.over_iterator and s.exported and s.name not in SKIP_STUBS:
+            extras = re.sub(r".*?TensorIterator(Base)?\s*&\s*\w*\s*,?", "", s.signature, count=1).rstrip(") ").strip()
+            lines.append(f"- `{s.name}`" + (f": `{extras}`" if extras else ""))
+    lines += [
+        "",
+        "## Stubs over tensors",
+        "",
+        "The lowering takes the inputs and other arguments in ATen's order, then the outputs (`out`) in order. An",
+        "operand that is read and written, such as the matrix of a factorization, is an output. Without one, the lowering",
+        "returns the result. `*` marks integers that are slots.",
+        "",
+    ]
+    for s in stubs:
+        if s.name in TENSOR_STUBS and s.exported:
+            lines.append(f"- `{s.name}({stub_signature(s)})`")
+    lines += ["", "## Left out", ""]
+    lines += [f"- `{name}`: {reason}" for name, reason in {**SKIP, **SKIP_STRUCTURED, **SKIP_STUBS}.items()]
+    reached = {s.name for s in stubs if s.over_iterator} | set(TENSOR_STUBS)
+    lines += [
+        "",
+        "Stubs that no registered native reaches: "
+        + ", ".join(f"`{s.name}`" for s in stubs if s.name not in reached)
+        + ".",
+    ]
+    lines += ["", "## Natives that CPU and CUDA share", "", ", ".join(f"`{n}`" for n in native) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def structured_signature(g: NativeFunctionsGroup) -> str:
+    """As the lowering sees it: name(inputs; outputs)."""
+    inputs, outs = [], [a.name for a in g.out.func.arguments.out]
+    for line in structured_class(g).splitlines():
+        for name, slot in re.findall(r"pass\(call, (?:at::maybe_wrap_dim\()?(\w+)[^;]*?, (true|false)\);", line):
+            inputs.append(name + "*" * (slot == "true"))
+    if g.out.structured_inherits:
+        return f"{lowering_name(g)}({', '.join(['iterator', *inputs])})"
+    return f"{lowering_name(g)}({', '.join(inputs)}; {', '.join(outs)})"
+
+
+def stub_signature(s: Stub) -> str:
+    roles = TENSOR_STUBS[s.name]
+    arguments = re.split(r",(?![^<]*>)", re.search(r"\(\s*\*\s*\)\s*\((.*)\)$", s.signature)[1])
+    inputs, outs = [], []
+    for i, a in enumerate(a.strip() for a in arguments):
+        if i in roles.drop or "Generator" in a:
+            continue
+        if i in roles.outs or re.match(r"(at::)?Tensor(Base)?\s*&", a):
+            outs.append(re.sub(r"(const )?(at::)?Tensor(Base)?\s*&", "out", a).strip())
+        else:
+            inputs.append(a + "*" * (i in roles.slots))
+    return ", ".join(inputs) + "; " + ", ".join(outs)
 
 
 def write(path: Path, text: str) -> bool:
@@ -543,15 +645,17 @@ def main() -> None:
     native, natives = native_files(yaml)
     structured, registrations = structured_files(yaml)
     registered, iterators, tensors = stub_files(stubs)
+    counts = (
+        f"{natives} registrations of {len(yaml.natives)} shared natives; {registrations} of {len(yaml.structured)} "
+        f"structured operators; {iterators} iterator stubs; {tensors} tensor stubs; {len(yaml.remaining())} overloads remain"
+    )
     if args.docs:
         write(args.directory / "remaining_ops.txt", remaining_text(yaml))
+        write(args.directory / "registrations.md", registrations_text(yaml, stubs, counts))
     else:
         for name, text in {**native, **structured, **registered}.items():
             write(args.directory / name, text)
-    print(
-        f"{natives} registrations of {len(yaml.natives)} shared natives; {registrations} of {len(yaml.structured)} structured "
-        f"operators; {iterators} iterator stubs; {tensors} tensor stubs; {len(yaml.remaining())} overloads remain"
-    )
+    print(counts)
 
 
 if __name__ == "__main__":

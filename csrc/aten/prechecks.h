@@ -44,22 +44,4 @@ inline void log_softmax(const at::Tensor& self, int64_t dim, bool half_to_float,
   softmax(self, dim, half_to_float, out);
 }
 
-inline void nll_target(const at::Tensor& target) {
-  TORCH_CHECK(
-      target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, "expected scalar type Long or Byte but found ",
-      target.scalar_type());
-}
-
-inline void nll_loss_forward(
-    const at::Tensor&, const at::Tensor& target, at::OptionalTensorRef, int64_t, int64_t, const at::Tensor&,
-    const at::Tensor&) {
-  nll_target(target);
-}
-
-inline void nll_loss_backward(
-    const at::Tensor&, const at::Tensor&, const at::Tensor& target, at::OptionalTensorRef, int64_t, int64_t,
-    const at::Tensor&, const at::Tensor&) {
-  nll_target(target);
-}
-
 }  // namespace spiral::prechecks
