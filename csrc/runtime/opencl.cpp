@@ -35,7 +35,7 @@ constexpr uint32_t kMaxQueued = 16384;
 constexpr uint64_t kStagingSegment = 4 << 20;
 constexpr int kStagingSegments = 4;
 
-constexpr uint64_t kFillPiece = 1 << 30;
+constexpr uint32_t kFillWorkgroup = 256;
 
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
@@ -202,7 +202,8 @@ DeviceProperties query_properties(const Api& api, cl_device_id device) {
   p.compute_units = device_value<cl_uint>(api, device, CL_DEVICE_MAX_COMPUTE_UNITS);
   p.max_workgroup_size = int64_t(device_value<size_t>(api, device, CL_DEVICE_MAX_WORK_GROUP_SIZE));
   p.max_workgroup_memory = saturate(device_value<cl_ulong>(api, device, CL_DEVICE_LOCAL_MEM_SIZE));
-  p.max_workgroups = kNoLimit;
+  // OpenCL has none, but NVIDIA's driver silently runs nothing beyond this (CUDA's limit).
+  p.max_workgroups = p.schedule_class == ScheduleClass::Vector ? kNoLimit : (int64_t(1) << 31) - 1;
 
   const std::string extensions = " " + device_string(api, device, CL_DEVICE_EXTENSIONS) + " ";
   const auto has = [&](const char* name) { return extensions.find(" " + std::string(name) + " ") != std::string::npos; };
@@ -234,6 +235,28 @@ struct CLKernel final : Kernel {
   size_t workgroup[3];
   std::vector<uint64_t> bound;  // ids of the memories that the arguments hold now
 };
+
+KernelSource fill_source() {
+  KernelSource source;
+  source.name = "fill_bytes";
+  source.entry = "fill_bytes";
+  source.bindings = 1;
+  source.params_size = 24;
+  source.workgroup[0] = kFillWorkgroup;
+  source.source = R"(
+typedef struct { ulong offset, size; uint word, padding; } Params;
+__kernel __attribute__((reqd_work_group_size(256, 1, 1))) void fill_bytes(__global uchar* memory, const Params p) {
+  // Vectors of 16 bytes, and the bytes before the first and after the last.
+  const ulong head = min(p.size, (16 - p.offset % 16) % 16);
+  const ulong vectors = (p.size - head) / 16, tail = (p.size - head) % 16, i = get_global_id(0);
+  __global uchar* at = memory + p.offset;
+  if (i < head) at[i] = (uchar)p.word;
+  at += head;
+  for (ulong j = i; j < vectors; j += get_global_size(0)) ((__global uint4*)at)[j] = (uint4)(p.word);
+  if (i < tail) at[vectors * 16 + i] = (uchar)p.word;
+})";
+  return source;
+}
 
 struct CLEvent final : EventHandle {
   const Api& api;
@@ -354,14 +377,23 @@ class OpenCLEngine final : public Engine {
 
   void fill(Memory* memory, uint64_t offset, uint64_t size, uint8_t value) override {
     check_range(memory, offset, size, "fill");
-    // A pattern of one byte has no alignment, and PoCL makes it a memset: three times as fast as a wide pattern.
-    while (size > 0) {
-      // NVIDIA's driver does nothing at all, without an error, for 4 GiB.
-      const uint64_t part = std::min(size, kFillPiece);
-      keep(api_.clEnqueueFillBuffer(queue_, handle(memory), &value, 1, offset, part, 0, nullptr, nullptr), "a fill");
+    if (size == 0) return;
+    if (properties_.schedule_class == ScheduleClass::Vector) {
+      // A pattern of one byte has no alignment, and PoCL makes it a memset: three times as fast as a wide pattern.
+      keep(api_.clEnqueueFillBuffer(queue_, handle(memory), &value, 1, offset, size, 0, nullptr, nullptr), "a fill");
       count_command();
-      offset += part, size -= part;
+      return;
     }
+    // On a GPU NVIDIA's clEnqueueFillBuffer ignores 4 GiB, faults at large offsets and is slow.
+    if (!fill_kernel_) fill_kernel_ = compile(fill_source());
+    const struct {
+      uint64_t offset, size;
+      uint32_t word, padding;
+    } params = {offset, size, value * 0x01010101u, 0};
+    const Binding binding = {memory, 0, memory->size};
+    const uint64_t wanted = std::max<uint64_t>(1, size / (16 * kFillWorkgroup));
+    const uint32_t groups[3] = {uint32_t(std::min<uint64_t>(wanted, 16 * uint64_t(properties_.compute_units))), 1, 1};
+    enqueue(fill_kernel_, &binding, 1, &params, groups);
   }
 
   Kernel* compile(const KernelSource& source) override {
@@ -405,6 +437,9 @@ class OpenCLEngine final : public Engine {
     auto* kernel = static_cast<CLKernel*>(base);
     TORCH_INTERNAL_ASSERT(count == kernel->bindings, kernel->name, " takes ", kernel->bindings, " buffers, not ", count);
     if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0) return;
+    const uint32_t most = std::max({groups[0], groups[1], groups[2]});
+    TORCH_CHECK(most <= properties_.max_workgroups, "OpenCL: kernel ", kernel->name, ": ", most, " workgroups; ",
+                properties_.name, " takes ", properties_.max_workgroups, " per dimension");
     cl_int code = CL_SUCCESS;
     for (uint32_t i = 0; i < count && code == CL_SUCCESS; i++) {
       const auto* memory = static_cast<const CLMemory*>(bindings[i].memory);
@@ -471,7 +506,7 @@ class OpenCLEngine final : public Engine {
     TORCH_CHECK(static_cast<CLEvent&>(start).timed && static_cast<CLEvent&>(end).timed,
                 "elapsed_ms needs two events that were recorded with timing");
     TORCH_CHECK(query(start) && query(end), "elapsed_ms needs two events that have completed");
-    return (double(end_time(start)) - double(end_time(end))) * -1e-6;
+    return double(int64_t(end_time(end) - end_time(start))) * 1e-6;
   }
 
   uint64_t objects_created() const override { return objects_; }
@@ -630,6 +665,7 @@ class OpenCLEngine final : public Engine {
   cl_context context_ = nullptr;
   cl_command_queue queue_ = nullptr;
   std::vector<std::unique_ptr<CLKernel>> kernels_;
+  Kernel* fill_kernel_ = nullptr;
   std::string kept_;
   uint64_t last_id_ = 0, objects_ = 0, flushes_ = 0;
   uint32_t commands_ = 0;  // since the last flush
