@@ -141,7 +141,7 @@ class Emitter:
         else:
             text = self._find(node) or self._emit(node)
         if lanes > 1 and node.lanes == 1:
-            if node.dtype == "bool" and node.op != "const":
+            if node.dtype == "bool":
                 text = f"-{text}"
             return self.lang.splat(self.type(node.dtype, lanes), text)
         return text

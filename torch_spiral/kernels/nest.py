@@ -10,6 +10,7 @@ launch. What is built is a Nest: the Kernel and how to launch it for given sizes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -399,3 +400,810 @@ def pointwise(
                   lambda x, y, alpha: x + alpha * y, 2, scalars=["f32"])
     """
     return _Pointwise(target, name, outs, ins, fn, ndim, scalars, buffers, context, lanes).nest
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Monoid:
+    """An associative combination with a neutral element, on tuples of values. blocked: rounding errors grow with the number of
+    combinations, so long reductions go in blocks."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    init: tuple[Any, ...]
+    combine: Callable[[tuple, tuple], tuple] = field(compare=False)
+    blocked: bool = False
+
+
+def SUM(dtype: str = "f32") -> Monoid:
+    return Monoid("sum", (dtype,), (0,), lambda a, b: (a[0] + b[0],), blocked=dtype in ir.FLOATS)
+
+
+def PROD(dtype: str = "f32") -> Monoid:
+    return Monoid("prod", (dtype,), (1,), lambda a, b: (a[0] * b[0],), blocked=dtype in ir.FLOATS)
+
+
+_LOWEST: dict[str, Any] = {
+    "f32": -math.inf, "f64": -math.inf, "i32": -(2**31), "i64": -(2**63), "u32": 0, "u64": 0, "bool": 0
+}  # fmt: skip
+_HIGHEST: dict[str, Any] = {
+    "f32": math.inf, "f64": math.inf, "i32": 2**31 - 1, "i64": 2**63 - 1, "u32": 2**32 - 1, "u64": 2**64 - 1, "bool": 1
+}  # fmt: skip
+
+
+def MAX(dtype: str = "f32") -> Monoid:
+    """NaN propagates."""
+    return Monoid("max", (dtype,), (_LOWEST[dtype],), lambda a, b: (ir.maximum(a[0], b[0]),))
+
+
+def MIN(dtype: str = "f32") -> Monoid:
+    return Monoid("min", (dtype,), (_HIGHEST[dtype],), lambda a, b: (ir.minimum(a[0], b[0]),))
+
+
+def _arg(better: Callable[[Any, Any], Node]) -> Callable[[tuple, tuple], tuple]:
+    def combine(a: tuple, b: tuple) -> tuple:
+        tie = ir.or_(ir.eq(a[0], b[0]), ir.and_(ir.isnan(a[0]), ir.isnan(b[0])))
+        wins = ir.or_(better(b[0], a[0]), ir.isnan(b[0]))
+        wins = ir.and_(wins, ir.not_(ir.isnan(a[0])))
+        take = ir.or_(wins, ir.and_(tie, ir.lt(b[1], a[1])))
+        return ir.where(take, b[0], a[0]), ir.where(take, b[1], a[1])
+
+    return combine
+
+
+def ARGMAX(dtype: str = "f32") -> Monoid:
+    """(value, index): the first of the largest, or the first NaN. Elements are (x, rows.index)."""
+    return Monoid("argmax", (dtype, "i32"), (_LOWEST[dtype], 2**31 - 1), _arg(ir.gt))
+
+
+def ARGMIN(dtype: str = "f32") -> Monoid:
+    return Monoid("argmin", (dtype, "i32"), (_HIGHEST[dtype], 2**31 - 1), _arg(ir.lt))
+
+
+ANY = Monoid("any", ("bool",), (False,), lambda a, b: (ir.or_(a[0], b[0]),))
+ALL = Monoid("all", ("bool",), (True,), lambda a, b: (ir.and_(a[0], b[0]),))
+
+
+def WELFORD(dtype: str = "f32") -> Monoid:
+    """(mean, sum of squared deviations, count). Elements are (x, 0, 1)."""
+
+    def combine(a: tuple, b: tuple) -> tuple:
+        n = a[2] + b[2]
+        d = b[0] - a[0]
+        r = b[2] / ir.where(ir.gt(n, 1.0), n, 1.0)
+        return a[0] + d * r, a[1] + b[1] + d * d * a[2] * r, n
+
+    return Monoid("welford", (dtype,) * 3, (0, 0, 0), combine)
+
+
+def LOGSUMEXP(dtype: str = "f32") -> Monoid:
+    """(m, s) for m + log(s). Elements are (x, 1)."""
+
+    def combine(a: tuple, b: tuple) -> tuple:
+        m = ir.maximum(a[0], b[0])
+        at = ir.where(ir.isfinite(m), m, 0.0)  # infinities: exp(-inf - -inf) would be NaN
+        s = a[1] * ir.exp(a[0] - at) + b[1] * ir.exp(b[0] - at)
+        return m, ir.where(ir.eq(m, math.inf), 1.0, s)
+
+    return Monoid("logsumexp", (dtype, dtype), (-math.inf, 0), combine)
+
+
+class RowContext:
+    """What a row expression is made of: reductions, the index of the element in its row, and sizes."""
+
+    def __init__(self, count: Node) -> None:
+        self.index = Node("leaf", "i32", attr="row index")
+        """i32 position of the element in its row, counted over all reduced dimensions."""
+        self.count = count
+        """Elements of a row, u32."""
+
+    def reduce(self, monoid: Monoid, *element: Any) -> Any:
+        """The combination of `element` (one expression per component of the monoid) over the row: one node, or a tuple."""
+        if len(element) != len(monoid.dtypes):
+            raise ValueError(f"{monoid.name} takes {len(monoid.dtypes)} components, not {len(element)}")
+        args = tuple(ir.cast(ir.as_node(x, t), t) for x, t in zip(element, monoid.dtypes))
+        out = tuple(Node("red", t, *args, attr=(monoid, i)) for i, t in enumerate(monoid.dtypes))
+        return out[0] if len(out) == 1 else out
+
+    def sum(self, x: Any) -> Any:
+        """Sum of a node of an arithmetic dtype, or of a Complex."""
+        if isinstance(x, Complex):
+            return Complex(self.sum(x.re), self.sum(x.im))
+        return self.reduce(SUM(x.dtype), x)
+
+
+@dataclass(frozen=True)
+class RowNest:
+    """A built row kernel. Buffers: outputs, inputs, extra. Dimensions: reduced ones first, then those of the rows."""
+
+    kernel: Kernel
+    target: Target
+    operands: tuple[Operand, ...]
+    reduced: int
+    ndim: int
+    schedule: str  # "lanes_d" | "lanes_r" | "workgroup" | "invocation"
+    lanes: int
+    split: bool = False
+    wide_scalars: tuple[int, ...] = ()
+
+    def _count(self, sizes: Sequence[Any], splits: Any) -> Any:
+        """Rows, or partial rows."""
+        return product(sizes[self.reduced :]) * splits if self.split else product(sizes[self.reduced :])
+
+    def _per_task(self, sizes: Sequence[Any], splits: Any = 1) -> Any:
+        work = product(sizes[: self.reduced])
+        if self.split:
+            work = cdiv(work, splits)
+        if self.schedule == "lanes_r":
+            work = work * self.lanes
+        return maximum(TASK_ELEMENTS // maximum(work, 1), 1)
+
+    def scalars(
+        self,
+        sizes: Sequence[Any],
+        strides: Sequence[Sequence[Any] | None] = (),
+        values: Sequence[Any] = (),
+        splits: Any = 1,
+    ) -> list[Any]:
+        """The launch's scalars; sizes and strides as for Nest.scalars, but strides of the inputs only in a split first stage."""
+        out = [values[i] for i in self.wide_scalars]
+        out += list(sizes)
+        strided = [op for op in self.operands if op.strides != "dense"]
+        for op, given in zip(strided, strides):
+            out += [s for s, c in zip(given or (), op.strides) if c == "s"]
+        if self.schedule in ("lanes_d", "lanes_r"):
+            out.append(self._per_task(sizes, splits))
+        if self.split:
+            out += [splits, cdiv(sizes[self.reduced - 1], splits)]
+        out += [v for i, v in enumerate(values) if i not in self.wide_scalars]
+        return out
+
+    def groups(self, sizes: Sequence[Any], splits: Any = 1) -> tuple[Any, Any, Any]:
+        """The grid."""
+        rows = sizes[self.reduced :]
+        if self.schedule == "lanes_r":
+            items = cdiv(rows[0], self.lanes) * product(rows[1:])
+            items = items * splits if self.split else items
+            return (cdiv(items, self._per_task(sizes, splits)), 1, 1)
+        n = self._count(sizes, splits)
+        if self.schedule == "lanes_d":
+            return (cdiv(n, self._per_task(sizes, splits)), 1, 1)
+        if self.schedule == "invocation":
+            n = cdiv(n, self.kernel.workgroup[0])
+        return fold_groups(self.target, n)
+
+
+class _Rows:
+    def __init__(
+        self,
+        target: Target,
+        name: str,
+        outs: Sequence[Operand],
+        ins: Sequence[Operand],
+        fn: Callable[..., Any],
+        reduced: int,
+        ndim: int,
+        scalars: Sequence[str],
+        buffers: Sequence[tuple],
+        schedule: str | None,
+        split: bool,
+        subgroups: bool,
+    ) -> None:
+        self.target, self.outs, self.ins, self.reduced, self.ndim, self.split = target, list(outs), list(ins), reduced, ndim, split
+        operands = [*outs, *ins]
+        for o in operands:
+            if len(o.strides) != ndim or o.strides == "dense":
+                raise ValueError(f"operand {o.name}: row kernels take a stride class for each of {ndim} dimensions")
+        self.schedule = schedule or self._choose()
+        self.lanes = _lanes_for([o.dtype for o in operands]) if target.schedule_class == "vector" else 1
+        if split:  # evaluate fn once, to know the components of its reduction
+            monoid = split_monoid(fn, ins, len(scalars), scalars)
+            self.outs = [Operand(f"partial{i}", _storage(t), "dense") for i, t in enumerate(monoid.dtypes)]
+            operands = [*self.outs, *ins]
+        self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0
+        key = "_".join(o.key for o in operands)
+        k = self.k = KernelBuilder(
+            target, f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}{'_split' if split else ''}{'_sg' if self.subgroups else ''}"
+        )
+        self.bufs = {o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)}
+        self.extra = tuple(k.buffer(*b) for b in buffers)
+        self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
+        self.strides: dict[tuple[str, int], Node] = {}
+        for o in operands:
+            for d, c in enumerate(o.strides if o.strides != "dense" else ()):
+                if c == "s":
+                    self.strides[o.name, d] = k.scalar(f"{o.name}_stride{d}", "i32")
+        vector = self.schedule in ("lanes_d", "lanes_r")
+        per_task = k.scalar("rows_per_task", "u32") if vector else None
+        if split:
+            self.n_splits, self.split_size = k.scalar("splits", "u32"), k.scalar("split_size", "u32")
+        values = [k.scalar(f"value{i}", t) for i, t in enumerate(scalars)]
+
+        count: Any = self.sizes[0]
+        for s in self.sizes[1:reduced]:
+            count = count * s
+        self.count = k.let(count)
+        self.context = RowContext(self.count)
+        leaves = [ir.leaf(o.name, o.dtype) for o in self.ins]
+        result = fn(self.context, *leaves, *values, *self.extra)
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        if split:
+            reds = [n for n in ir.walk(*results) if n.op == "red"]
+            monoid = reds[0].attr[0]
+            self.results: list[Any] = [Node("red", t, *reds[0].args, attr=(monoid, i)) for i, t in enumerate(monoid.dtypes)]
+        else:
+            if len(results) != len(self.outs):
+                raise ValueError(f"{k.name}: {len(results)} results for {len(self.outs)} outputs")
+            self.results = [r if isinstance(r, (Node, Complex)) else ir.as_node(r, self.bufs[o.name].compute) for r, o in zip(results, self.outs)]
+        self._analyse()
+        self.workgroup = self._workgroup()
+        if self.schedule == "lanes_d":
+            self._lanes_d(per_task)
+        elif self.schedule == "lanes_r":
+            self._lanes_r(per_task)
+        elif self.schedule == "invocation":
+            self._invocation()
+        else:
+            self._workgroup_row()
+        self.nest = RowNest(
+            kernel=k.finish((self.workgroup, 1, 1)), target=target, operands=tuple(operands), reduced=reduced, ndim=ndim,
+            schedule=self.schedule, lanes=self.lanes, split=split,
+            wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
+        )  # fmt: skip
+
+    def _choose(self) -> str:
+        """Lanes (or invocations) along the rows where those are contiguous and the reduced dimension is not."""
+        along_rows = any(o.strides[self.reduced : self.reduced + 1] == ("1",) and o.strides[0] == "s" for o in self.ins)
+        along_d = any(o.strides[0] == "1" and o.strides[self.reduced :] != ("0",) * (self.ndim - self.reduced) for o in self.ins)
+        if self.target.schedule_class == "vector":
+            return "lanes_r" if along_rows and not along_d else "lanes_d"
+        return "invocation" if along_rows and not along_d else "workgroup"
+
+    def _workgroup(self) -> int:
+        if self.schedule == "workgroup":
+            return min(256, self.target.max_workgroup_size)
+        return min(64, self.target.max_workgroup_size) if self.schedule == "invocation" else 1
+
+    # ---- what is computed when --------------------------------------------------------------------------------------
+
+    def _analyse(self) -> None:
+        """Levels: a reduction's result is one above its arguments; loop n computes the reductions of level n + 1."""
+        self.leaf_of: dict[str, Operand] = {}
+        for o in self.ins:
+            for suffix in ("", ".re", ".im"):
+                self.leaf_of[o.name + suffix] = o
+        nodes = ir.walk(*self.results)
+        self.level: dict[Node, int] = {}
+        self.varies: dict[Node, bool] = {}
+        for n in nodes:
+            self.level[n] = max((self.level[a] for a in n.args), default=0) + (n.op == "red")
+            if n.op == "leaf":
+                o = self.leaf_of.get(n.attr)
+                self.varies[n] = o is None or any(c != "0" for c in o.strides[: self.reduced])
+            else:
+                self.varies[n] = n.op != "red" and any(self.varies[a] for a in n.args)
+        self.groups: dict[tuple[Monoid, tuple[Node, ...]], int] = {}
+        for n in nodes:
+            if n.op == "red":
+                self.groups[n.attr[0], n.args] = self.level[n] - 1
+        self.elementwise = [i for i, o in enumerate(self.outs) if not self.split and any(c != "0" for c in o.strides[: self.reduced])]
+
+        def parts(v: Any) -> list[Node]:
+            return [v.re, v.im] if isinstance(v, Complex) else [v]
+
+        store_level = max((self.level[p] for i in self.elementwise for p in parts(self.results[i])), default=-1)
+        self.loops = max(max(self.groups.values(), default=-1), store_level) + 1
+
+    def evaluate(self, exprs: Sequence[Any], leaf: Callable[[Node], Any]) -> list[Any]:
+        """Expressions with leaves and finished reductions replaced by values."""
+        memo: dict[Node, Any] = dict(self.done)
+
+        def replace(n: Node) -> Any:
+            return leaf(n) if n.op == "leaf" else None
+
+        return [ir.substitute(e, replace, memo) for e in exprs]
+
+    def _leaf_loader(self, index: Callable[[Operand], Node], position: Any) -> Callable[[Node], Any]:
+        cache: dict[str, Any] = {}
+
+        def leaf(n: Node) -> Any:
+            o = self.leaf_of.get(n.attr)
+            if o is None:
+                return ir.cast(position, "i32")
+            if o.name not in cache:
+                cache[o.name] = self.bufs[o.name].load(index(o))
+            v = cache[o.name]
+            return v if not isinstance(v, Complex) else v.re if n.attr.endswith(".re") else v.im
+
+        return leaf
+
+    def _hoist(self, exprs: Sequence[Any]) -> None:
+        """Computes, before a loop, what does not vary in it."""
+        seen: set[Node] = set()
+
+        def visit(n: Node) -> None:
+            if n in seen or n.op in ("const", "tmp"):
+                return
+            seen.add(n)
+            if self.varies.get(n, False):
+                for a in n.args:
+                    visit(a)
+            elif n not in self.done:
+                self.done[n] = self.k.let(self.evaluate([n], self.row_leaf)[0])
+
+        for e in exprs:
+            for p in (e.re, e.im) if isinstance(e, Complex) else (e,):
+                visit(p)
+
+    # ---- addressing ---------------------------------------------------------------------------------------------------
+
+    def _term(self, o: Operand, d: int, c: Any) -> Any:
+        cls = o.strides[d]
+        if cls == "0":
+            return ir.const(0, "i32")
+        c = ir.cast(c, "i32")
+        return c if cls == "1" else c * self.strides[o.name, d]
+
+    def _row_bases(self, coordinates: Sequence[Any]) -> dict[str, Node]:
+        """Per operand: offset of a row from its coordinates (the first may have lanes)."""
+        bases = {}
+        for o in [*self.outs, *self.ins]:
+            if o.strides == "dense":
+                continue
+            total: Any = ir.const(0, "i32")
+            for d, c in enumerate(coordinates, self.reduced):
+                total = total + self._term(o, d, c)
+            bases[o.name] = total if total.lanes > 1 else self.k.let(total)
+        return bases
+
+    def _coordinates(self, row: Node) -> list[Node]:
+        """Of a flattened row index."""
+        out, k = [], self.k
+        for d in range(self.reduced, self.ndim):
+            if d == self.ndim - 1:
+                out.append(row)
+            else:
+                q = k.let(ir.idiv(row, self.sizes[d]))
+                out.append(k.let(row - q * self.sizes[d]))
+                row = q
+        return out
+
+    def _range(self, split: Node | None) -> tuple[Any, Any]:
+        """First and end of the outermost reduced dimension, u32."""
+        size = self.sizes[self.reduced - 1]
+        if split is None:
+            return ir.const(0, "u32"), size
+        first = self.k.let(ir.minimum(split * self.split_size, size))
+        return first, self.k.let(ir.minimum(first + self.split_size, size))
+
+    # ---- one row (or `lanes` rows) -----------------------------------------------------------------------------------
+
+    def row(self, coordinates: Sequence[Any], lanes_r: int, split: Any, row_id: Any) -> None:
+        """All loops of a row, or of lanes_r rows beside each other, and its stores."""
+        k = self.k
+        self.bases = self._row_bases(coordinates)
+        self.done: dict[Node, Any] = {}
+
+        def row_index(o: Operand) -> Node:
+            return self.bases[o.name]
+
+        self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
+        for loop in range(self.loops):
+            now = [g for g, at in self.groups.items() if at == loop]
+            stores = self.elementwise if loop == self.loops - 1 else []
+            self._hoist([x for _, xs in now for x in xs] + [self.results[i] for i in stores])
+            results = self._loop(now, stores, lanes_r, split)
+            for (monoid, xs), values in zip(now, results):
+                for i, (t, v) in enumerate(zip(monoid.dtypes, values)):
+                    self.done[Node("red", t, *xs, attr=(monoid, i))] = v
+        rest = [i for i in range(len(self.outs)) if i not in self.elementwise]
+        if rest:
+            values = self.evaluate([self.results[i] for i in rest], self.row_leaf)
+
+            def store() -> None:
+                for i, v in zip(rest, values):
+                    o = self.outs[i]
+                    self.bufs[o.name].store(ir.cast(row_id, "i32") if o.strides == "dense" else self.bases[o.name], v)
+
+            if self.schedule == "workgroup":
+                with k.If(ir.eq(k.local_id(), 0)):
+                    store()
+            else:
+                store()
+
+    def _accumulators(self, now: list, lanes: int) -> list[list[Any]]:
+        return [[self.k.var(t, ir.const(c, t), lanes) for t, c in zip(m.dtypes, m.init)] for m, _ in now]
+
+    def _combine(self, monoid: Monoid, acc: list[Any], values: Sequence[Any]) -> None:
+        """acc <- combine(acc, values)."""
+        new = monoid.combine(tuple(a.as_node() for a in acc), tuple(values))
+        new = [self.k.let(n) if len(acc) > 1 else n for n in new]
+        for a, n in zip(acc, new):
+            a.set(n)
+
+    def _element(self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any) -> None:
+        """One element (or lanes of them) at reduced coordinates `at`."""
+
+        def index(o: Operand) -> Node:
+            total: Any = self.bases[o.name]
+            for d in range(self.reduced):
+                total = total + self._term(o, d, at[d])
+            return total
+
+        leaf = self._leaf_loader(index, position)
+        exprs = [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
+        values = self.evaluate(exprs, leaf)
+        for (monoid, xs), acc in zip(now, accs):
+            self._combine(monoid, acc, values[: len(xs)])
+            values = values[len(xs) :]
+        for i, v in zip(stores, values):
+            o = self.outs[i]
+            self.bufs[o.name].store(index(o), v)
+
+    def _loop(self, now: list, stores: Sequence[int], lanes_r: int, split: Any) -> list[list[Node]]:
+        if self.schedule == "workgroup":
+            return self._loop_workgroup(now, stores, split)
+        return self._loop_nested(now, stores, lanes_r, split)
+
+    def _loop_nested(self, now: list, stores: Sequence[int], lanes_r: int, split: Any) -> list[list[Node]]:
+        """Nested loops over the reduced dimensions; lanes along dimension 0 (lanes_d), or along the rows, or none."""
+        k = self.k
+        along_d = self.schedule == "lanes_d"
+        blocked = any(m.blocked for m, _ in now)
+        wide = self.lanes if along_d else 1
+        unroll = 4 if along_d and sum(len(m.dtypes) for m, _ in now) <= 2 and now else 1
+        totals = self._accumulators(now, lanes_r * wide)
+        tails = self._accumulators(now, 1) if along_d else totals
+
+        def inner(d: int, at: dict[int, Any], position: Any) -> None:
+            if d > 0:
+                first, end = self._range(split) if d == self.reduced - 1 else (ir.const(0, "u32"), self.sizes[d])
+                with k.For(first, end) as c:
+                    inner(d - 1, {**at, d: c}, k.let((position + c) * self.sizes[d - 1]))
+                return
+            first, end = self._range(split) if self.reduced == 1 else (ir.const(0, "u32"), self.sizes[0])
+            last = k.let(ir.cast(end, "i32"))
+            place = ir.cast(position, "i32")
+            j = k.var("i32", ir.cast(first, "i32"))
+            block = 128 * unroll * wide if along_d else 128
+            if along_d:
+                with k.While(lambda: j + unroll * wide <= last):
+                    accs = [self._accumulators(now, wide) for _ in range(unroll)]
+                    stop = k.let(ir.minimum(j + block, last))
+                    with k.While(lambda: j + unroll * wide <= stop):
+                        base = j.as_node()
+                        for u in range(unroll):
+                            c = base + u * wide + k.lanes(wide)
+                            self._element(now, accs[u], stores, {**at, 0: c}, place + c)
+                        j.set(base + unroll * wide)
+                    for u in range(1, unroll):
+                        for (m, _), a, b in zip(now, accs[0], accs[u]):
+                            self._combine(m, a, [x.as_node() for x in b])
+                    for (m, _), a, b in zip(now, totals, accs[0]):
+                        self._combine(m, a, [x.as_node() for x in b])
+                if unroll > 1:
+                    with k.While(lambda: j + wide <= last):
+                        c = j.as_node() + k.lanes(wide)
+                        self._element(now, totals, stores, {**at, 0: c}, place + c)
+                        j.set(j + wide)
+                with k.While(lambda: j < last):
+                    c = j.as_node()
+                    self._element(now, tails, stores, {**at, 0: c}, place + c)
+                    j.set(c + 1)
+            elif blocked:
+                with k.While(lambda: j < last):
+                    accs = self._accumulators(now, lanes_r)
+                    stop = k.let(ir.minimum(j + block, last))
+                    with k.While(lambda: j < stop):
+                        c = j.as_node()
+                        self._element(now, accs, stores, {**at, 0: c}, place + c)
+                        j.set(c + 1)
+                    for (m, _), a, b in zip(now, totals, accs):
+                        self._combine(m, a, [x.as_node() for x in b])
+            else:
+                with k.While(lambda: j < last):
+                    c = j.as_node()
+                    self._element(now, totals, stores, {**at, 0: c}, place + c)
+                    j.set(c + 1)
+
+        inner(self.reduced - 1, {}, ir.const(0, "u32"))
+        if not along_d:
+            return [[a.as_node() for a in acc] for acc in totals]
+        out = []
+        for (m, _), acc, tail in zip(now, totals, tails):
+            values = [a.as_node() for a in acc]
+            while values[0].lanes > 1:
+                low, high = zip(*(k.halves(v) for v in values))
+                values = [k.let(v) for v in m.combine(low, high)]
+            out.append([k.let(v) for v in m.combine(tuple(values), tuple(t.as_node() for t in tail))])
+        return out
+
+    def _loop_workgroup(self, now: list, stores: Sequence[int], split: Any) -> list[list[Node]]:
+        """Elements dealt to the invocations of a workgroup, then a tree."""
+        k, size = self.k, self.workgroup
+        inner: Any = ir.const(1, "u32")
+        for s in self.sizes[: self.reduced - 1]:
+            inner = inner * s
+        first, end = self._range(split)
+        first, end = k.let(first * inner), k.let(end * inner)
+        totals = self._accumulators(now, 1)
+        lid = k.local_id()
+
+        def body(t: Any, accs: list) -> None:
+            at, rest = {}, t
+            for d in range(self.reduced - 1):
+                q = k.let(ir.idiv(rest, self.sizes[d]))
+                at[d] = k.let(rest - q * self.sizes[d])
+                rest = q
+            at[self.reduced - 1] = rest
+            self._element(now, accs, stores, at, t)
+
+        if any(m.blocked for m, _ in now):
+            j = k.var("u32", first + lid)
+            with k.While(lambda: j < end):
+                accs = self._accumulators(now, 1)
+                stop = k.let(ir.minimum(end, j + 128 * size))
+                with k.While(lambda: j < stop):
+                    t = j.as_node()
+                    body(t, accs)
+                    j.set(t + size)
+                for (m, _), a, b in zip(now, totals, accs):
+                    self._combine(m, a, [x.as_node() for x in b])
+        else:
+            with k.For(first + lid, end, size) as t:
+                body(t, totals)
+        out = []
+        for m, acc in zip([m for m, _ in now], totals):
+            out.append(self._tree(m, acc))
+        return out
+
+    def _tree(self, monoid: Monoid, acc: list[Any]) -> list[Node]:
+        """Combines the invocations' accumulators; every invocation gets the result."""
+        k, size = self.k, self.workgroup
+        if self.subgroups and all(t in ("f32", "i32", "u32") for t in monoid.dtypes):
+            # Butterflies of the guaranteed subgroup size, then one slot for each group of that many lanes.
+            step = 1
+            while step < self.target.subgroup:
+                self._combine_ordered(monoid, acc, step)
+                step *= 2
+            slots = size // self.target.subgroup
+            shared = self._shared(monoid, slots)
+            lane = k.subgroup_id() * k.subgroup_size() + k.subgroup_lane()
+            with k.If(ir.eq(ir.and_(lane, self.target.subgroup - 1), 0)):
+                for s, a in zip(shared, acc):
+                    s[ir.idiv(lane, self.target.subgroup)] = a
+            k.barrier()
+            total = [k.var(t, s[0]) for t, s in zip(monoid.dtypes, shared)]
+            with k.For(ir.const(1, "u32"), slots) as i:
+                self._combine(monoid, total, [s[i] for s in shared])
+            k.barrier()
+            return [t.as_node() for t in total]
+        shared = self._shared(monoid, size)
+        lid = k.local_id()
+        for s, a in zip(shared, acc):
+            s[lid] = a
+        k.barrier()
+        step = size // 2
+        while step:
+            with k.If(lid < step):
+                new = monoid.combine(tuple(s[lid] for s in shared), tuple(s[lid + step] for s in shared))
+                new = tuple(k.let(n) for n in new)
+                for s, n in zip(shared, new):
+                    s[lid] = n
+            k.barrier()
+            step //= 2
+        out = [s[0] for s in shared]
+        k.barrier()
+        return out
+
+    def _combine_ordered(self, monoid: Monoid, acc: list[Any], step: int) -> None:
+        """Every monoid here is commutative, so a butterfly will do."""
+        self._combine(monoid, acc, [self.k.subgroup_shuffle_xor(a, step) for a in acc])
+
+    def _shared(self, monoid: Monoid, size: int) -> list[Any]:
+        """Shared arrays, reused by reductions of the same dtypes."""
+        pool = self.__dict__.setdefault("_pool", {})
+        used: dict[str, int] = {}
+        out = []
+        for t in monoid.dtypes:
+            i = used.get(t, 0)
+            used[t] = i + 1
+            if (t, i) not in pool:
+                pool[t, i] = self.k.shared(t, size)
+            out.append(pool[t, i])
+        return out
+
+    # ---- schedules ------------------------------------------------------------------------------------------------
+
+    def _rows_total(self) -> Node:
+        n: Any = ir.const(1, "u32")
+        for s in self.sizes[self.reduced :]:
+            n = n * s
+        return self.k.let(n * self.n_splits if self.split else n)
+
+    def _one(self, row: Node) -> None:
+        """One flattened row; with splits, the split varies fastest."""
+        k = self.k
+        split, rest = None, row
+        if self.split:
+            rest = k.let(ir.idiv(row, self.n_splits))
+            split = k.let(row - rest * self.n_splits)
+        self.row(self._coordinates(rest) if self.ndim > self.reduced else [], 1, split, row)
+
+    def _lanes_d(self, per_task: Any) -> None:
+        k = self.k
+        first = k.let(k.group_index() * per_task)
+        last = k.let(ir.minimum(first + per_task, self._rows_total()))
+        with k.For(first, last) as row:
+            self._one(row)
+
+    def _lanes_r(self, per_task: Any) -> None:
+        """Blocks of `lanes` rows beside each other along the first dimension of the rows."""
+        k = self.k
+        size = self.sizes[self.reduced]
+        blocks = k.let(ir.idiv(size + (self.lanes - 1), self.lanes))
+        items: Any = blocks
+        for s in self.sizes[self.reduced + 1 :]:
+            items = items * s
+        if self.split:
+            items = items * self.n_splits
+        first = k.let(k.group_index() * per_task)
+        last = k.let(ir.minimum(first + per_task, items))
+        with k.For(first, last) as item:
+            split, rest = None, item
+            if self.split:
+                rest = k.let(ir.idiv(item, self.n_splits))
+                split = k.let(item - rest * self.n_splits)
+            outer = k.let(ir.idiv(rest, blocks))
+            start = k.let((rest - outer * blocks) * self.lanes)
+            others = []
+            index = outer
+            for d in range(self.reduced + 1, self.ndim):
+                if d == self.ndim - 1:
+                    others.append(index)
+                else:
+                    q = k.let(ir.idiv(index, self.sizes[d]))
+                    others.append(k.let(index - q * self.sizes[d]))
+                    index = q
+
+            def rows(c0: Any, lanes: int) -> None:
+                flat: Any = outer * size + c0
+                if self.split:
+                    assert split is not None
+                    flat = flat * self.n_splits + split
+                self.row([c0, *others], lanes, split, flat)
+
+            with k.If(start + self.lanes <= size):
+                rows(start + k.lanes(self.lanes, "u32"), self.lanes)
+            with k.Else():
+                with k.For(start, size) as c0:
+                    rows(c0, 1)
+
+    def _invocation(self) -> None:
+        k = self.k
+        row = k.global_id(self.workgroup)
+        with k.If(row < self._rows_total()):
+            self._one(row)
+
+    def _workgroup_row(self) -> None:
+        k = self.k
+        row = k.group_index()
+        with k.If(row < self._rows_total()):
+            self._one(row)
+
+
+def _storage(dtype: str) -> str:
+    return "i32" if dtype == "bool" else dtype
+
+
+def rows(
+    target: Target,
+    name: str,
+    outs: Sequence[Operand],
+    ins: Sequence[Operand],
+    fn: Callable[..., Any],
+    *,
+    reduced: int = 1,
+    ndim: int = 2,
+    scalars: Sequence[str] = (),
+    buffers: Sequence[tuple] = (),
+    schedule: str | None = None,
+    subgroups: bool = True,
+) -> RowNest:
+    """A kernel over rows: element expressions, reductions of them over the row, expressions of both, as many levels as needed.
+
+    Dimensions: the `reduced` ones first (fastest first), then those of the rows; every operand has a stride class for each of the `ndim`.
+    fn(r, *ins, *scalars, *buffers) gives one value per output; r is a RowContext. An output is stored per row where its reduced
+    strides are all "0", else per element. schedule: None chooses by the stride classes; a caller that knows rows to be short and many
+    passes "lanes_r" (vector) or "invocation" (simt). subgroups: False takes the shared-memory tree. An output may be an input's tensor,
+    element by element. Zero-size reductions give the monoid's neutral element.
+
+        def softmax(r, x):
+            e = ir.exp(x - r.reduce(MAX(), x))
+            return e / r.sum(e)
+
+        nest = rows(t, "softmax", [Operand("out", "f16", ("1", "s"))], [Operand("x", "f16", ("1", "s"))], softmax)
+        launch(nest.kernel, [out, x], nest.scalars([d, n], [(1, d), (1, d)]), nest.groups([d, n]))
+
+        def max_dim(r, x):
+            return r.reduce(ARGMAX(), x, r.index)     # outputs: value, index (stored as i64 where the buffer is i64)
+    """
+    return _Rows(target, name, outs, ins, fn, reduced, ndim, scalars, buffers, schedule, False, subgroups).nest
+
+
+def _single_reduction(results: Sequence[Any]) -> tuple[Monoid, tuple[Node, ...]]:
+    reds = {(n.attr[0], n.args) for n in ir.walk(*results) if n.op == "red"}
+    if len(reds) != 1:
+        raise ValueError(f"a split reduction has one reduction, not {len(reds)}")
+    return reds.pop()
+
+
+def split_monoid(fn: Callable[..., Any], ins: Sequence[Operand], n: int, scalars: Sequence[str]) -> Monoid:
+    """The monoid of fn's only reduction."""
+    values = [Node("tmp", t, attr=f"value{i}") for i, t in enumerate(scalars)]
+    result = fn(RowContext(Node("tmp", "u32", attr="count")), *[ir.leaf(o.name, o.dtype) for o in ins], *values)
+    return _single_reduction(result if isinstance(result, (tuple, list)) else (result,))[0]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """A reduction of long rows in two launches: partial results of every split, then their combination.
+
+        partials = [empty([n_rows * splits], dtype) for dtype in s.partial_dtypes]
+        launch(s.first.kernel, [*partials, *ins], s.first.scalars(sizes, strides, values, splits), s.first.groups(sizes, splits))
+        launch(s.second.kernel, [*outs, *partials], s.second.scalars(*s.second_shape(sizes, splits, out_strides), values=[count, *values]), ...)
+    """
+
+    first: RowNest
+    second: RowNest
+    partial_dtypes: tuple[str, ...]
+
+    def second_shape(
+        self, sizes: Sequence[Any], splits: Any, out_strides: Sequence[Sequence[Any]]
+    ) -> tuple[list[Any], list[Sequence[Any]]]:
+        """Sizes and strides of the second launch. out_strides: of the outputs over the row dimensions."""
+        row_sizes = list(sizes[self.first.reduced :])
+        strides, step = [1], splits
+        for s in row_sizes:
+            strides.append(step)
+            step = step * s
+        return [splits, *row_sizes], [[0, *s] for s in out_strides] + [strides] * len(self.partial_dtypes)
+
+
+def split_rows(
+    target: Target,
+    name: str,
+    outs: Sequence[Operand],
+    ins: Sequence[Operand],
+    fn: Callable[..., Any],
+    *,
+    reduced: int = 1,
+    ndim: int = 2,
+    scalars: Sequence[str] = (),
+    schedule: str | None = None,
+) -> SplitRows:
+    """Like rows, for one reduction per row and per-row outputs, cut into splits along the outermost reduced dimension. Arguments as
+    for rows. The second launch takes the value r.count (u32) before fn's scalars."""
+    n = len(scalars)
+    monoid = split_monoid(fn, ins, n, scalars)
+    first = _Rows(target, name, outs, ins, fn, reduced, ndim, scalars, (), schedule, True, True).nest
+    dtypes = tuple(_storage(t) for t in monoid.dtypes)
+    row_dims = ndim - reduced
+    partials = [Operand(f"partial{i}", t, ("1", *["s"] * row_dims)) for i, t in enumerate(dtypes)]
+    second_outs = [Operand(o.name, o.dtype, ("0", *o.strides[reduced:])) for o in outs]
+
+    def combine(r: RowContext, *args: Any) -> Any:
+        parts, count, values = args[: len(dtypes)], args[len(dtypes)], args[len(dtypes) + 1 :]
+        inner = RowContext(count)
+        result = fn(inner, *[ir.leaf(o.name, o.dtype) for o in ins], *values)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        total = r.reduce(monoid, *parts)
+        total = total if isinstance(total, tuple) else (total,)
+        return tuple(ir.substitute(v, lambda node: total[node.attr[1]] if node.op == "red" else None) for v in results)
+
+    second = rows(
+        target, name + "_combine", second_outs, partials, combine, reduced=1, ndim=1 + row_dims, scalars=["u32", *scalars]
+    )
+    return SplitRows(first, second, dtypes)

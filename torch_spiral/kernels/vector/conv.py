@@ -154,24 +154,23 @@ def conv(target: Target, dtype: str, contiguous: bool = True, epilogue: Epilogue
     to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
     from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
 
-    def finishing(x: str, row: str, col: str, m: int) -> str:
-        text = ep.apply(x, row, col, m)
-        return text
-
     at = "out + (long)row * oc + "
     if contiguous:
         full = "\n".join(
             f"if ({r}u < rows) {{ const uint row = m0 + {r}u; " + " ".join(
-                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {finishing('x', 'row', 'col', w)} STV_{dtype}({at}col, x); }}" for v in range(nv)) + " }"
+                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} STV_{dtype}({at}col, x); }}" for v in range(nv)) + " }"
             for r in range(mr))
-        store = f"if (n == {nr}u) {{ {full} }} else"
+        store = "" if ep.needs_math() else f"if (n == {nr}u) {{ {full} }} else"  # as in gemm
         pos = "n0 + j"
     else:
         store = ""
         pos = "oo"
     place = "" if contiguous else "const long oo = (long)((n0 + j) / (OH * OW)) * od + (long)((n0 + j) / OW % OH) * oh + (long)((n0 + j) % OW) * ow;"
-    edge = (f"{{ {to_tile} for (uint r = 0; r < rows; r++) for (uint j = 0; j < n; j++) {{ const uint row = m0 + r; {place} T x = t_[r * {nr} + j]; "
-            f"{ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }}")
+    vector = "" if not contiguous else (
+        f"for (; j + {w}u <= n; j += {w}u) {{ const uint col = n0 + j; V x = vload{w}(0, t_ + r * {nr} + j); {ep.apply('x', 'row', 'col', w)} "
+        f"STV_{dtype}({at}col, x); }}")
+    edge = (f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ {place} "
+            f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}")
     body = f"""
   T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}];
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (N_ + {nr - 1}u) / {nr}u;

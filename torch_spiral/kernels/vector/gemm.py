@@ -305,7 +305,8 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
                    f"STV_{out}(C + (long)row * cm + col, x); }}" for v in range(nv)) + " }" for r in range(mr))
     to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
     from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
-    full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" else ""
+    # An epilogue with polynomials is inlined once, behind the tile in memory: twelve copies take seconds to compile.
+    full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" and not ep.needs_math() else ""
     if split:
         tasks = f"""
   const uint kb = (ulong)((K + {s.kc - 1}u) / {s.kc}u) * get_group_id(0) / get_num_groups(0) * {s.kc}u;

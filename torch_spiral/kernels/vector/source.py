@@ -79,8 +79,8 @@ EXP = r"""
 float{n} exp_{m}(float{n} x) {{  // 2^n * p(f), relative error 2e-7; below -87.3 it is 0, NaN and infinity propagate
   float{n} t = clamp(x * 1.44269504f, (float{n})(-126.f), (float{n})(127.99f)), r = rint(t);
   float{n} f = fma(r, (float{n})(-1.42860677e-6f), fma(r, (float{n})(-0.693145752f), clamp(x, (float{n})(-87.33654f), (float{n})(88.72f))));
-  float{n} p = fma(f, (float{n})(1.3981999507e-3f), (float{n})(8.3334519073e-3f));
-  p = fma(f, p, (float{n})(4.1665795894e-2f)); p = fma(f, p, (float{n})(1.6666665459e-1f));
+  float{n} p = fma(f, (float{n})(1.9875691500e-4f), (float{n})(1.3981999507e-3f));
+  p = fma(f, p, (float{n})(8.3334519073e-3f)); p = fma(f, p, (float{n})(4.1665795894e-2f)); p = fma(f, p, (float{n})(1.6666665459e-1f));
   p = fma(f, p, (float{n})(5.0000001201e-1f)); p = fma(f * f, p, f) + 1.f;
   p *= as_float{n}((convert_int{n}(r) + 126) << 23); p *= 2.f;
   p = select(p, (float{n})(0.f), x < -87.33654f); p = select(p, (float{n})(INFINITY), x > 88.72283f);
