@@ -218,7 +218,7 @@ def test_exit_right_after_backward(ending):
 def test_dlpack_is_refused(device):
     x = torch.ones(2).to(device)
     for export in (lambda: x.__dlpack__(), lambda: torch.utils.dlpack.to_dlpack(x), lambda: torch.from_dlpack(x)):
-        with pytest.raises((BufferError, RuntimeError, NotImplementedError), match=r"spiral|cpu\(\)"):
+        with pytest.raises((BufferError, ValueError), match="spiral|Unknown device type"):
             export()
     with pytest.raises(TypeError, match="cpu"):
         x.numpy()

@@ -12,6 +12,7 @@ def _autoload() -> None:
 
 import atexit
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.utils.dlpack
 
 # Early: autograd's engine counts the devices of all backends when it first runs, and refuses one that comes later.
 from . import _C
@@ -59,6 +61,42 @@ def _wgpu_library() -> str:
     return ""
 
 
+def _refuse_dlpack() -> None:
+    """A spiral data_ptr is an address that nobody can read: exporting it would hand out a fault."""
+    tensor_export, export = torch.Tensor.__dlpack__, torch.utils.dlpack.to_dlpack
+
+    def check(tensor: torch.Tensor) -> None:
+        if tensor.device.type == "spiral":
+            raise BufferError("spiral tensors cannot be exported through DLPack: their memory is opaque. Use tensor.cpu()")
+
+    @functools.wraps(tensor_export)
+    def __dlpack__(self, *args, **kwargs):
+        check(self)
+        return tensor_export(self, *args, **kwargs)
+
+    @functools.wraps(export)
+    def to_dlpack(tensor, *args, **kwargs):
+        check(tensor)
+        return export(tensor, *args, **kwargs)
+
+    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[method-assign]
+    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack
+
+
+def _print_on_the_cpu() -> None:
+    """Formatting a tensor takes a dozen operators on it; on a copy they cost no kernels, and every dtype has them. What is too large
+    to copy for a look is summarised where it is."""
+    original = torch._tensor_str._tensor_str
+
+    @functools.wraps(original)
+    def _tensor_str(self, indent):
+        if self.device.type == "spiral" and self.numel() * self.element_size() <= 64 << 20:
+            self = self.cpu()
+        return original(self, indent)
+
+    torch._tensor_str._tensor_str = _tensor_str
+
+
 def _register() -> None:
     _C.set_engine_library("opencl", _opencl_library())
     _C.set_engine_library("wgpu", _wgpu_library())
@@ -67,6 +105,8 @@ def _register() -> None:
 
     torch._register_device_module("spiral", device)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    _refuse_dlpack()
+    _print_on_the_cpu()
 
 
 @atexit.register

@@ -20,7 +20,7 @@ KINDS = {"discrete_gpu": "GPU", "integrated_gpu": "integrated GPU", "cpu": "CPU"
 def devices_table() -> Table:
     table = Table(title="Devices")
     for column in ("device", "engine", "name", "kind", "memory", "kernels", "float16", "float64", "driver"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("device", "engine"), overflow="fold")
     for i in range(torch.spiral.device_count()):
         p = torch.spiral.get_device_properties(i)
         table.add_row(
@@ -44,7 +44,7 @@ def engines_table() -> Table:
     table.add_column("library")
     table.add_column("why not more", overflow="fold")
     for report in torch.spiral.engines():
-        table.add_row(report["engine"], str(report["devices"]), report["library"] or "system", report["why"])
+        table.add_row(report["engine"], str(report["devices"]), report["library"] or ("system" if report["devices"] else ""), report["why"])
     return table
 
 
@@ -164,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_spiral", description=__doc__)
     parser.add_argument("--self-test", action="store_true", help="check every device and time it")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # in a file or a pipe no line is cut
     console.print(f"torch_spiral {torch_spiral.__version__}, torch {torch.__version__}")
     console.print(engines_table())
     if not torch.spiral.is_available():

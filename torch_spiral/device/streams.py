@@ -25,12 +25,14 @@ class Stream(torch.Stream):
 
 
 class Event(torch.Event):
-    """torch.Event of a spiral device. `blocking` is accepted and has no effect; interprocess events are a NotImplementedError."""
+    """Makes a torch.Event of the current device. `blocking` is accepted and has no effect; interprocess events are a
+    NotImplementedError."""
 
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
+    # A plain torch.Event, since torch.Event.elapsed_time takes no instance of a subclass.
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> torch.Event:  # type: ignore[misc]
         if interprocess:
             raise NotImplementedError("spiral events cannot be shared between processes")
-        return super().__new__(cls, device="spiral", enable_timing=enable_timing, blocking=blocking)
+        return torch.Event(device="spiral", enable_timing=enable_timing, blocking=blocking)
 
 
 def current_stream(device: Device = None) -> torch.Stream:
