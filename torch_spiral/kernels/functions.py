@@ -305,7 +305,7 @@ def pow_(x: Node, y: Node) -> Node:
     big = where(ir.eq(e, 0.0), g, big)
     big, small = two_sum(big, small)
     fmt = FORMAT[x.dtype]
-    limit = 4.0 * fmt.bias
+    limit = 1.9 * fmt.bias
     yc = ir.clamp(y, -(2.0 ** (fmt.bias // 2)), 2.0 ** (fmt.bias // 2))
     w, w_lo = two_product(yc, big)
     w_lo = w_lo + yc * small
@@ -474,15 +474,16 @@ def hypot(a: Node, b: Node) -> Node:
     big, small = where(ir.gt(a, b), a, b), where(ir.gt(a, b), b, a)
     t = small / where(ir.eq(big, 0.0), 1.0, big)
     y = where(ir.eq(big, 0.0), big, big * ir.sqrt(1.0 + t * t))
+    y = where(ir.or_(ir.isnan(a), ir.isnan(b)), a + b, y)
     return where(ir.or_(ir.eq(a, math.inf), ir.eq(b, math.inf)), math.inf, y)
 
 
 @lower
 def fmod(a: Node, b: Node) -> Node:
-    """Exact for |a / b| below 2**(3 * mantissa bits)."""
+    """Exact for |a / b| below 2**100, about."""
     r, d = ir.abs(a), ir.abs(b)
     zero = ir.const(0.0, a.dtype)
-    for _ in range(3):
+    for _ in range(by_dtype(a, 6, 3)):
         q = ir.trunc(r / d)
         p, p_lo = two_product(q, d)
         r = where(ir.lt(r, d), r, (r - p) - p_lo)

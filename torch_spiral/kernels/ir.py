@@ -265,7 +265,7 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _arith(op: str, a: Any, b: Any) -> Any:
-    if isinstance(a, Complex) or isinstance(b, Complex):
+    if isinstance(a, (Complex, complex)) or isinstance(b, (Complex, complex)):
         return getattr(_complex(), op)(*_complex().pair(a, b))
     dtype, (a, b) = same(a, b)
     if dtype == "bool":
@@ -300,7 +300,7 @@ def mul(a: Any, b: Any) -> Any:
 
 def div(a: Any, b: Any) -> Any:
     """True division of floats (IEEE; WGSL 2.5 ulp) or complex numbers. Integers: use floor_divide or trunc_divide."""
-    if isinstance(a, Complex) or isinstance(b, Complex):
+    if isinstance(a, (Complex, complex)) or isinstance(b, (Complex, complex)):
         return _complex().div(*_complex().pair(a, b))
     dtype, (a, b) = same(a, b)
     if dtype not in FLOATS:
@@ -723,7 +723,7 @@ nextafter = _binary("nextafter", "The float after a towards b.")
 def pow(a: Any, b: Any) -> Any:  # noqa: A001
     """a ** b for floats and complex numbers; integers with a constant exponent >= 0 multiply, others loop over the bits of b
     (a negative exponent gives 0 unless a is 1 or -1, as torch)."""
-    if isinstance(a, Complex) or isinstance(b, Complex):
+    if isinstance(a, (Complex, complex)) or isinstance(b, (Complex, complex)):
         return _complex().pow(*_complex().pair(a, b))
     if isinstance(b, (int, float)) and float(b).is_integer() and 0 <= b <= 4:
         a = as_node(a)
