@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernel_runner import run, targets
 
+from torch_spiral.kernels.simt import attention as A
 from torch_spiral.kernels.simt import conv as C
 from torch_spiral.kernels.simt import gemm as G
 
@@ -261,3 +262,98 @@ def test_conv(target, mode, case, last, dtype="f32"):
         kernel_, grid = C.direct(target, mode, dtype, dtype, nd, divided), C.direct_groups(m, n, groups)
     got = run(kernel_, [stored[g][0], stored[w][0], out], scalars, grid)[2]
     close(decode(view(got), dtype), want.numpy(), dtype)
+
+
+ATTENTION = {  # batch, heads, kv heads, queries, keys, head, head_v, dtype, mask, causal
+    "ragged": (2, 4, 2, 37, 70, 40, 24, "f32", "", False),
+    "causal": (1, 2, 2, 45, 45, 16, 16, "f32", "", True),
+    "mask": (1, 2, 1, 20, 33, 8, 12, "f32", "f32", False),
+    "bool": (2, 2, 2, 9, 40, 32, 32, "f16", "bool", True),
+    "wide": (1, 1, 1, 33, 35, 72, 100, "bf16", "", False),
+}
+
+
+def attention_reference(q, k, v, mask, causal, scale, g):
+    """(out, lse, dq, dk, dv, ds) in float64."""
+    import torch
+
+    q, k, v = (torch.tensor(x, requires_grad=True) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    bias = torch.zeros(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=torch.float64)
+    if mask is not None:
+        bias = torch.where(torch.tensor(mask), 0.0, -np.inf) + bias if mask.dtype == bool else torch.tensor(mask).double() + bias
+    if causal:
+        bias = bias.masked_fill(~torch.ones(bias.shape[2:], dtype=bool).tril(), -np.inf)
+    bias.requires_grad_()
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale + bias
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    p = torch.softmax(torch.where(empty, 0.0, scores), -1) * ~empty
+    out = p @ v.repeat_interleave(group, 1)
+    out.backward(torch.tensor(g))
+    return [x.detach().numpy() for x in (out, torch.logsumexp(scores, -1), q.grad, k.grad, v.grad, bias.grad)]
+
+
+@pytest.mark.parametrize("vec", [False, True], ids=["scalar", "vec4"])
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(target, case, vec):
+    batch, heads, kv_heads, queries, keys, head, head_v, dtype, mask_dtype, causal = ATTENTION[case]
+    if vec and (dtype == "f16" or mask_dtype):
+        pytest.skip("covered by the other cases")
+    rng = np.random.default_rng(4)
+    schedule, scale = A.SCHEDULES[1], 0.3
+    shapes = [(batch, heads, queries, head), (batch, kv_heads, keys, head), (batch, kv_heads, keys, head_v), (batch, heads, queries, head_v)]
+    values = [random(rng, s, dtype) for s in shapes]
+    # (batch, tokens, heads, head) in memory, as a projection leaves it
+    stored = [place(x, (0, 2, 1, 3), 4, 0) for x in values]
+    mask, mask_strides = None, []
+    if mask_dtype == "bool":
+        mask = rng.random((batch, 1, queries, keys)) < 0.6
+        mask[0, 0, 3] = False  # a row that sees nothing
+        mask_strides = [queries * keys, 0, keys, 1]
+    elif mask_dtype:
+        mask = rng.standard_normal((heads, 1, keys)).astype(np.float32)
+        mask[:, :, 5:9] = -np.inf
+        mask_strides = [0, keys, 0, 1]
+    want = attention_reference(*(decode(x, dtype) for x in values[:3]), mask, causal, scale, decode(values[3], dtype))
+    extra = [mask.astype(np.uint8) if mask_dtype == "bool" else mask] if mask_dtype else []
+    common = [batch, heads, heads // kv_heads, queries, keys, head, head_v, *mask_strides, *([0] if causal else []), scale]
+    (q, qs), (k, ks), (v, vs), (g, gs) = [(x, s[:3]) for x, s in stored]
+    sizes = A.head_class(head), A.head_class(head_v)
+
+    def view(flat, shape, strides):
+        return decode(np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, [i * flat.itemsize for i in (*strides, 1)])), dtype)
+
+    kernel = A.forward(target, schedule, dtype, *sizes, mask_dtype, causal, vec)
+    lse = np.zeros((batch, heads, queries), np.float32)
+    arrays = run(kernel, [q, k, v, *extra, np.zeros_like(g), lse], [*common, *qs, *ks, *vs, *gs], A.forward_groups(schedule, batch, heads, queries))
+    out, lse = arrays[-2:]
+    close(view(out, shapes[3], gs), want[0], dtype)
+    finite = np.isfinite(want[1])
+    assert np.array_equal(np.isneginf(lse), ~finite)
+    close(lse[finite], want[1][finite], "f32")
+
+    splits = 3
+    span = -(-keys // splits)
+    kernel = A.forward(target, schedule, dtype, *sizes, mask_dtype, causal, vec, split=True)
+    parts = [np.zeros((splits, *shapes[3]), np.float32), np.zeros((splits, batch, heads, queries), np.float32)]
+    scalars = [*common, *qs, *ks, *vs, *gs, splits, span]
+    parts = run(kernel, [q, k, v, *extra, *parts], scalars, A.forward_groups(schedule, batch, heads, queries, splits))[-2:]
+    scalars = [splits, batch, heads, queries, head_v, *gs]
+    merged = run(A.merge(target, dtype), [*parts, np.zeros_like(g), np.zeros_like(lse)], scalars, A.merge_groups(batch, heads, queries, head_v))
+    close(view(merged[2], shapes[3], gs), want[0], dtype)
+    close(merged[3][finite], want[1][finite], "f32")
+
+    delta = run(A.delta(target, dtype), [g, out, np.zeros_like(lse)], [batch, heads, queries, head_v, *gs, *gs], -(-lse.size // 64))[2]
+    kernel = A.backward_query(target, schedule, dtype, *sizes, mask_dtype, causal, vec, bool(mask_dtype))
+    ds = [np.zeros((batch, heads, queries, keys), np.float32)] if mask_dtype else []
+    inputs = [q, k, v, g, *extra, lse, delta]
+    got = run(kernel, [*inputs, np.zeros_like(q), *ds], [*common, *qs, *ks, *vs, *gs, *qs], A.forward_groups(schedule, batch, heads, queries))
+    tolerance = dtype if dtype == "f32" else "bf16"
+    close(view(got[len(inputs)], shapes[0], qs), want[2], tolerance)
+    if mask_dtype:
+        close(got[-1], want[5], tolerance)
+    kernel = A.backward_key(target, schedule, dtype, *sizes, mask_dtype, causal, vec)
+    scalars = [*common, *qs, *ks, *vs, *gs, *ks, *vs]
+    got = run(kernel, [*inputs, np.zeros_like(k), np.zeros_like(v)], scalars, A.backward_key_groups(schedule, batch, kv_heads, keys))
+    close(view(got[-2], shapes[1], ks), want[3], tolerance)
+    close(view(got[-1], shapes[2], vs), want[4], tolerance)
