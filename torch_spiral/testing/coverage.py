@@ -383,7 +383,8 @@ def _totals(console, results: list[Result], engine: str, expected: dict, seconds
         detail = ", ".join(f"{c[s]} {s}" for s in ("fail", "crash", "timeout") if c[s])
         share = f"{100 * c['pass'] / asked:.1f} %" if asked else "-"
         console.print(f"{check} {dtype}: {c['pass']} of {asked} ({share}){' · ' + detail if detail else ''}")
-    missing = Counter(m[1] for r in results if (m := re.search(r"no kernel for ([\w.:]+)", r.message)))
+    said = re.compile(r"(aten::[\w.]+) has no kernel|no kernel for ([\w.:]+)")
+    missing = Counter(m[1] or m[2] for r in results if (m := said.search(r.message)))
     if missing:
         console.print("missing kernels: " + ", ".join(f"{name} ({n})" for name, n in missing.most_common(60)))
     known = sum((r.op, r.check, r.dtype, engine) in expected for r in results)
