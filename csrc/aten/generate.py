@@ -560,7 +560,8 @@ def registrations_text(yaml: Yaml, stubs: list[Stub], counts: str) -> str:
         "## Structured operators",
         "",
         "ATen's meta function, our body. The lowering (`@structured`) takes these arguments. `*` marks a slot;",
-        "dimensions are not negative; nothing is called where all outputs are empty. Those over an iterator get it first.",
+        "dimensions are not negative; nothing is called where all outputs are empty. Those over an",
+        "iterator get it first.",
         "",
     ]
     lines += [f"- `{structured_signature(g)}`" for g in yaml.structured]
@@ -581,8 +582,8 @@ def registrations_text(yaml: Yaml, stubs: list[Stub], counts: str) -> str:
         "## Stubs over tensors",
         "",
         "The lowering takes the inputs and other arguments in ATen's order, then the outputs (`out`) in order. An",
-        "operand that is read and written, such as the matrix of a factorization, is an output. Without one, the lowering",
-        "returns the result. `*` marks integers that are slots.",
+        "operand that is read and written, such as the matrix of a factorization, is an output. Without one, the",
+        "lowering returns the result. `*` marks integers that are slots.",
         "",
     ]
     for s in stubs:
@@ -647,7 +648,8 @@ def main() -> None:
     registered, iterators, tensors = stub_files(stubs)
     counts = (
         f"{natives} registrations of {len(yaml.natives)} shared natives; {registrations} of {len(yaml.structured)} "
-        f"structured operators; {iterators} iterator stubs; {tensors} tensor stubs; {len(yaml.remaining())} overloads remain"
+        f"structured operators; {iterators} iterator stubs; {tensors} tensor stubs; "
+        f"{len(yaml.remaining())} overloads remain"
     )
     if args.docs:
         write(args.directory / "remaining_ops.txt", remaining_text(yaml))
