@@ -6,6 +6,7 @@ os.environ["SPIRAL_FALLBACK"] = "error"
 
 import pytest
 import torch
+
 import torch_spiral  # noqa: F401
 
 
@@ -20,7 +21,9 @@ ENGINES = _one_device_per_engine()
 
 
 def pytest_report_header(config):
-    lines = [f"spiral:{i}: {p.engine}, {p.name}" for i in ENGINES.values() for p in [torch.spiral.get_device_properties(i)]]
+    lines = [
+        f"spiral:{i}: {p.engine}, {p.name}" for i in ENGINES.values() for p in [torch.spiral.get_device_properties(i)]
+    ]
     return [*lines, *(f"{r['engine']}: {r['why']}" for r in torch.spiral.engines() if r["why"])]
 
 

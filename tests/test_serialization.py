@@ -117,7 +117,7 @@ def test_with_the_package_and_no_device(device, tmp_path):
 def test_processes_refuse_to_share(device):
     from multiprocessing.reduction import ForkingPickler
 
-    import torch.multiprocessing  # noqa: F401  (registers its reductions)
+    import torch.multiprocessing
 
     with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
         ForkingPickler.dumps(torch.ones(3).to(device))

@@ -1,13 +1,15 @@
+# ruff: noqa: E402  (_autoload has to stand first)
 """torch_spiral: a PyTorch device, `spiral`, for any GPU or CPU that has WebGPU, OpenCL, CUDA or HIP.
 
-Importing it (PyTorch does, through the entry point `torch.backends`) registers the device, `torch.spiral`, and the methods and
-properties `tensor.spiral()`, `tensor.is_spiral`, `module.spiral()`. No device is looked for before the first use.
+Importing it (PyTorch does, through the entry point `torch.backends`) registers the device, `torch.spiral`, and the
+methods and properties `tensor.spiral()`, `tensor.is_spiral`, `module.spiral()`. No device is looked for before the
+first use.
 """
 
 
 def _autoload() -> None:
-    """Called by `import torch`; importing this module was all there is to do. Stands first: when torch_spiral is imported
-    before torch, torch calls this while the module below is still being executed."""
+    """Called by `import torch`; importing this module was all there is to do. Stands first: when torch_spiral is
+    imported before torch, torch calls this while the module below is still being executed."""
 
 
 import atexit
@@ -42,10 +44,10 @@ def _opencl_library() -> str:
         return ""
     except OSError:
         pass
-    folder = _package_folder("pyopencl")
-    for folder in (folder / ".libs", folder.parent / "pyopencl.libs") if folder else ():
+    package = _package_folder("pyopencl")
+    for folder in (package / ".libs", package.parent / "pyopencl.libs") if package else ():
         for path in sorted(folder.glob("libOpenCL*")):
-            os.environ.setdefault("PYOPENCL_HOME", str(folder))  # its patched loader reads it, and crashes without
+            os.environ.setdefault("PYOPENCL_HOME", str(package))  # its patched loader reads it, and crashes without
             return str(path)
     return ""
 
@@ -67,7 +69,9 @@ def _refuse_dlpack() -> None:
 
     def check(tensor: torch.Tensor) -> None:
         if tensor.device.type == "spiral":
-            raise BufferError("spiral tensors cannot be exported through DLPack: their memory is opaque. Use tensor.cpu()")
+            raise BufferError(
+                "spiral tensors cannot be exported through DLPack: their memory is opaque. Use tensor.cpu()"
+            )
 
     @functools.wraps(tensor_export)
     def __dlpack__(self, *args, **kwargs):
@@ -79,13 +83,13 @@ def _refuse_dlpack() -> None:
         check(tensor)
         return export(tensor, *args, **kwargs)
 
-    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[method-assign]
+    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[assignment]
     torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack
 
 
 def _print_on_the_cpu() -> None:
-    """Formatting a tensor takes a dozen operators on it; on a copy they cost no kernels, and every dtype has them. What is too large
-    to copy for a look is summarised where it is."""
+    """Formatting a tensor takes a dozen operators on it; on a copy they cost no kernels, and every dtype has them.
+    What is too large to copy for a look is summarised where it is."""
     original = torch._tensor_str._tensor_str
 
     @functools.wraps(original)
@@ -111,8 +115,8 @@ def _register() -> None:
 
 @atexit.register
 def _leave() -> None:
-    """Lets queued work and autograd's threads come to rest: one that takes the GIL while the interpreter is finalised aborts
-    the process."""
+    """Lets queued work and autograd's threads come to rest: one that takes the GIL while the interpreter is finalised
+    aborts the process."""
     if _C.in_bad_fork():
         return
     try:
@@ -124,6 +128,6 @@ def _leave() -> None:
 
 _register()
 
-from . import lowering, ops  # noqa: E402  (they register operators)
+from . import lowering, ops  # they register operators
 
-__all__ = ["__version__", "lowering", "ops"]
+__all__ = ["_C", "__version__", "lowering", "ops"]

@@ -1,4 +1,5 @@
-"""`python -m torch_spiral`: which engines and devices there are, and why one is missing. --self-test checks each and times it."""
+"""`python -m torch_spiral`: which engines and devices there are, and why one is missing. --self-test checks each and
+times it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 import torch_spiral
 from torch_spiral import _C
+from torch_spiral import device as spiral
 
 KINDS = {"discrete_gpu": "GPU", "integrated_gpu": "integrated GPU", "cpu": "CPU", "software": "software"}
 
@@ -21,8 +23,8 @@ def devices_table() -> Table:
     table = Table(title="Devices")
     for column in ("device", "engine", "name", "kind", "memory", "kernels", "float16", "float64", "driver"):
         table.add_column(column, no_wrap=column in ("device", "engine"), overflow="fold")
-    for i in range(torch.spiral.device_count()):
-        p = torch.spiral.get_device_properties(i)
+    for i in range(spiral.device_count()):
+        p = spiral.get_device_properties(i)
         table.add_row(
             f"spiral:{i}",
             p.engine,
@@ -43,8 +45,13 @@ def engines_table() -> Table:
     table.add_column("devices", justify="right")
     table.add_column("library")
     table.add_column("why not more", overflow="fold")
-    for report in torch.spiral.engines():
-        table.add_row(report["engine"], str(report["devices"]), report["library"] or ("system" if report["devices"] else ""), report["why"])
+    for report in spiral.engines():
+        table.add_row(
+            report["engine"],
+            str(report["devices"]),
+            report["library"] or ("system" if report["devices"] else ""),
+            report["why"],
+        )
     return table
 
 
@@ -80,7 +87,7 @@ def _backward(device: str) -> None:
         model = model.to(place)
         model.zero_grad()
         torch.nn.functional.cross_entropy(model(x.to(place)), target.to(place)).backward()
-        gradients.append([p.grad.cpu() for p in model.parameters()])
+        gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
@@ -97,10 +104,10 @@ def _seconds(work: Callable[[], object], index: int, repeat: int = 5) -> float:
     """The best of a few runs, after one that compiles."""
     best = float("inf")
     for _ in range(repeat + 1):
-        torch.spiral.synchronize(index)
+        spiral.synchronize(index)
         start = time.perf_counter()
         work()
-        torch.spiral.synchronize(index)
+        spiral.synchronize(index)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -129,7 +136,7 @@ def self_test(console: Console) -> bool:
         table.add_column(name)
     failures: list[str] = []
     timings: dict[str, dict[str, str]] = {}
-    for i in range(torch.spiral.device_count()):
+    for i in range(spiral.device_count()):
         row = [f"spiral:{i}"]
         for name, check in CHECKS.items():
             with console.status(f"spiral:{i}: {name}"):
@@ -167,7 +174,7 @@ def main() -> int:
     console = Console() if sys.stdout.isatty() else Console(width=160)  # in a file or a pipe no line is cut
     console.print(f"torch_spiral {torch_spiral.__version__}, torch {torch.__version__}")
     console.print(engines_table())
-    if not torch.spiral.is_available():
+    if not spiral.is_available():
         console.print("No device is available.", style="red")
         return 1
     console.print(devices_table())

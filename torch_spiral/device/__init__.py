@@ -1,7 +1,7 @@
 """torch.spiral: devices, streams, events, memory, random numbers and mixed precision, named as in torch.cuda.
 
-Arguments called `device` are a torch.device, a string ("spiral", "spiral:1"), an index, or None for the current device; RuntimeError
-for a device that does not exist, ValueError for one of another type.
+Arguments called `device` are a torch.device, a string ("spiral", "spiral:1"), an index, or None for the current
+device; RuntimeError for a device that does not exist, ValueError for one of another type.
 """
 
 from . import amp, memory, random

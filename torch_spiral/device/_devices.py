@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Union
+from typing import Any
 
 import torch
 
 from torch_spiral import _C
 
-Device = Union[torch.device, str, int, None]
+Device = torch.device | str | int | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ _NAMES = frozenset(f.name for f in fields(DeviceProperties)) - {"index"}
 
 
 def _get_device_index(device: Device = None, optional: bool = True, allow_cpu: bool = False) -> int:
-    """The index that `device` means; -1 for a CPU where that is allowed. With optional=False a device without an index is a
-    ValueError."""
+    """The index that `device` means; -1 for a CPU where that is allowed. With optional=False a device without an
+    index is a ValueError."""
     if isinstance(device, int):
         return device
     if isinstance(device, str):
@@ -108,15 +108,16 @@ class device:
 
 
 class device_of(device):
-    """Context manager: inside, the device of a tensor or storage is the current one; nothing changes if that isn't spiral."""
+    """Context manager: inside, the device of a tensor or storage is the current one; nothing changes if that isn't
+    spiral."""
 
     def __init__(self, tensor: Any):
         super().__init__(tensor.device if tensor.device.type == "spiral" else None)
 
 
 def synchronize(device: Device = None) -> None:
-    """Waits for all work of a device. Raises what went wrong in it: IndexError for an index out of range that a kernel found,
-    RuntimeError for a failure of the device. The device stays usable."""
+    """Waits for all work of a device. Raises what went wrong in it: IndexError for an index out of range that a
+    kernel found, RuntimeError for a failure of the device. The device stays usable."""
     _C.synchronize(_get_device_index(device))
 
 

@@ -6,7 +6,8 @@ from torch_spiral import _C
 
 
 def fallbacks() -> dict[str, int]:
-    """How often each operator ("aten::name.overload") ran on the CPU since the start or reset_fallbacks(), first used first."""
+    """How often each operator ("aten::name.overload") ran on the CPU since the start or reset_fallbacks(), first used
+    first."""
     return dict(_C.fallbacks())
 
 
@@ -16,7 +17,7 @@ def reset_fallbacks() -> None:
 
 
 def fallback_mode() -> str:
-    """"warn" (once per operator), "error" (NotImplementedError) or "silent". SPIRAL_FALLBACK sets it at the start."""
+    """ "warn" (once per operator), "error" (NotImplementedError) or "silent". SPIRAL_FALLBACK sets it at the start."""
     return _C.fallback_mode()
 
 

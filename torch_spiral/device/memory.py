@@ -1,7 +1,7 @@
 """The caching allocator: statistics, peaks, budget. Bytes throughout.
 
-"allocated" is what tensors hold, "reserved" what the allocator holds of the device: reserved - allocated is kept for reuse and goes
-back with empty_cache().
+"allocated" is what tensors hold, "reserved" what the allocator holds of the device: reserved - allocated is kept for
+reuse and goes back with empty_cache().
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from torch_spiral import _C
 
-from ._devices import Device, _get_device_index
+from ._devices import Device, _get_device_index, get_device_name
 
 
 def memory_stats(device: Device = None) -> dict[str, Any]:
@@ -62,13 +62,14 @@ def mem_get_info(device: Device = None) -> tuple[int, int]:
 
 
 def get_memory_budget(device: Device = None) -> int:
-    """What the allocator may reserve. At the start: SPIRAL_MEMORY_BUDGET ("12G", "90%"), else a discrete GPU's memory or four
-    fifths of what a device that shares the host's memory reports."""
+    """What the allocator may reserve. At the start: SPIRAL_MEMORY_BUDGET ("12G", "90%"), else a discrete GPU's memory
+    or four fifths of what a device that shares the host's memory reports."""
     return _C.memory_budget(_get_device_index(device))
 
 
 def set_memory_budget(size: int, device: Device = None) -> None:
-    """Sets get_memory_budget(). Beyond it torch.OutOfMemoryError is raised; what is reserved already stays. ValueError if negative."""
+    """Sets get_memory_budget(). Beyond it torch.OutOfMemoryError is raised; what is reserved already stays.
+    ValueError if negative."""
     if size < 0:
         raise ValueError(f"The budget must not be negative, got {size}")
     _C.set_memory_budget(_get_device_index(device), int(size))
@@ -101,7 +102,7 @@ def memory_summary(device: Device = None, abbreviated: bool = False) -> str:
     ]
     pools = [("all", "")] if abbreviated else [("all", ""), ("large_pool", "  large"), ("small_pool", "  small")]
     lines = [
-        f"spiral:{index} {torch.spiral.get_device_name(index)}: budget {size(get_memory_budget(index))}, "
+        f"spiral:{index} {get_device_name(index)}: budget {size(get_memory_budget(index))}, "
         f"out of memory {stats['num_ooms']}, retries {stats['num_alloc_retries']}",
         f"{'':24}{'now':>14}{'peak':>14}{'ever':>14}{'freed':>14}",
     ]

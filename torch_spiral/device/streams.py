@@ -1,8 +1,8 @@
 """Streams and events.
 
-A device has one in-order queue. Streams are distinct objects that all feed it: work of two streams never overlaps, and is in the
-order in which it was queued, so code that synchronises streams is correct and code that doesn't is correct too. An event of
-another device that a stream waits for is waited for on the host.
+A device has one in-order queue. Streams are distinct objects that all feed it: work of two streams never overlaps,
+and is in the order in which it was queued, so code that synchronises streams is correct and code that doesn't is
+correct too. An event of another device that a stream waits for is waited for on the host.
 """
 
 from __future__ import annotations
