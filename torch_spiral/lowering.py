@@ -148,11 +148,11 @@ class Size(Sym):
 class Stride(Sym):
     """A stride of an operand, in elements, with its class: 0, unit, dense (the product of the later sizes) or any."""
 
-    __slots__ = ("_class",)
+    __slots__ = ("_class", "_divisor")
 
     def __init__(self, ref: tuple[str, int], recorder: Recorder, hint: int, stride_class: int):
         super().__init__(ref, "i", recorder, hint)
-        self._class = stride_class
+        self._class, self._divisor = stride_class & 3, (1, 4, 16)[stride_class >> 2]
 
     @property
     def is_zero(self) -> bool:
@@ -180,7 +180,9 @@ def is_one(n: Number) -> bool:
 
 
 def divisible_by(n: Number, k: int) -> bool:
-    """Whether k (2, 4, 8, 16) is known to divide n."""
+    """Whether k (2, 4, 8, 16) is known to divide a size or a stride."""
+    if isinstance(n, Stride):
+        return n._class == 0 or n._divisor % k == 0
     return n % k == 0 if isinstance(n, int) else isinstance(n, Size) and n.divisible_by(k)
 
 

@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "ops.h"
+#include "recording.h"
 
 namespace spiral {
 namespace {
@@ -43,6 +44,12 @@ uint64_t Call::size_class(int64_t n, bool coarse) {
   const uint64_t divides = (n & 15) == 0 ? 2 : (n & 3) == 0 ? 1 : 0;
   const uint64_t bucket = coarse ? 0 : 63 - static_cast<uint64_t>(c10::llvm::countLeadingZeros(static_cast<uint64_t>(n)));
   return 2 + bucket * 3 + divides;
+}
+
+// 0, 1, 2 (dense: the product of the later sizes) or 3; the latter two + 4 or 8 if 4 or 16 divides the stride.
+uint64_t stride_class(int64_t stride, int64_t dense) {
+  if (stride == 0 || stride == 1) return static_cast<uint64_t>(stride);
+  return (stride == dense ? 2 : 3) + ((stride & 15) == 0 ? 8 : (stride & 3) == 0 ? 4 : 0);
 }
 
 OpId op_id(std::string_view name) {
@@ -115,14 +122,13 @@ void Call::operand(const at::Tensor& t, bool written) {
   for (int64_t s : sizes) slots_.push_back(s);
   for (int64_t s : strides) slots_.push_back(s);
 
-  // 16 bits a dimension: size class, and stride class (0, 1, dense, other) of sizes over 1.
+  // 16 bits a dimension: size class, and stride class of sizes over 1.
   uint64_t word = 0;
   int64_t dense = 1;
   for (size_t i = ndim, filled = 0; i-- > 0;) {
-    uint64_t stride = 0;
-    if (sizes[i] > 1) stride = strides[i] == 0 ? 0 : strides[i] == dense ? (dense == 1 ? 1 : 2) : strides[i] == 1 ? 1 : 3;
+    const uint64_t stride = sizes[i] > 1 ? stride_class(strides[i], dense) : 0;
     if (sizes[i] > 0) dense *= sizes[i];
-    word = word << 16 | size_class(sizes[i], coarse_) << 2 | stride;
+    word = word << 16 | size_class(sizes[i], coarse_) << 4 | stride;
     if (++filled % 4 == 0 || i == 0) {
       key_.push_back(word);
       word = 0;

@@ -16,14 +16,13 @@ namespace spiral {
 
 namespace {
 
-// Per dimension (slot, class): 0, 1 (unit), 2 (dense: the product of the sizes after it) or 3.
-py::tuple stride_classes(uint32_t first, size_t ndim, const int64_t* slots, const int64_t* sizes, bool dense_known) {
+// Per dimension (slot, class). An iterator's key tells only 0, 1 and other.
+py::tuple stride_classes(uint32_t first, size_t ndim, const int64_t* slots, const int64_t* sizes, bool iterator) {
   py::tuple result(ndim);
   int64_t dense = 1;
   for (size_t i = ndim; i-- > 0;) {
     const int64_t s = slots[first + i];
-    int cls = 0;
-    if (sizes[i] > 1) cls = s == 0 ? 0 : dense_known && s == dense ? (dense == 1 ? 1 : 2) : s == 1 ? 1 : 3;
+    const uint64_t cls = sizes[i] <= 1 ? 0 : iterator ? (s == 0 || s == 1 ? static_cast<uint64_t>(s) : 3) : stride_class(s, dense);
     if (sizes[i] > 0) dense *= sizes[i];
     result[i] = py::make_tuple(first + i, cls);
   }
@@ -54,7 +53,7 @@ std::shared_ptr<Plan> Recording::record() {
     }
     return py::make_tuple(
         "tensor", number, static_cast<int>(o.dtype), sizes,
-        stride_classes(o.first_slot + o.ndim, o.ndim, slots, slots + o.first_slot, true), o.written, flags(o));
+        stride_classes(o.first_slot + o.ndim, o.ndim, slots, slots + o.first_slot, false), o.written, flags(o));
   };
 
   size_t position = 0;
@@ -77,7 +76,7 @@ std::shared_ptr<Plan> Recording::record() {
           const bool scalar = o.ndim == UINT16_MAX;
           operands.append(py::make_tuple(
               it.first_operand + i, static_cast<int>(o.dtype), o.first_slot, scalar,
-              scalar ? py::tuple() : stride_classes(o.first_slot, it.ndim, slots, slots + it.shape_slot, false), flags(o)));
+              scalar ? py::tuple() : stride_classes(o.first_slot, it.ndim, slots, slots + it.shape_slot, true), flags(o)));
         }
         py::tuple shape(it.ndim);
         for (uint32_t d = 0; d < it.ndim; ++d) {

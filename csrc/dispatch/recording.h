@@ -8,6 +8,8 @@
 
 namespace spiral {
 
+uint64_t stride_class(int64_t stride, int64_t dense);  // call.cpp
+
 struct Recording {
   const Call& call;
   std::shared_ptr<Plan> record();

@@ -1,0 +1,114 @@
+"""What several families of lowerings need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..kernels import ir, nest
+from ..kernels.kernel import Target, bits_dtype, compute_dtype
+from ..lowering import Tensor, build, empty, is_one, is_zero, launch
+from .elementwise import as_dtype
+
+
+def layout_of(x: Tensor, sizes: Sequence[Any]) -> tuple[str, ...]:
+    """Stride classes of x, the fastest dimension first; dimensions of size 1 count as stride 0."""
+    return tuple(
+        "0" if is_one(n) or is_zero(s) else "1" if is_one(s) else "s" for n, s in zip(reversed(sizes), reversed(x.strides))
+    )
+
+
+def map_tensors(name: str, function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor], values: Sequence[Any] = (),
+                types: Sequence[str] = ()) -> None:  # fmt: skip
+    """outs = function(*ins, *values) element by element. All tensors have the shape of outs[0] (expand with `broadcast`).
+
+    `name` and the dtypes must say what function computes, and function must live as long as the module. values: Syms, with their
+    scalar types ("f32", "i32", …). A result is converted to its output's dtype; inputs arrive in their compute dtypes."""
+    sizes = outs[0].sizes or (1,)
+
+    dense = all(x.is_contiguous for x in (*outs, *ins))
+    if dense:
+        shape: list[Any] = [outs[0].numel]
+        outs_l, ins_l = ["dense"] * len(outs), ["dense"] * len(ins)
+        strides: list[Any] = [None] * (len(outs) + len(ins))
+    else:
+        shape = list(reversed(sizes))
+        outs_l = [layout_of(x, sizes) if x.sizes else ("0",) for x in outs]  # type: ignore[misc]
+        ins_l = [layout_of(x, sizes) if x.sizes else ("0",) for x in ins]  # type: ignore[misc]
+        strides = [tuple(reversed(x.strides)) if x.sizes else (0,) for x in (*outs, *ins)]
+    built = build(
+        _map_kernel, name, function, len(shape), tuple((x.dtype, layout) for x, layout in zip(outs, outs_l)),
+        tuple((x.dtype, layout) for x, layout in zip(ins, ins_l)), tuple(types),
+    )  # fmt: skip
+    launch(built.kernel, [*outs, *ins], built.scalars(shape, strides, values), built.groups(shape))
+
+
+def _map_kernel(target: Target, name: str, function: Callable[..., Any], ndim: int, outs: tuple, ins: tuple, types: tuple) -> nest.Nest:
+    def expression(*args: Any) -> Any:
+        result = function(*args)
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        results = [as_dtype(ir.const(r, compute_dtype(d)) if isinstance(r, (int, float)) else r, d) for r, (d, _) in zip(results, outs)]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    label = name + ("_" + "".join(types) if types else "")
+    return nest.pointwise(
+        target, label,
+        [nest.Operand(f"o{i}", d, layout) for i, (d, layout) in enumerate(outs)],
+        [nest.Operand(f"i{i}", d, layout) for i, (d, layout) in enumerate(ins)],
+        expression, ndim, scalars=types,
+    )  # fmt: skip
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _conjugate(x: Any) -> Any:
+    return ir.conj(x)
+
+
+def copy_to(out: Tensor, x: Tensor) -> None:
+    """out = x, converted; x has out's shape. Resolves conjugate and negative views of x."""
+    if x.is_conj or x.is_neg:
+        negate = x.is_neg
+        name = "copy_" + "conj" * x.is_conj + "neg" * negate
+        map_tensors(name, {(True, False): _conjugate, (False, True): ir.neg}.get((x.is_conj, negate), _conj_neg), [out], [x])
+    elif out.dtype == x.dtype:
+        bits = bits_dtype(x.dtype)
+        map_tensors("copy", _identity, [out.with_dtype(bits)], [x.with_dtype(bits)])
+    else:
+        map_tensors("convert", _identity, [out], [x])
+
+
+def _conj_neg(x: Any) -> Any:
+    return ir.neg(ir.conj(x))
+
+
+def contiguous(x: Tensor, dtype: str | None = None) -> Tensor:
+    """x as a contiguous tensor of `dtype`: x itself where it is one, else a copy for the time of the call."""
+    dtype = dtype or x.dtype
+    if x.is_contiguous and x.dtype == dtype and not x.is_conj and not x.is_neg:
+        return x
+    out = empty(x.sizes, dtype)
+    copy_to(out, x)
+    return out
+
+
+def broadcast(x: Tensor, sizes: Sequence[Any]) -> Tensor:
+    """x expanded to `sizes` (aligned at the last dimension). Where a size of x is not known to be 1, it must be equal."""
+    missing = len(sizes) - x.ndim
+    strides: list[Any] = [0] * missing
+    strides += [0 if is_one(n) else s for n, s in zip(x.sizes, x.strides)]
+    return x.view(sizes, strides, None)
+
+
+def fill(out: Tensor, value: int | float) -> None:
+    """out = value, of Python."""
+    map_tensors(f"fill_{str(value).replace('-', 'm').replace('.', '_')}", _constant(value), [out], [])
+
+
+_constants: dict[Any, Callable[..., Any]] = {}
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return _constants.setdefault((type(value), value), lambda: value)

@@ -1,0 +1,325 @@
+"""Matrix products on handles: out[b] = act(alpha * a[b] @ b[b] + …), by the kernels of the target's schedule class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..kernels import ir
+from ..kernels.kernel import DTYPES
+from ..kernels.simt import gemm as simt
+from ..kernels.vector import gemm as vector
+from ..kernels.vector.gemm import Epilogue
+from ..lowering import (
+    Tensor,
+    bucket,
+    build,
+    cdiv,
+    divisible_by,
+    empty,
+    is_one,
+    is_zero,
+    launch,
+    maximum,
+    minimum,
+    packed,
+    target,
+)
+from .common import broadcast, contiguous, copy_to, map_tensors
+
+FLOATS = ("f32", "f16", "bf16", "f64")
+
+
+def matrix(x: Tensor, rows: int, cols: int, batch: int | None = None) -> Tensor:
+    """x as [batch, rows, cols], of dimensions given by number; batch size 1 where there is none."""
+    sizes = [1 if batch is None else x.sizes[batch], x.sizes[rows], x.sizes[cols]]
+    strides = [0 if batch is None else x.strides[batch], x.strides[rows], x.strides[cols]]
+    return x.view(sizes, strides)
+
+
+def _unit(x: Tensor, dim: int) -> bool:
+    return is_one(x.strides[dim]) or is_one(x.sizes[dim])
+
+
+def _batch_stride(x: Tensor) -> Any:
+    return 0 if is_one(x.sizes[0]) else x.strides[0]
+
+
+def product(
+    a: Tensor, b: Tensor, out: Tensor, alpha: Any = None, add: tuple[Any, Tensor] | None = None,
+    terms: Sequence[tuple[str, Tensor]] = (), activation: str | None = None,
+) -> None:  # fmt: skip
+    """out = activation(alpha * (a @ b) + beta * bias, then terms in order).
+
+    a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
+    ("add" or "mul", tensor) broadcast to out. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
+    their parts. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
+    if out.is_empty:
+        return
+    kind = DTYPES[out.dtype].kind
+    if kind == "complex":
+        _complex_product(a, b, out, alpha, add)
+        return
+    if a.dtype not in FLOATS:
+        wide = "i64" if out.dtype in ("i64", "u64", "u32") else "i32"
+        a, b = contiguous(a, wide), contiguous(b, wide)
+        if out.dtype != wide:
+            result = empty(out.sizes, wide)
+            if add is not None:
+                add = (add[0], contiguous(broadcast(add[1], out.sizes), wide))
+            product(a, b, result, alpha, add, terms, activation)
+            copy_to(out, result)
+            return
+    if is_zero(a.sizes[2]):
+        _no_products(out, add, terms, activation)
+        return
+    steps: list[Any] = []
+    operands: list[Tensor] = []
+    factors: list[Any] = []
+    if alpha is not None:
+        steps.append("alpha")
+        factors.append(alpha)
+    for kind, x in [*([("beta", add[1])] if add else []), *terms]:
+        x = broadcast(x, out.sizes)
+        if x.is_conj or x.is_neg:
+            x = contiguous(x)
+        rows, cols = x.strides[1], x.strides[2]
+        shape = (
+            "n" if is_zero(rows) and is_one(cols) else "m" if is_zero(cols) else "mn" if is_one(cols) else "s"
+        )
+        if shape in ("n", "mn") and not _unit(out, 2):
+            shape = "s"
+        steps.append((kind, x.dtype, shape))
+        operands.append(x)
+    if add is not None:
+        factors.append(add[0])
+    if activation is not None:
+        steps.append(activation)
+    epilogue = Epilogue(tuple(steps))
+    (_vector_product if target().schedule_class == "vector" else _simt_product)(a, b, out, epilogue, operands, factors)
+
+
+def _no_products(out: Tensor, add: Any, terms: Any, activation: str | None) -> None:
+    assert not terms and activation is None
+    if add is None:
+        map_tensors("zero", _zero, [out], [])
+    else:
+        map_tensors("times_beta", _times_beta, [out], [broadcast(add[1], out.sizes)], [add[0]], ["f32"])
+
+
+def _zero() -> Any:
+    return 0
+
+
+def _times_beta(x: Any, beta: Any) -> Any:
+    return ir.where(ir.eq(beta, 0.0), ir.const(0, x.dtype), x * ir.cast(beta, x.dtype))
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    part = "f32" if x.dtype == "c64" else "f64"
+    strides = tuple(s * 2 for s in x.strides)
+    start = None if x.offset is None else x.offset * 2
+    flags = x.flags & ~(1 << 27)
+    re = Tensor(x.number, part, x.sizes, strides, start, x.written, flags, x.windows)
+    return re, Tensor(x.number, part, x.sizes, strides, 1 if start is None else start + 1, x.written, flags, x.windows)
+
+
+def _complex_product(a: Tensor, b: Tensor, out: Tensor, alpha: Any, add: Any) -> None:
+    """Four real products; conjugate operands change signs."""
+    a, b = (contiguous(x, out.dtype) if x.is_conj or x.is_neg or x.dtype != out.dtype else x for x in (a, b))
+    (ar, ai), (br, bi) = _parts(a), _parts(b)
+    result = out if alpha is None and add is None else empty(out.sizes, out.dtype)
+    re, im = _parts(result)
+    part = re.dtype
+    for x, y, z, first, sign in ((ar, br, re, True, 1.0), (ai, bi, re, False, -1.0), (ar, bi, im, True, 1.0), (ai, br, im, False, 1.0)):
+        x, y = _plain(x), _plain(y)
+        if first:
+            product(x, y, z)
+        else:
+            product(x, y, z, alpha=sign, terms=[("add", z)])
+    if result is out:
+        return
+
+    def number(v: Any) -> list[Any]:
+        return list(v) if isinstance(v, tuple) else [v if v is not None else 1.0, 0.0]
+
+    kind = "f64" if part == "f64" else "f32"
+    if add is None:
+        map_tensors("complex_scale", _complex_scale, [out], [result], number(alpha), [kind] * 2)
+    else:
+        bias = broadcast(add[1], out.sizes)
+        map_tensors("complex_addmm", _complex_addmm, [out], [result, bias], [*number(alpha), *number(add[0])], [kind] * 4)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return contiguous(x.view(x.sizes, x.strides))
+
+
+def _complex_scale(x: Any, re: Any, im: Any) -> Any:
+    return x * ir.Complex(re, im)
+
+
+def _complex_addmm(x: Any, bias: Any, ar: Any, ai: Any, br: Any, bi: Any) -> Any:
+    beta = ir.Complex(br, bi)
+    zero = ir.and_(ir.eq(br, 0.0), ir.eq(bi, 0.0))
+    scaled = x * ir.Complex(ar, ai)
+    return ir.where(zero, scaled, scaled + bias * beta)
+
+
+# ---- vector: OpenCL on CPUs -------------------------------------------------------------------------------------------
+
+
+def _epilogue_strides(epilogue: Epilogue, operands: Sequence[Tensor]) -> list[Any]:
+    scalars: list[Any] = []
+    for (_, _, _, shape), x in zip(epilogue.operands, operands):
+        scalars.append(_batch_stride(x))
+        if shape in ("m", "mn", "s"):
+            scalars.append(x.strides[1])
+        if shape == "s":
+            scalars.append(x.strides[2])
+    return scalars
+
+
+def _ordered(kernel: Any, named: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Scalars in launch order: 64-bit ones first."""
+    return [v for t, v in named if t in ("i64", "f64")] + [v for t, v in named if t not in ("i64", "f64")]
+
+
+def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+    batch, m, k = out.sizes[0], a.sizes[1], a.sizes[2]
+    n = b.sizes[2]
+    compute = DTYPES[a.dtype].compute
+    units = target().compute_units
+    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "g"
+    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "g"
+    c_layout = "n" if _unit(out, 2) else "g"
+    factor = compute if compute in ("f64", "i64", "i32") else "f32"
+
+    def scalars(strides: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+        named = [("i64", s) for s in (*strides, *_epilogue_strides(epilogue, operands))]
+        named += [(factor, f) for f in factors] + [("u32", s) for s in sizes]
+        return _ordered(None, named)
+
+    ab, bb, cb = (_batch_stride(x) for x in (a, b, out))
+    am, ak, cm, cn = a.strides[1], a.strides[2], out.strides[1], out.strides[2]
+    floating = compute in ("f32", "f64")
+    if floating and a_layout == "n" and b_layout == "t" and (is_one(m) or (bucket(m) <= 2 and bucket(k) >= 5)):
+        kernel = build(vector.gemm_dot, a.dtype, b.dtype, out.dtype, 1 if is_one(m) else 0, c_layout, epilogue)
+        launch(
+            kernel, [a, b, out, *operands], scalars([ab, am, bb, b.strides[2], cb, cm, cn], [m, n, k]),
+            vector.gemm_dot_groups(m, n, batch, units),
+        )  # fmt: skip
+        return
+    if floating and is_one(m) and b_layout == "n":
+        kernel = build(vector.gemv, a.dtype, b.dtype, out.dtype, c_layout, epilogue)
+        launch(
+            kernel, [a, b, out, *operands], scalars([ab, ak, bb, b.strides[1], cb, cn], [n, k]),
+            (1, cdiv(n, 256 * units) * units, batch),
+        )  # fmt: skip
+        return
+    s = vector.schedule(compute)
+    panels = cdiv(n, s.nr)
+    shared = is_zero(_batch_stride(b))
+    copies = 1 if shared else b.sizes[0]
+    with packed(b, (copies, panels, k, s.nr), compute, f"panels_{b_layout}_{b.dtype}_{s}") as p:
+        pack = build(vector.pack_b, b.dtype, b_layout, s)
+        launch(
+            pack, [b, p], _ordered(None, [("i64", bb), ("i64", 0), ("i64", b.strides[1]), ("i64", b.strides[2]), ("u32", 1), ("u32", k), ("u32", n)]),
+            (minimum(panels, 4 * units), 1 if bucket(k) < 8 else units, copies),
+        )  # fmt: skip
+    pb = 0 if shared else panels * k * s.nr
+    p = p.view((copies, panels, k * s.nr))
+    # Few tiles and a long reduction: split it among the compute units.
+    if floating and bucket(m) <= 6 and bucket(n) <= 7 and bucket(k) >= 11:
+        splits = 2 * units
+        partial = empty((splits, batch, m, n), compute)
+        kernel = build(vector.gemm, a.dtype, compute, compute, a_layout, "packed", "n", Epilogue(), True)
+        named = [("i64", v) for v in (ab, am, ak, pb, 0, m * n, n, 1)] + [("u32", v) for v in (m, n, k)]
+        launch(kernel, [a, p, partial], _ordered(None, named), (splits, 1, batch))
+        finish = build(vector.reduce_splits, out.dtype, c_layout, epilogue, compute)
+        named = [("i64", v) for v in (cb, cm, cn, *_epilogue_strides(epilogue, operands))]
+        named += [(factor, f) for f in factors] + [("u32", v) for v in (m, n, splits)]
+        launch(finish, [partial, out, *operands], _ordered(None, named), (minimum(m, units), 1, batch))
+        return
+    kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue)
+    groups = vector.gemm_groups(s, m, n, batch, units)
+    launch(kernel, [a, p, out, *operands], scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]), groups)
+
+
+# ---- simt: GPUs ---------------------------------------------------------------------------------------------------------
+
+
+def _aligned4(x: Tensor, unit: int, others: Sequence[int]) -> bool:
+    size = DTYPES[x.dtype].size
+    return (
+        size in (2, 4) and x.aligned(4) and divisible_by(x.sizes[unit], 4)
+        and all(is_one(x.sizes[d]) or divisible_by(x.strides[d], 4) for d in others)
+    )  # fmt: skip
+
+
+def _operand_strides(operands: Sequence[Tensor]) -> list[Any]:
+    out: list[Any] = []
+    for x in operands:
+        out += [_batch_stride(x), x.strides[1], x.strides[2]]
+    return out
+
+
+def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+    t = target()
+    batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
+    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
+    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
+    c_layout = "n" if _unit(out, 2) else "s"
+    compute = DTYPES[a.dtype].compute
+    factor = compute if compute in ("f64", "i64", "i32") else "f32"
+    windows = (a.windows, b.windows)
+    bm, bn, bk = (1 << bucket(x) for x in (m, n, k))
+    bb = 1 << bucket(batch)
+    vec_a = a_layout != "s" and _aligned4(a, 2 if a_layout == "n" else 1, (0, 1 if a_layout == "n" else 2))
+    vec_b = b_layout != "s" and _aligned4(b, 2 if b_layout == "n" else 1, (0, 1 if b_layout == "n" else 2))
+
+    def scalars(c: Sequence[Any], operand_strides: Sequence[Any], numbers: Sequence[Any], extra: Sequence[Any] = ()) -> list[Any]:
+        named = [("u32", v) for v in (batch, m, n, k, _batch_stride(a), a.strides[1], a.strides[2], _batch_stride(b), b.strides[1], b.strides[2])]
+        named += [("u32", v) for v in (*c, *operand_strides)] + [(factor, f) for f in numbers] + [("u32", v) for v in extra]
+        return _ordered(None, named)
+
+    own = [_batch_stride(out), out.strides[1], out.strides[2]]
+    skinny = compute == "f32" and bucket(m) <= 3 and a_layout == "n" and b_layout in ("n", "t") and c_layout == "n" and bucket(k) >= 5
+    if skinny:
+        rows = 1 if is_one(m) else 1 << min(bucket(m) + 1, 3)
+        skinny = not (rows == 8 and bucket(m) == 3 and not isinstance(m, int))
+    if skinny:
+        k_or_n = k if b_layout == "t" else n
+        vec = vec_b and (b_layout == "n" or vec_a) and divisible_by(k_or_n, 4)
+        kernel = build(simt.skinny, a.dtype, out.dtype, rows, b_layout, vec, False, epilogue, b.dtype, b.windows)
+        launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.skinny_groups(b_layout, n, batch, 1, minimum))
+        return
+    schedule = simt.default_schedule(t, a.dtype, bucket(m), bucket(n))
+    full_k = divisible_by(k, 16) and schedule.tile_k <= 16
+    splits = simt.default_splits(t, schedule, bm, bn, bb, bk) if compute in ("f32", "f64") else 1
+    if splits > 1:
+        partial = empty((batch, splits, m, n), compute)
+        kernel = build(
+            simt.gemm, schedule, a.dtype, compute, a_layout, b_layout, "n", vec_a, vec_b, divisible_by(n, 4), full_k, True, Epilogue(),
+            b.dtype, windows,
+        )  # fmt: skip
+        span = simt.k_span(schedule, k, splits)
+        launch(
+            kernel, [a, b, partial],
+            scalars([m * n * splits, n, 1], (), (), (splits, span, m * n)), simt.groups(schedule, m, n, batch, splits, minimum),
+        )  # fmt: skip
+        finish = build(simt.split_reduce, compute, out.dtype, c_layout, False, epilogue)
+        named = [("u32", v) for v in (batch, m, n, splits, m * n * splits, m * n, n, *own, *_operand_strides(operands))]
+        named += [(factor, f) for f in factors]
+        launch(finish, [partial, *operands, out], _ordered(None, named), simt.reduce_groups(m, n, batch, minimum))
+        return
+    vec_c = c_layout == "n" and _aligned4(out, 2, (0, 1)) and all(
+        _aligned4(x, 2, (0, 1)) for (_, _, _, shape), x in zip(epilogue.operands, operands) if shape in ("n", "mn")
+    )
+    kernel = build(
+        simt.gemm, schedule, a.dtype, out.dtype, a_layout, b_layout, c_layout, vec_a, vec_b, vec_c, full_k, False, epilogue, b.dtype, windows
+    )
+    launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.groups(schedule, m, n, batch, 1, minimum))
+
+
+__all__ = ["matrix", "maximum", "product"]
