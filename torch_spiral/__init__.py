@@ -83,8 +83,8 @@ def _refuse_dlpack() -> None:
         check(tensor)
         return export(tensor, *args, **kwargs)
 
-    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[assignment]
-    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack
+    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[method-assign]
+    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack  # type: ignore[assignment]
 
 
 def _print_on_the_cpu() -> None:
