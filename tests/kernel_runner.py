@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ VULKAN_FEATURES = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _opencl() -> tuple[Any, Any]:
     import pyopencl as cl
 
@@ -25,7 +25,7 @@ def _opencl() -> tuple[Any, Any]:
     return context, cl.CommandQueue(context)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _opencl_program(source: str) -> Any:
     import pyopencl as cl
 
@@ -35,7 +35,7 @@ def _opencl_program(source: str) -> Any:
         raise RuntimeError(f"{e}\n{_numbered(source)}") from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _wgpu() -> Any:
     import wgpu
 

@@ -22,7 +22,8 @@ _UPDATE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Atomics:
-    """Native operations on 32-bit (and, where there are, 64-bit) integers; compare-exchange of the containing word otherwise."""
+    """Native operations on 32-bit (and, where there are, 64-bit) integers; compare-exchange of the containing word
+    otherwise."""
 
     def __init__(self, k: KernelBuilder) -> None:
         self.k = k
@@ -35,7 +36,9 @@ class Atomics:
         if b.dtype in ("i32", "u32"):
             v = e.value(values[0])
             if wgsl:
-                return e.tmp(b.dtype, f"atomic{op.capitalize()}(&{b.name}[{b.name}_offset + {k.index_text(index)}], {v})")
+                return e.tmp(
+                    b.dtype, f"atomic{op.capitalize()}(&{b.name}[{b.name}_offset + {k.index_text(index)}], {v})"
+                )
             return e.tmp(b.dtype, f"atomic_{op}({self._pointer(b, index)}, {v})")
         if b.dtype in ("i64", "u64"):
             if k.target.int64_atomics:

@@ -9,7 +9,8 @@
         y[i] = a * x[i] + y[i]
     kernel = k.finish(workgroup=(64, 1, 1))   # launch with cdiv(n, 64) workgroups
 
-Loads and reads of variables happen where they stand in the program; pure expressions are computed where they are first used, once per
+Loads and reads of variables happen where they stand in the program; pure expressions are computed where they are
+first used, once per
 scope. Expressions are those of ir.py. An index is i32 or u32 (i64 too, on OpenCL with wide=True).
 """
 
@@ -213,8 +214,9 @@ class KernelBuilder:
         self.buffers.append(decl)
         return Buffer(self, decl)
 
-    def scalar(self, name: str, type: str) -> Node:  # noqa: A002
-        """The next scalar argument: i32, u32, f32, i64 or f64. 64-bit scalars travel first (Kernel.scalars tells the order)."""
+    def scalar(self, name: str, type: str) -> Node:
+        """The next scalar argument: i32, u32, f32, i64 or f64. 64-bit scalars travel first (Kernel.scalars tells the
+        order)."""
         decl = ScalarDecl(name, type)
         self.scalars.append(decl)
         return Node("tmp", type, attr=name)
@@ -312,7 +314,8 @@ class KernelBuilder:
 
     @contextmanager
     def For(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Node]:
-        """with k.For(0, n) as j: ... — j has the common dtype of the bounds (i32 for Python ints). A negative step must be
+        """with k.For(0, n) as j: ... — j has the common dtype of the bounds (i32 for Python ints). A negative step
+        must be
         a Python int. stop + step must not overflow."""
         e = self.emitter
         bounds = [start, stop, step]
@@ -370,8 +373,10 @@ class KernelBuilder:
         return self.emitter.value(ir.as_node(value))
 
     def check_index(self, index: Any, low: Any, high: Any, site: Any) -> Node:
-        """Reports to the error buffer (site: u32, not 0, usually a scalar; detail: the index) unless low <= index < high. Gives
-        the index, or low if it was out of range. Index dtypes: i32, u32, i64, u64. Result i32, u32, or as it was with wide."""
+        """Reports to the error buffer (site: u32, not 0, usually a scalar; detail: the index) unless low <= index <
+        high. Gives
+        the index, or low if it was out of range. Index dtypes: i32, u32, i64, u64. Result i32, u32, or as it was
+        with wide."""
         self.errors = True
         index = self.let(ir.as_node(index))
         if index.lanes > 1:
@@ -393,7 +398,8 @@ class KernelBuilder:
     # ---- lanes (OpenCL) -----------------------------------------------------------------------------------------
 
     def lanes(self, width: int, dtype: str = "i32") -> Node:
-        """0, 1, ... width - 1 as one value of `width` lanes (2, 4, 8 or 16; 1 gives 0). What depends on it has as many lanes; loads and
+        """0, 1, ... width - 1 as one value of `width` lanes (2, 4, 8 or 16; 1 gives 0). What depends on it has as
+        many lanes; loads and
         stores at base + lanes are contiguous vectors, at other indices gathers and scatters. OpenCL only."""
         if width == 1:
             return ir.const(0, dtype)
@@ -412,7 +418,8 @@ class KernelBuilder:
     # ---- subgroups ----------------------------------------------------------------------------------------------
 
     def subgroup(self, op: str, value: Any) -> Node:
-        """Reduction over the subgroup: op "add", "mul", "min", "max" (NaN unspecified), "and", "or". WGSL, target.subgroup."""
+        """Reduction over the subgroup: op "add", "mul", "min", "max" (NaN unspecified), "and", "or". WGSL,
+        target.subgroup."""
         node = ir.as_node(value)
         if self.target.language != "wgsl" or not self.target.subgroup or node.dtype not in ("f32", "i32", "u32"):
             raise Unsupported(f"subgroup {op} of {node.dtype} on this device")

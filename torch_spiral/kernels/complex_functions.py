@@ -130,7 +130,7 @@ def rsqrt(a: Complex) -> Complex:
     return div(lift(1.0, a.dtype), sqrt(a))
 
 
-def pow(a: Complex, b: Complex) -> Complex:  # noqa: A001
+def pow(a: Complex, b: Complex) -> Complex:
     """exp(b log(a)); a ** 0 is 1, and 0 ** b is 0 for a positive real part of b."""
     v = exp(mul(b, log(a)))
     a_zero = ir.and_(ir.eq(a.re, 0.0), ir.eq(a.im, 0.0))

@@ -17,7 +17,8 @@ MODES = ("r", "w", "rw", "a")
 class BufferDecl:
     """A buffer argument. mode: "r" read, "w" written, "rw" both, "a" updated by atomics (and read or written).
 
-    vector: 4 makes a WGSL binding an array of four elements (f32: vec4<f32>, f16 and bf16: vec2<u32>), for templates."""
+    vector: 4 makes a WGSL binding an array of four elements (f32: vec4<f32>, f16 and bf16: vec2<u32>), for
+    templates."""
 
     name: str
     dtype: str
@@ -97,7 +98,8 @@ class Language:
 
 
 class Emitter:
-    """Turns expressions into statements, each value once per scope. A node of one lane that a wider one uses is splat."""
+    """Turns expressions into statements, each value once per scope. A node of one lane that a wider one uses is
+    splat."""
 
     def __init__(self, lang: Language, target: Target, module: dict[str, str] | None = None, prefix: str = "t") -> None:
         self.lang, self.target, self.prefix = lang, target, prefix
@@ -227,17 +229,22 @@ def header(
     trusted: bool = False,
     subgroups: bool = False,
 ) -> tuple[str, str, Kernel]:
-    """The text around a kernel's body: (prefix, suffix, Kernel without source). For templates that write the body as text.
+    """The text around a kernel's body: (prefix, suffix, Kernel without source). For templates that write the body as
+    text.
 
     buffers: (name, dtype, mode) each, scalars: (name, type) each; 64-bit scalars may stand anywhere in the list, they
     travel first. In the body:
-      OpenCL: a buffer is a pointer, already advanced by its offset, to float, half (f16: use vload_half), ushort (bf16), double,
+      OpenCL: a buffer is a pointer, already advanced by its offset, to float, half (f16: use vload_half), ushort
+      (bf16), double,
         char, short, int, long, uchar, ..., uchar (bool), float2 (c64), double2 (c128), uint (c32), ulong2 (b128).
         Scalars are constants of their names. `group_index` is the flattened workgroup index (uint).
-      WGSL: a buffer `x` is array<f32|i32|u32>, array<u32> (8- and 16-bit dtypes, two or four elements a word), array<vec2<u32>>
-        (64-bit), array<vec2<f32>> (c64), array<vec4<u32>> (c128, b128); atomic<u32> where mode is "a", or a written dtype
+      WGSL: a buffer `x` is array<f32|i32|u32>, array<u32> (8- and 16-bit dtypes, two or four elements a word),
+      array<vec2<u32>>
+        (64-bit), array<vec2<f32>> (c64), array<vec4<u32>> (c128, b128); atomic<u32> where mode is "a", or a written
+        dtype
         is narrower than a word. Its first element is `x_offset` (elements). Scalars are constants of their names
-        (i64, u64: native where the target has int64, else vec2<u32>). `wg`, `nwg`, `lid3`: vec3<u32>; `lid`: u32, flattened
+        (i64, u64: native where the target has int64, else vec2<u32>). `wg`, `nwg`, `lid3`: vec3<u32>; `lid`: u32,
+        flattened
         local index; `group_index`: u32, flattened workgroup index.
     module: text at module scope (functions, WGSL workgroup variables).
 

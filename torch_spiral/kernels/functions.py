@@ -1,6 +1,7 @@
 """Functions that a language lacks or computes badly, as expressions of simpler nodes, for float32 and float64.
 
-LOWER[op](*args) gives the expression. The emitter of a language says which ops it has itself; it makes a function of the module out of
+LOWER[op](*args) gives the expression. The emitter of a language says which ops it has itself; it makes a function of
+the module out of
 each of the others. Coefficients of series are computed; those of fits are Chebyshev expansions computed with 50 digits.
 """
 
@@ -50,7 +51,8 @@ def by_dtype(x: Node, f32: Any, f64: Any) -> Any:
 
 
 def split(value: Fraction | float, dtype: str, bits: int, parts: int) -> list[float]:
-    """value as a sum of `parts` floats; all but the last have `bits` bits, so that products with small integers are exact."""
+    """value as a sum of `parts` floats; all but the last have `bits` bits, so that products with small integers are
+    exact."""
     out, rest = [], Fraction(value)
     for i in range(parts):
         if i == parts - 1 or rest == 0:
@@ -84,10 +86,11 @@ def _power_of_two(n: Node, dtype: str) -> Node:
 
 
 def head(x: Node) -> Node:
-    """x without the lower half of its mantissa. By bits: drivers simplify (x + c) - c as if floats were reals."""
+    """x rounded to the upper half of its mantissa. By bits: drivers simplify (x + c) - c as if floats were reals."""
     f = FORMAT[x.dtype]
-    low = (1 << (f.mantissa // 2 + 1)) - 1
-    return ir.bitcast(ir.and_(ir.bitcast(x, f.uint), (1 << f.bits) - 1 - low), x.dtype)
+    unit = 1 << (f.mantissa // 2 + 1)
+    bits = ir.bitcast(x, f.uint) + unit // 2
+    return ir.bitcast(ir.and_(bits, (1 << f.bits) - unit), x.dtype)
 
 
 def two_product(a: Node, b: Any) -> tuple[Node, Node]:
@@ -281,14 +284,14 @@ def pow_(x: Node, y: Node) -> Node:
     f = m - 1.0
     d = head(2.0 + f)
     d_lo = (2.0 - d) + f
-    s = f / d
+    s = f / (2.0 + f)
     p, p_lo = two_product(s, d)
     s_lo = (((f - p) - p_lo) - s * d_lo) / d
     z = s * s
     # log(m) = 2 s + s**3 (2/3 + 2/5 s**2 ...); the cubic term needs more than one float, too.
     z_hi, z_lo = two_product(s, s)
     cube, cube_lo = two_product(z_hi, s)
-    cube_lo = cube_lo + z_lo * s
+    cube_lo = cube_lo + (z_lo * s + 3.0 * z * s_lo)
     third = split(Fraction(2, 3), x.dtype, by_dtype(x, 24, 53), 2)
     t, t_lo = two_product(cube, third[0])
     t_lo = t_lo + cube * third[1] + cube_lo * third[0]
@@ -482,13 +485,11 @@ def hypot(a: Node, b: Node) -> Node:
 def fmod(a: Node, b: Node) -> Node:
     """Exact for |a / b| below 2**100, about."""
     r, d = ir.abs(a), ir.abs(b)
-    zero = ir.const(0.0, a.dtype)
     for _ in range(by_dtype(a, 6, 3)):
-        q = ir.trunc(r / d)
-        p, p_lo = two_product(q, d)
-        r = where(ir.lt(r, d), r, (r - p) - p_lo)
-        r = where(ir.lt(r, zero), r + d, r)
-        r = where(ir.ge(r, d), r - d, r)
+        p, p_lo = two_product(ir.trunc(r / d), d)
+        r = where(ir.lt(ir.abs(r), d), r, (r - p) - p_lo)
+    r = where(ir.lt(r, 0.0), r + d, r)
+    r = where(ir.ge(r, d), r - d, r)
     r = where(ir.eq(d, math.inf), ir.abs(a), r)
     r = where(ir.and_(ir.gt(d, 0.0), ir.lt(ir.abs(a), math.inf)), r, math.nan)
     return where(ir.or_(ir.isnan(a), ir.isnan(b)), a + b, ir.copysign(r, a))
@@ -496,7 +497,8 @@ def fmod(a: Node, b: Node) -> Node:
 
 # ---- error function -----------------------------------------------------------------------------------------------
 
-# exp(a a) erfc(a) (1 + 2 a) in t = (a - 4) / (a + 4); log(erfc(a)) from 1 to 4; lgamma(x) / ((x - 1) (x - 2)) from 1 to 2;
+# exp(a a) erfc(a) (1 + 2 a) in t = (a - 4) / (a + 4); log(erfc(a)) from 1 to 4; lgamma(x) / ((x - 1) (x - 2)) from 1
+# to 2;
 # erfinv(x) / x in w = -log(1 - x x) below, in sqrt(w) above. The variable of each is scaled to [-1, 1].
 ERFCX32 = (
     1.232995117, -0.1396211139, 0.01537976872, 0.06809694142, -0.1010409408, 0.09373407344, -0.06631904409,

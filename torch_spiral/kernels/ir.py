@@ -1,15 +1,20 @@
 """Typed, immutable, hash-consed scalar expressions.
 
-A Node is an operation on nodes; two equal expressions are the same object. Compute dtypes are f32 f64 i32 i64 u32 u64 bool.
-Python numbers become constants of the other operand's dtype; mixed dtypes promote bool < integer < float and narrow < wide,
-but i32 with u32 and i64 with u64 is a TypeError: convert with `cast`. Semantics are PyTorch's: `//` and `%` follow the divisor's sign,
-minimum and maximum propagate NaN, integers wrap. Comparison for equality is the function eq, since == is identity of objects.
+A Node is an operation on nodes; two equal expressions are the same object. Compute dtypes are f32 f64 i32 i64 u32
+u64 bool.
+Python numbers become constants of the other operand's dtype; mixed dtypes promote bool < integer < float and narrow
+< wide,
+but i32 with u32 and i64 with u64 is a TypeError: convert with `cast`. Semantics are PyTorch's: `//` and `%` follow
+the divisor's sign,
+minimum and maximum propagate NaN, integers wrap. Comparison for equality is the function eq, since == is identity of
+objects.
 
     x, y = leaf("x", "f32"), leaf("y", "f32")
     gelu = x * 0.5 * (1.0 + erf(x * 0.7071067811865476))
     z = where(x > y, exp(x), y)
 
-Complex numbers are pairs of nodes, the class Complex; every function of this module that is defined for complex numbers takes it.
+Complex numbers are pairs of nodes, the class Complex; every function of this module that is defined for complex
+numbers takes it.
 """
 
 from __future__ import annotations
@@ -126,10 +131,11 @@ class Operators:
 
 
 class Node(Operators):
-    """One operation. op: its name; dtype: of the result; args: nodes; attr: hashable static data; lanes: how many values
+    """One operation. op: its name; dtype: of the result; args: nodes; attr: hashable static data; lanes: how many
+    values
     it holds at once (1 except where a builder widened a leaf)."""
 
-    __slots__ = ("op", "dtype", "args", "attr", "lanes", "__weakref__")
+    __slots__ = ("__weakref__", "args", "attr", "dtype", "lanes", "op")
     op: str
     dtype: str
     args: tuple[Node, ...]
@@ -323,7 +329,7 @@ def neg(a: Any) -> Any:
     return Node("neg", a.dtype, a)
 
 
-def abs(a: Any) -> Any:  # noqa: A001
+def abs(a: Any) -> Any:
     """|a|; of a complex number a float, without overflow in between."""
     if isinstance(a, Complex):
         return hypot(a.re, a.im)
@@ -332,7 +338,8 @@ def abs(a: Any) -> Any:  # noqa: A001
 
 
 def idiv(a: Any, b: Any) -> Node:
-    """Integer quotient towards zero. The divisor must be neither 0 nor -1 (which trap on some CPUs): sizes, constants."""
+    """Integer quotient towards zero. The divisor must be neither 0 nor -1 (which trap on some CPUs): sizes,
+    constants."""
     dtype, (a, b) = same(a, b)
     if is_const(b, 1):
         return a
@@ -360,7 +367,8 @@ def _safe(op: Callable[[Any, Any], Node], a: Any, b: Any, at_minus_one: Callable
 
 
 def trunc_divide(a: Any, b: Any) -> Any:
-    """Quotient rounded towards zero (torch.div(rounding_mode="trunc")). An integer divided by 0 gives an unspecified value."""
+    """Quotient rounded towards zero (torch.div(rounding_mode="trunc")). An integer divided by 0 gives an unspecified
+    value."""
     dtype, (a, b) = same(a, b)
     return trunc(div(a, b)) if dtype in FLOATS else _safe(idiv, a, b, neg)
 
@@ -523,8 +531,10 @@ def _shift(op: str, a: Any, b: Any) -> Node:
 
 
 def cast(a: Any, dtype: str) -> Any:
-    """Converts as C does: floats truncate towards zero (saturating; NaN gives an unspecified value), integers wrap, bool is
-    value != 0. dtype: a compute dtype, or a storage dtype, then the value is also rounded or wrapped to it. Complex keeps both
+    """Converts as C does: floats truncate towards zero (saturating; NaN gives an unspecified value), integers wrap,
+    bool is
+    value != 0. dtype: a compute dtype, or a storage dtype, then the value is also rounded or wrapped to it. Complex
+    keeps both
     parts when dtype is complex, and loses the imaginary part otherwise; a real becomes Complex."""
     if dtype not in COMPUTE:
         d = DTYPES[dtype]
@@ -562,7 +572,8 @@ def bitcast(a: Any, dtype: str) -> Node:
 
 
 def round_to(a: Any, dtype: str) -> Node:
-    """a (of compute dtype compute_dtype(dtype)) with the precision or range of a storage dtype: nearest even for f16 and bf16,
+    """a (of compute dtype compute_dtype(dtype)) with the precision or range of a storage dtype: nearest even for f16
+    and bf16,
     wrapped for small integers."""
     a = as_node(a)
     d = DTYPES[dtype]
@@ -686,7 +697,29 @@ def _unary(op: str, doc: str = "", ints: bool = False) -> Callable[[Any], Any]:
 
 
 COMPLEX_FUNCTIONS = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sqrt rsqrt".split()
+    [
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "sqrt",
+        "rsqrt",
+    ]
 )
 exp, exp2, expm1 = _unary("exp"), _unary("exp2"), _unary("expm1")
 log, log2, log10, log1p = _unary("log"), _unary("log2"), _unary("log10"), _unary("log1p")
@@ -720,8 +753,9 @@ copysign = _binary("copysign", "|a| with the sign of b.")
 nextafter = _binary("nextafter", "The float after a towards b.")
 
 
-def pow(a: Any, b: Any) -> Any:  # noqa: A001
-    """a ** b for floats and complex numbers; integers with a constant exponent >= 0 multiply, others loop over the bits of b
+def pow(a: Any, b: Any) -> Any:
+    """a ** b for floats and complex numbers; integers with a constant exponent >= 0 multiply, others loop over the
+    bits of b
     (a negative exponent gives 0 unless a is 1 or -1, as torch)."""
     if isinstance(a, (Complex, complex)) or isinstance(b, (Complex, complex)):
         return _complex().pow(*_complex().pair(a, b))
@@ -785,7 +819,7 @@ def signbit(a: Any) -> Node:
 class Complex(Operators):
     """A complex number: two nodes of one float dtype (or, for copies, two u64: the halves of a c128)."""
 
-    __slots__ = ("re", "im")
+    __slots__ = ("im", "re")
 
     def __init__(self, re: Any, im: Any) -> None:
         if isinstance(re, Node) or isinstance(im, Node) or hasattr(re, "as_node") or hasattr(im, "as_node"):

@@ -1,9 +1,10 @@
-"""What a kernel is to the rest of torch_spiral: a Target it was built for, a Kernel that can be launched, and dtypes."""
+"""What a kernel is to the rest of torch_spiral: a Target it was built for, a Kernel that can be launched, and
+dtypes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 
@@ -135,7 +136,7 @@ class Target:
         return _target(device_index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _target(device_index: int) -> Target:
     from torch_spiral import _C
 

@@ -1,7 +1,9 @@
 """Pointwise and row (reduction) kernels from expressions, for the schedule classes `vector` and `simt`.
 
-Dimension 0 is the fastest. A kernel is built for stride classes, never for sizes: sizes and strides that are not 0 or 1 are scalars of the
-launch. What is built is a Nest: the Kernel and how to launch it for given sizes. Sizes may be ints or the Syms of a lowering.
+Dimension 0 is the fastest. A kernel is built for stride classes, never for sizes: sizes and strides that are not 0
+or 1 are scalars of the
+launch. What is built is a Nest: the Kernel and how to launch it for given sizes. Sizes may be ints or the Syms of a
+lowering.
 
     nest = pointwise(target, "gelu", [Operand("out", "f16", "dense")], [Operand("x", "f16", "dense")],
                      lambda x: x * 0.5 * (1.0 + ir.erf(x * 0.7071067811865476)), ndim=1)
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from . import ir
 from .builder import Buffer, KernelBuilder
@@ -68,7 +70,7 @@ class Operand:
 
     name: str
     dtype: str
-    strides: Union[str, tuple[str, ...]] = "dense"
+    strides: str | tuple[str, ...] = "dense"
 
     @property
     def key(self) -> str:
@@ -98,7 +100,8 @@ class Nest:
     def scalars(
         self, sizes: Sequence[Any], strides: Sequence[Sequence[Any] | None] = (), values: Sequence[Any] = ()
     ) -> list[Any]:
-        """The launch's scalars. sizes: per dimension. strides: per operand (outputs, inputs), of every dimension; None for
+        """The launch's scalars. sizes: per dimension. strides: per operand (outputs, inputs), of every dimension;
+        None for
         dense ones. values: of the scalars that the expression takes."""
         out = [values[i] for i in self.wide_scalars]
         out += list(sizes)
@@ -130,7 +133,8 @@ class Nest:
 
 @dataclass(frozen=True)
 class Context:
-    """What an expression may use besides its operands: the builder, the element's coordinates (i32, dimension 0 first), its
+    """What an expression may use besides its operands: the builder, the element's coordinates (i32, dimension 0
+    first), its
     place in the iteration order, and the extra buffers."""
 
     k: KernelBuilder
@@ -165,8 +169,10 @@ class _Pointwise:
             if o.strides != "dense" and len(o.strides) != ndim:
                 raise ValueError(f"operand {o.name}: {len(o.strides)} strides for {ndim} dimensions")
         vector = target.schedule_class == "vector"
-        tiles = vector and ndim > 1 and any(
-            o.strides != "dense" and o.strides[0] == "s" and "1" in o.strides[1:2] for o in operands
+        tiles = (
+            vector
+            and ndim > 1
+            and any(o.strides != "dense" and o.strides[0] == "s" and "1" in o.strides[1:2] for o in operands)
         )
         self.schedule = "tiles" if tiles else "vector" if vector else "simt"
         self.lanes = lanes or _lanes_for([o.dtype for o in operands])
@@ -174,7 +180,9 @@ class _Pointwise:
         key = "_".join(o.key for o in operands)
         unit = 1 if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
-        self.bufs = {o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)}
+        self.bufs = {
+            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)
+        }
         self.extra = tuple(k.buffer(*b) for b in buffers)
         self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
         self.strides: dict[tuple[str, int], Node] = {}
@@ -237,7 +245,13 @@ class _Pointwise:
                 total = total + (c if cls == "1" else c * self.strides[o.name, d])
         return total
 
-    def body(self, index: Callable[[Operand], Any], coordinates: Sequence[Any], position: Any, store: Callable[[Operand, Any], None]) -> None:
+    def body(
+        self,
+        index: Callable[[Operand], Any],
+        coordinates: Sequence[Any],
+        position: Any,
+        store: Callable[[Operand, Any], None],
+    ) -> None:
         loaded = [self.bufs[o.name].load(index(o)) for o in self.ins]
         args = [*loaded, *self.values]
         if self.with_context:
@@ -253,7 +267,9 @@ class _Pointwise:
 
     # ---- schedules ------------------------------------------------------------------------------------------------
 
-    def _span(self, start: Node, stop: Node, row_position: Node, coordinates: list[Node], base: dict[str, Node]) -> None:
+    def _span(
+        self, start: Node, stop: Node, row_position: Node, coordinates: list[Node], base: dict[str, Node]
+    ) -> None:
         """Elements start .. stop of a row: wide, then one by one. All i32."""
         k = self.k
         j = k.var("i32", start)
@@ -269,11 +285,15 @@ class _Pointwise:
                         return base[o.name]
                     return base[o.name] + (at if c == "1" else at * self.strides[o.name, 0])
 
-                self.body(index, [at, *coordinates], row_position + at, lambda o, v: self.bufs[o.name].store(index(o), v))
+                self.body(
+                    index, [at, *coordinates], row_position + at, lambda o, v: self.bufs[o.name].store(index(o), v)
+                )
                 j.set(j + width)
 
     def _bases(self, coordinates: list[Node]) -> dict[str, Node]:
-        return {o.name: self.k.let(self.offset(o, coordinates, 1)) for o in [*self.outs, *self.ins] if o.strides != "dense"}
+        return {
+            o.name: self.k.let(self.offset(o, coordinates, 1)) for o in [*self.outs, *self.ins] if o.strides != "dense"
+        }
 
     def _vector(self, per_task: Node) -> None:
         k = self.k
@@ -296,10 +316,17 @@ class _Pointwise:
             coordinates = self.decompose(row, 1) if self.ndim > 1 else []
             base = self._bases(coordinates)
             position = k.let(ir.cast(row * size, "i32"))
-            self._span(ir.cast(start, "i32"), k.let(ir.cast(stop, "i32")), position, [ir.cast(c, "i32") for c in coordinates], base)
+            self._span(
+                ir.cast(start, "i32"),
+                k.let(ir.cast(stop, "i32")),
+                position,
+                [ir.cast(c, "i32") for c in coordinates],
+                base,
+            )
 
     def _tiles(self) -> None:
-        """TILE_ROWS rows at a time, one column block after the other, so that operands whose unit stride is along dimension 1
+        """TILE_ROWS rows at a time, one column block after the other, so that operands whose unit stride is along
+        dimension 1
         have their cache lines used up."""
         k = self.k
         blocks = k.let(ir.idiv(self.sizes[1] + (TILE_ROWS - 1), TILE_ROWS))
@@ -389,14 +416,20 @@ def pointwise(
 ) -> Nest:
     """A nest that computes outs = fn(*ins, *scalars) for every element.
 
-    name: says what fn computes; operand dtypes, stride classes and the schedule are added to it. ndim: dimensions, 1 or more,
-    coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the scalars; it gives one
-    value per output, cast on the store. It is called several times. scalars: types ("f32", "i32", ...). buffers: further (name, dtype,
-    mode) buffers, passed to fn as Buffer after the scalars, to be loaded at any index (OpenCL: with a vector of indices too).
-    context: fn takes a Context first. Each operand has fewer than 2**31 elements in reach. Inputs may be the same tensor as an output only
+    name: says what fn computes; operand dtypes, stride classes and the schedule are added to it. ndim: dimensions, 1
+    or more,
+    coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the
+    scalars; it gives one
+    value per output, cast on the store. It is called several times. scalars: types ("f32", "i32", ...). buffers:
+    further (name, dtype,
+    mode) buffers, passed to fn as Buffer after the scalars, to be loaded at any index (OpenCL: with a vector of
+    indices too).
+    context: fn takes a Context first. Each operand has fewer than 2**31 elements in reach. Inputs may be the same
+    tensor as an output only
     element by element.
 
-        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [Operand("x", "f32", ("s", "1")), Operand("y", "f16", ("1", "0"))],
+        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [Operand("x", "f32", ("s", "1")), Operand("y",
+        "f16", ("1", "0"))],
                   lambda x, y, alpha: x + alpha * y, 2, scalars=["f32"])
     """
     return _Pointwise(target, name, outs, ins, fn, ndim, scalars, buffers, context, lanes).nest
@@ -407,7 +440,8 @@ def pointwise(
 
 @dataclass(frozen=True)
 class Monoid:
-    """An associative combination with a neutral element, on tuples of values. blocked: rounding errors grow with the number of
+    """An associative combination with a neutral element, on tuples of values. blocked: rounding errors grow with the
+    number of
     combinations, so long reductions go in blocks."""
 
     name: str
@@ -500,7 +534,8 @@ class RowContext:
         """Elements of a row, u32."""
 
     def reduce(self, monoid: Monoid, *element: Any) -> Any:
-        """The combination of `element` (one expression per component of the monoid) over the row: one node, or a tuple."""
+        """The combination of `element` (one expression per component of the monoid) over the row: one node, or a
+        tuple."""
         if len(element) != len(monoid.dtypes):
             raise ValueError(f"{monoid.name} takes {len(monoid.dtypes)} components, not {len(element)}")
         args = tuple(ir.cast(ir.as_node(x, t), t) for x, t in zip(element, monoid.dtypes))
@@ -547,7 +582,8 @@ class RowNest:
         values: Sequence[Any] = (),
         splits: Any = 1,
     ) -> list[Any]:
-        """The launch's scalars; sizes and strides as for Nest.scalars, but strides of the inputs only in a split first stage."""
+        """The launch's scalars; sizes and strides as for Nest.scalars, but strides of the inputs only in a split
+        first stage."""
         out = [values[i] for i in self.wide_scalars]
         out += list(sizes)
         strided = [op for op in self.operands if op.strides != "dense"]
@@ -591,7 +627,14 @@ class _Rows:
         split: bool,
         subgroups: bool,
     ) -> None:
-        self.target, self.outs, self.ins, self.reduced, self.ndim, self.split = target, list(outs), list(ins), reduced, ndim, split
+        self.target, self.outs, self.ins, self.reduced, self.ndim, self.split = (
+            target,
+            list(outs),
+            list(ins),
+            reduced,
+            ndim,
+            split,
+        )
         operands = [*outs, *ins]
         for o in operands:
             if len(o.strides) != ndim or o.strides == "dense":
@@ -605,9 +648,12 @@ class _Rows:
         self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0
         key = "_".join(o.key for o in operands)
         k = self.k = KernelBuilder(
-            target, f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}{'_split' if split else ''}{'_sg' if self.subgroups else ''}"
+            target,
+            f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}{'_split' if split else ''}{'_sg' if self.subgroups else ''}",
         )
-        self.bufs = {o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)}
+        self.bufs = {
+            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)
+        }
         self.extra = tuple(k.buffer(*b) for b in buffers)
         self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
         self.strides: dict[tuple[str, int], Node] = {}
@@ -632,11 +678,16 @@ class _Rows:
         if split:
             reds = [n for n in ir.walk(*results) if n.op == "red"]
             monoid = reds[0].attr[0]
-            self.results: list[Any] = [Node("red", t, *reds[0].args, attr=(monoid, i)) for i, t in enumerate(monoid.dtypes)]
+            self.results: list[Any] = [
+                Node("red", t, *reds[0].args, attr=(monoid, i)) for i, t in enumerate(monoid.dtypes)
+            ]
         else:
             if len(results) != len(self.outs):
                 raise ValueError(f"{k.name}: {len(results)} results for {len(self.outs)} outputs")
-            self.results = [r if isinstance(r, (Node, Complex)) else ir.as_node(r, self.bufs[o.name].compute) for r, o in zip(results, self.outs)]
+            self.results = [
+                r if isinstance(r, (Node, Complex)) else ir.as_node(r, self.bufs[o.name].compute)
+                for r, o in zip(results, self.outs)
+            ]
         self._analyse()
         self.workgroup = self._workgroup()
         if self.schedule == "lanes_d":
@@ -656,7 +707,9 @@ class _Rows:
     def _choose(self) -> str:
         """Lanes (or invocations) along the rows where those are contiguous and the reduced dimension is not."""
         along_rows = any(o.strides[self.reduced : self.reduced + 1] == ("1",) and o.strides[0] == "s" for o in self.ins)
-        along_d = any(o.strides[0] == "1" and o.strides[self.reduced :] != ("0",) * (self.ndim - self.reduced) for o in self.ins)
+        along_d = any(
+            o.strides[0] == "1" and o.strides[self.reduced :] != ("0",) * (self.ndim - self.reduced) for o in self.ins
+        )
         if self.target.schedule_class == "vector":
             return "lanes_r" if along_rows and not along_d else "lanes_d"
         return "invocation" if along_rows and not along_d else "workgroup"
@@ -688,7 +741,9 @@ class _Rows:
         for n in nodes:
             if n.op == "red":
                 self.groups[n.attr[0], n.args] = self.level[n] - 1
-        self.elementwise = [i for i, o in enumerate(self.outs) if not self.split and any(c != "0" for c in o.strides[: self.reduced])]
+        self.elementwise = [
+            i for i, o in enumerate(self.outs) if not self.split and any(c != "0" for c in o.strides[: self.reduced])
+        ]
 
         def parts(v: Any) -> list[Node]:
             return [v.re, v.im] if isinstance(v, Complex) else [v]
@@ -737,7 +792,8 @@ class _Rows:
             for p in (e.re, e.im) if isinstance(e, Complex) else (e,):
                 visit(p)
 
-    # ---- addressing ---------------------------------------------------------------------------------------------------
+    # ---- addressing
+    # ---------------------------------------------------------------------------------------------------
 
     def _term(self, o: Operand, d: int, c: Any) -> Any:
         cls = o.strides[d]
@@ -1077,9 +1133,8 @@ class _Rows:
 
             with k.If(start + self.lanes <= size):
                 rows(start + k.lanes(self.lanes, "u32"), self.lanes)
-            with k.Else():
-                with k.For(start, size) as c0:
-                    rows(c0, 1)
+            with k.Else(), k.For(start, size) as c0:
+                rows(c0, 1)
 
     def _invocation(self) -> None:
         k = self.k
@@ -1112,12 +1167,17 @@ def rows(
     schedule: str | None = None,
     subgroups: bool = True,
 ) -> RowNest:
-    """A kernel over rows: element expressions, reductions of them over the row, expressions of both, as many levels as needed.
+    """A kernel over rows: element expressions, reductions of them over the row, expressions of both, as many levels
+    as needed.
 
-    Dimensions: the `reduced` ones first (fastest first), then those of the rows; every operand has a stride class for each of the `ndim`.
-    fn(r, *ins, *scalars, *buffers) gives one value per output; r is a RowContext. An output is stored per row where its reduced
-    strides are all "0", else per element. schedule: None chooses by the stride classes; a caller that knows rows to be short and many
-    passes "lanes_r" (vector) or "invocation" (simt). subgroups: False takes the shared-memory tree. An output may be an input's tensor,
+    Dimensions: the `reduced` ones first (fastest first), then those of the rows; every operand has a stride class
+    for each of the `ndim`.
+    fn(r, *ins, *scalars, *buffers) gives one value per output; r is a RowContext. An output is stored per row where
+    its reduced
+    strides are all "0", else per element. schedule: None chooses by the stride classes; a caller that knows rows to
+    be short and many
+    passes "lanes_r" (vector) or "invocation" (simt). subgroups: False takes the shared-memory tree. An output may be
+    an input's tensor,
     element by element. Zero-size reductions give the monoid's neutral element.
 
         def softmax(r, x):
@@ -1151,9 +1211,11 @@ def split_monoid(fn: Callable[..., Any], ins: Sequence[Operand], n: int, scalars
 class SplitRows:
     """A reduction of long rows in two launches: partial results of every split, then their combination.
 
-        partials = [empty([n_rows * splits], dtype) for dtype in s.partial_dtypes]
-        launch(s.first.kernel, [*partials, *ins], s.first.scalars(sizes, strides, values, splits), s.first.groups(sizes, splits))
-        launch(s.second.kernel, [*outs, *partials], s.second.scalars(*s.second_shape(sizes, splits, out_strides), values=[count, *values]), ...)
+    partials = [empty([n_rows * splits], dtype) for dtype in s.partial_dtypes]
+    launch(s.first.kernel, [*partials, *ins], s.first.scalars(sizes, strides, values, splits), s.first.groups(sizes,
+    splits))
+    launch(s.second.kernel, [*outs, *partials], s.second.scalars(*s.second_shape(sizes, splits, out_strides),
+    values=[count, *values]), ...)
     """
 
     first: RowNest
@@ -1184,7 +1246,8 @@ def split_rows(
     scalars: Sequence[str] = (),
     schedule: str | None = None,
 ) -> SplitRows:
-    """Like rows, for one reduction per row and per-row outputs, cut into splits along the outermost reduced dimension. Arguments as
+    """Like rows, for one reduction per row and per-row outputs, cut into splits along the outermost reduced
+    dimension. Arguments as
     for rows. The second launch takes the value r.count (u32) before fn's scalars."""
     n = len(scalars)
     monoid = split_monoid(fn, ins, n, scalars)
@@ -1204,6 +1267,13 @@ def split_rows(
         return tuple(ir.substitute(v, lambda node: total[node.attr[1]] if node.op == "red" else None) for v in results)
 
     second = rows(
-        target, name + "_combine", second_outs, partials, combine, reduced=1, ndim=1 + row_dims, scalars=["u32", *scalars]
+        target,
+        name + "_combine",
+        second_outs,
+        partials,
+        combine,
+        reduced=1,
+        ndim=1 + row_dims,
+        scalars=["u32", *scalars],
     )
     return SplitRows(first, second, dtypes)

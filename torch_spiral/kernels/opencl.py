@@ -17,10 +17,45 @@ POINTEE = {
 }  # fmt: skip
 TYPES = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "u64": "ulong", "bool": "int"}
 NATIVE = frozenset(
-    "floor ceil trunc rint sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh "
-    "atanh atan2 pow fmod hypot copysign nextafter fma".split()
+    [
+        "floor",
+        "ceil",
+        "trunc",
+        "rint",
+        "sqrt",
+        "rsqrt",
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "atan2",
+        "pow",
+        "fmod",
+        "hypot",
+        "copysign",
+        "nextafter",
+        "fma",
+    ]
 )
 NATIVE_F64 = NATIVE | {"erf", "erfc", "lgamma"}
+# In vectors of float32 our own are faster on PoCL (sin 9 times, pow 1.6), and as accurate; sin, cos and tan up to 5e4.
+FASTER_LOWERED = frozenset(("expm1", "log1p", "sinh", "atan2", "pow"))
+FASTER_REDUCED = frozenset(("sin", "cos", "tan"))
 INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "idiv": "/", "irem": "%", "and": "&", "or": "|", "xor": "^",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
@@ -69,7 +104,9 @@ class OpenCL(Language):
         return f"{type_} {name} = {text};"
 
     def function(self, name: str, result: str, params: list[tuple[str, str]], body: list[str]) -> str:
-        return f"static {result} {name}({', '.join(f'const {t} {n}' for t, n in params)}) {{\n" + "\n".join(body) + "\n}"
+        return (
+            f"static {result} {name}({', '.join(f'const {t} {n}' for t, n in params)}) {{\n" + "\n".join(body) + "\n}"
+        )
 
     def operation(self, emitter: Emitter, node: Node, args: list[str]) -> str | None:
         op, lanes, dtype = node.op, node.lanes, node.dtype
@@ -117,6 +154,11 @@ class OpenCL(Language):
             return f"{args[0]}.{op}" if vector or dtype != "bool" else f"{args[0]}.{op} & 1"
         if op == "extract":
             return f"{args[0]}.s{node.attr:x}" + (" & 1" if dtype == "bool" else "")
+        if vector and dtype == "f32" and op in FASTER_REDUCED:
+            x = args[0]
+            return f"any(fabs({x}) > 5e4f) ? {op}({x}) : {emitter.function(node, lanes)}({x})"
+        if vector and dtype == "f32" and op in FASTER_LOWERED:
+            return None
         if op in (NATIVE if dtype == "f32" else NATIVE_F64):
             return f"{op}({', '.join(args)})"
         return None

@@ -187,6 +187,8 @@ class Wgsl(Language):
             return f"select({args[1]}, {args[0]}, {args[0]} {'<' if op == 'min' else '>'} {args[1]})"
         if op == "fma":
             return f"{args[0]} * {args[1]} + {args[2]}"
+        if op in NATIVE and op != "sqrt" and dtype == "f64":  # lavapipe goes through integers
+            return f"select({args[0]}, {NATIVE[op]}({args[0]}), abs({args[0]}) < 4503599627370496.0lf)"
         if op in NATIVE:
             return f"{NATIVE[op]}({args[0]})"
         return None
@@ -279,7 +281,9 @@ class Wgsl(Language):
             f"  if (i < {w + 1}u * {per}u) {{ return {b.name}_{w}[i - {w}u * {per}u]; }}" for w in range(b.windows - 1)
         ]
         body.append(f"  return {b.name}_{b.windows - 1}[i - {b.windows - 1}u * {per}u];")
-        return f"{k.helper(f'{b.name}_read', self.function(f'{b.name}_read', element, [('u32', 'i')], body))}({position})"
+        return (
+            f"{k.helper(f'{b.name}_read', self.function(f'{b.name}_read', element, [('u32', 'i')], body))}({position})"
+        )
 
     def window(self, target: Target, b: BufferDecl) -> int:
         """Array elements in one window."""
@@ -287,7 +291,9 @@ class Wgsl(Language):
 
     def _write(self, k: Emitter, b: BufferDecl, position: str, text: str) -> None:
         if b.windows == 1:
-            k.line(f"atomicStore(&{b.name}[{position}], {text});" if is_atomic(b) else f"{b.name}[{position}] = {text};")
+            k.line(
+                f"atomicStore(&{b.name}[{position}], {text});" if is_atomic(b) else f"{b.name}[{position}] = {text};"
+            )
             return
         if is_atomic(b):
             raise Unsupported(f"buffer {b.name}: stores of {b.dtype} to a buffer of several bindings")
@@ -374,7 +380,8 @@ class Wgsl(Language):
         return and_(cast(v, "u32"), (1 << 8 * DTYPES[dtype].size) - 1)
 
     def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
-        """Stores compute-dtype values. Elements narrower than a word go by atomicXor(old ^ new), which is right as long as
+        """Stores compute-dtype values. Elements narrower than a word go by atomicXor(old ^ new), which is right as
+        long as
         nobody else stores to the same element at the same time."""
         d = DTYPES[b.dtype]
         at = k.fresh()
