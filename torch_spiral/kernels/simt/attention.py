@@ -1,10 +1,13 @@
 """Flash attention of the `simt` class: forward with logsumexp, and a deterministic backward.
 
-Layout: q (batch, heads, queries, head), k (batch, kv_heads, keys, head), v (batch, kv_heads, keys, head_v), any strides with stride 1
-along the head dimension where `unit` says so; heads is a multiple of kv_heads (query head h reads kv head h / (heads / kv_heads)).
+Layout: q (batch, heads, queries, head), k (batch, kv_heads, keys, head), v (batch, kv_heads, keys, head_v), any
+strides with stride 1
+along the head dimension where `unit` says so; heads is a multiple of kv_heads (query head h reads kv head h / (heads
+/ kv_heads)).
 Storage f32, f16 or bf16; everything is computed in f32.
 
-score = scale * q.k + mask. Masked: an element whose score is -inf counts nothing; a row with no element gives 0 and logsumexp -inf.
+score = scale * q.k + mask. Masked: an element whose score is -inf counts nothing; a row with no element gives 0 and
+logsumexp -inf.
 causal: query i sees keys up to i + causal_shift (0 for torch's is_causal; keys - queries for lower right alignment).
 """
 
@@ -38,7 +41,9 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        return f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}" + (f"_u{self.unroll}" if self.unroll else "")
+        return f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}" + (
+            f"_u{self.unroll}" if self.unroll else ""
+        )
 
     def workgroup_memory(self, head_v: int = 64) -> int:
         """Bytes of the forward kernel."""
@@ -47,12 +52,14 @@ class Schedule:
         return 4 * (self.block_k * (self.block_q + 4) + staging + self.block_q * (lanes + 4))
 
     def fits(self, target: Target, head_v: int = 64) -> bool:
-        return self.threads <= target.max_workgroup_size and self.workgroup_memory(head_v) <= target.max_workgroup_memory
+        return (
+            self.threads <= target.max_workgroup_size and self.workgroup_memory(head_v) <= target.max_workgroup_memory
+        )
 
 
 SCHEDULES: tuple[Schedule, ...] = (
-    Schedule(32, 32, 4, 16, 2),
-    Schedule(32, 32, 4, 8, 2),
+    Schedule(32, 32, 4, 16, 1),
+    Schedule(32, 32, 4, 8, 1),
     Schedule(32, 32, 4, 16),
     Schedule(32, 32, 4, 8),
     Schedule(64, 32, 4, 16),
@@ -95,7 +102,8 @@ class _Scores:
 
     def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
                 rows_end: str = "queries", cols_end: str = "keys") -> None:  # fmt: skip
-        """name[row][column] = sum over d < size of a[row0 + row, d] b[col0 + column, d]; a, b: buffers with <buffer>_row strides.
+        """name[row][column] = sum over d < size of a[row0 + row, d] b[col0 + column, d]; a, b: buffers with
+        <buffer>_row strides.
         Rows and columns beyond their ends repeat the last ones."""
         t, s = self.t, self.s
         la = TileLoader(t, a, "stage", s.block_q, s.chunk, "k", self.vec, True, False)
@@ -116,13 +124,16 @@ class _Scores:
         pb.store()
         t.barrier()
         t.let("b_stage", f"{offset}u + tx")
-        acc.multiply("stage", la.pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, tx="b_stage", unroll=s.unroll)
+        acc.multiply(
+            "stage", la.pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, tx="b_stage", unroll=s.unroll
+        )
         t.end()
         t.end()
 
 
 class _Prefixed(TileLoader):
-    """A TileLoader whose registers have their own names and whose tile starts at `offset` of the shared staging area."""
+    """A TileLoader whose registers have their own names and whose tile starts at `offset` of the shared staging
+    area."""
 
     def __init__(self, loader: TileLoader, prefix: str, offset: int):
         self.__dict__.update(loader.__dict__)
@@ -138,28 +149,55 @@ class _Prefixed(TileLoader):
 
     def store(self) -> None:
         t = self.t
-        for l in range(self.loads):
-            row, k = self.place(l)
-            guarded = self.partial and l == self.loads - 1
+        for step in range(self.loads):
+            row, k = self.place(step)
+            guarded = self.partial and step == self.loads - 1
             if guarded:
-                t.open(f"lid < {self.count - l * t.threads}u")
-            v = f"{self.prefix}_v{l}"
+                t.open(f"lid < {self.count - step * t.threads}u")
+            v = f"{self.prefix}_v{step}"
             if self.vec and self.unit == "r":
                 t.add(f"stage[{self.offset}u + {k} * {self.pitch}u + {row} / 4u] = {v};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
-                    t.put_component("stage", f"{self.offset}u + ({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{v}.{c}", "f32")
+                    t.put_component(
+                        "stage",
+                        f"{self.offset}u + ({k} + {j}u) * {self.pitch}u + {row} / 4u",
+                        f"({row} % 4u)",
+                        f"{v}.{c}",
+                        "f32",
+                    )
             else:
-                t.put_component("stage", f"{self.offset}u + {k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", v, "f32")
+                t.put_component(
+                    "stage", f"{self.offset}u + {k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", v, "f32"
+                )
             if guarded:
                 t.end()
 
 
-def _weighted(t: Text, acc: Accumulators, weights: str, pitch: int, lanes_m: int, buffer: str, base: str, row0: str, rows_end: str, size: str,
-              columns: int, lanes_n: int, block: int, chunk: int, vec: bool, prefix: str, unroll: int) -> None:  # fmt: skip
-    """acc[m][column] += sum over r < block of weights[r][m] X[row0 + r, column]: X is the second operand of P V, dS K, dS^T Q, P^T dO.
+def _weighted(
+    t: Text,
+    acc: Accumulators,
+    weights: str,
+    pitch: int,
+    lanes_m: int,
+    buffer: str,
+    base: str,
+    row0: str,
+    rows_end: str,
+    size: str,
+    columns: int,
+    lanes_n: int,
+    block: int,
+    chunk: int,
+    vec: bool,
+    prefix: str,
+    unroll: int,
+) -> None:
+    """acc[m][column] += sum over r < block of weights[r][m] X[row0 + r, column]: X is the second operand of P V, dS
+    K, dS^T Q, P^T dO.
 
-    weights: shared, r-major with `pitch` vec4 a row. Rows of X beyond rows_end load zeros; columns beyond size are clamped.
+    weights: shared, r-major with `pitch` vec4 a row. Rows of X beyond rows_end load zeros; columns beyond size are
+    clamped.
     """
     loader = TileLoader(t, buffer, "stage", columns, chunk, "r", vec, True, False, columns // 4)
     p = _Prefixed(loader, prefix, 0)
@@ -209,6 +247,13 @@ def mask_load(t: Text, at: str) -> str:
     return f"(mask_base[{at}] != 0)"
 
 
+def _name(
+    kind: str, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, vec: bool, last: str = ""
+) -> str:
+    flags = ("_causal" if causal else "") + ("_vec" if vec else "") + last
+    return f"{kind}_{dtype}_{head}_{head_v}_{mask or 'none'}{flags}_{s.key}"
+
+
 def _declare(t: Text, names: list[str]) -> None:
     for n in names:
         t.scalar(f"{n}_batch", f"{n}_head", f"{n}_row")
@@ -236,19 +281,23 @@ def forward(
 ) -> Kernel:
     """out = softmax(scale q k^T + mask) v and lse = logsumexp of the scores (f32, natural logarithm).
 
-    head, head_v: head_class() of the sizes; the sizes themselves are scalars. mask: "" or the mask's storage dtype ("bool": true counts).
+    head, head_v: head_class() of the sizes; the sizes themselves are scalars. mask: "" or the mask's storage dtype
+    ("bool": true counts).
     vec: head sizes, strides and offsets of q, k, v divisible by 4. All have stride 1 along the head dimension.
     Buffers: q, k, v, [mask], out, lse.
-    Scalars (u32): batch, heads, group (= heads / kv_heads), queries, keys, head, head_v, [mask_batch, mask_head, mask_row, mask_col],
+    Scalars (u32): batch, heads, group (= heads / kv_heads), queries, keys, head, head_v, [mask_batch, mask_head,
+    mask_row, mask_col],
     [causal_shift (i32)], scale (f32), then batch, head, row strides of q, k, v, out each; with split: splits, key_span.
     lse is contiguous (batch, heads, queries).
-    split (decode, few queries): the keys are dealt to `splits` workgroups, key_span each; out is then f32 and contiguous
-    (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's strides are unused.
+    split (decode, few queries): the keys are dealt to `splits` workgroups, key_span each; out is then f32 and
+    contiguous
+    (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's strides are
+    unused.
     Grid: forward_groups().
     """
     s = schedule
-    t = Text(target, f"attention_{dtype}_{head}_{head_v}_{mask or 'none'}{'_causal' if causal else ''}{'_vec' if vec else ''}"
-             f"{'_split' if split else ''}_{s.key}", s.threads)  # fmt: skip
+    name = _name("attention", s, dtype, head, head_v, mask, causal, vec, "_split" if split else "")
+    t = Text(target, name, s.threads)
     width = 4 if vec else 1
     for n in "qkv":
         t.buffer(n, dtype, "r", width)
@@ -345,9 +394,7 @@ def forward(
         t.add(f"s{i}_0 = {t.vector(parts)};")
         t.add(f"partial[tx * {s.block_q}u + ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u] = (e0 + e1) + (e2 + e3);")
         t.end()
-    for i in range(quads):
-        for j, c in enumerate(COMPONENTS):
-            t.add(f"weights[(tx * 4u + {j}u) * {pitch_p}u + {i * lanes_q}u + ty] = {t.vector([f's{i * 4 + l}_0.{c}' for l in range(4)])};")
+    _share(t, s, "s", lanes_q, pitch_p)
     for m, v in o.each():
         t.add(f"o{m}_{v} = o{m}_{v} * {t.splat(f'f{m // 4}.{COMPONENTS[m % 4]}')};")
     t.barrier()
@@ -357,7 +404,25 @@ def forward(
         t.add(f"sum = sum + partial[{j * s.block_q}u + {r}];")
     t.put_component("row_sum", f"{r} / 4u", f"({r} % 4u)", "sum", "f32")
     t.end()
-    _weighted(t, o, "weights", pitch_p, lanes_q, "v", "v_base", "k0", "key_end", "head_v", columns, lanes_k, s.block_k, s.chunk, vec, "vv", s.unroll)
+    _weighted(
+        t,
+        o,
+        "weights",
+        pitch_p,
+        lanes_q,
+        "v",
+        "v_base",
+        "k0",
+        "key_end",
+        "head_v",
+        columns,
+        lanes_k,
+        s.block_k,
+        s.chunk,
+        vec,
+        "vv",
+        s.unroll,
+    )
     t.barrier()
     t.end()
     if split:
@@ -380,13 +445,20 @@ def forward(
             for j, c in enumerate(COMPONENTS):
                 t.let(f"col{v}_{j}", f"({v * lanes_k}u + tx) * 4u + {j}u")
                 t.open(f"col{v}_{j} < head_v")
-                t.store("out", "out_base", f"query * {'head_v' if split else 'out_row'} + col{v}_{j}", f"o{i}_{v}.{c} * inverse")
+                t.store(
+                    "out",
+                    "out_base",
+                    f"query * {'head_v' if split else 'out_row'} + col{v}_{j}",
+                    f"o{i}_{v}.{c} * inverse",
+                )
                 t.end()
         t.open("tx == 0u")
         inf = negative_infinity(t)
         at = "((part * batch + z) * heads + h) * queries + query" if split else "bh * queries + query"
         t.base("lse_base", "lse")
-        t.store("lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}"))
+        t.store(
+            "lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}")
+        )
         t.end()
         t.end()
         t.end()
@@ -403,7 +475,8 @@ def forward_groups(schedule: Schedule, batch, heads, queries, splits=1, minimum=
 def merge(target: Target, dtype: str) -> Kernel:
     """Combines the partial results of forward(split=True).
 
-    Buffers: parts, part_lse, out, lse. Scalars (u32): splits, batch, heads, queries, head_v, out_batch, out_head, out_row.
+    Buffers: parts, part_lse, out, lse. Scalars (u32): splits, batch, heads, queries, head_v, out_batch, out_head,
+    out_row.
     Grid: merge_groups(batch, heads, queries, head_v)."""
     t = Text(target, f"attention_merge_{dtype}", 64)
     for n in ("parts", "part_lse"):
@@ -454,7 +527,8 @@ def negative_infinity(t: Text) -> str:
 def delta(target: Target, dtype: str) -> Kernel:
     """delta[b, h, q] = sum over d of do[b, h, q, d] * out[b, h, q, d], f32, contiguous: the first step of backward.
 
-    Buffers: g (the gradient do), out, delta. Scalars (u32): batch, heads, queries, head_v, batch, head, row strides of do, of out.
+    Buffers: g (the gradient do), out, delta. Scalars (u32): batch, heads, queries, head_v, batch, head, row strides
+    of do, of out.
     Grid: (min(cdiv(batch * heads * queries, 64), 65535), 1, 1)."""
     t = Text(target, f"attention_delta_{dtype}", 64)
     t.buffer("g", dtype)
@@ -464,7 +538,13 @@ def delta(target: Target, dtype: str) -> Kernel:
     _declare(t, ["g", "out"])
     t.loop("e", f"{t.group} * 64u + lid", "batch * heads * queries", f"{t.groups} * 64u")
     for n in ("g", "out"):
-        t.base(f"{n}_base", n, ("(e / (queries * heads))", f"{n}_batch"), ("((e / queries) % heads)", f"{n}_head"), ("(e % queries)", f"{n}_row"))
+        t.base(
+            f"{n}_base",
+            n,
+            ("(e / (queries * heads))", f"{n}_batch"),
+            ("((e / queries) % heads)", f"{n}_head"),
+            ("(e % queries)", f"{n}_row"),
+        )
     t.base("delta_base", "delta")
     t.var("sum", t_float(t, "0.0"), "f32")
     t.loop("d", "0u", "head_v", "1u")
@@ -475,7 +555,9 @@ def delta(target: Target, dtype: str) -> Kernel:
     return t.finish()
 
 
-def _backward(t: Text, s: Schedule, dtype: str, mask: str, causal: bool, vec: bool, results: list[tuple[str, str]]) -> None:
+def _backward(
+    t: Text, s: Schedule, dtype: str, mask: str, causal: bool, vec: bool, results: list[tuple[str, str]]
+) -> None:
     """Buffers, scalars and shared memory of the backward kernels."""
     for n in ("q", "k", "v", "g"):
         t.buffer(n, dtype, "r", 4 if vec else 1)
@@ -504,7 +586,7 @@ def _share(t: Text, s: Schedule, name: str, lanes_m: int, pitch: int) -> None:
     """The registers name[row][column] to weights[column][row]."""
     for i in range(s.thread_q // 4):
         for j, c in enumerate(COMPONENTS):
-            parts = t.vector([f"{name}{i * 4 + l}_0.{c}" for l in range(4)])
+            parts = t.vector([f"{name}{i * 4 + step}_0.{c}" for step in range(4)])
             t.add(f"weights[(tx * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
 
 
@@ -512,7 +594,18 @@ def _probability(t: Text, score: str, lse: str) -> str:
     return t.select(f"exp({score} - {lse})", t_float(t, "0.0"), f"{score} <= {t_float(t, NEVER)}")
 
 
-def _store_rows(t: Text, s: Schedule, acc: Accumulators, name: str, row0: str, rows: str, size: str, lanes: int, lanes_m: int, factor: str) -> None:
+def _store_rows(
+    t: Text,
+    s: Schedule,
+    acc: Accumulators,
+    name: str,
+    row0: str,
+    rows: str,
+    size: str,
+    lanes: int,
+    lanes_m: int,
+    factor: str,
+) -> None:
     for i in range(s.thread_q):
         t.open()
         t.let("row", f"{row0} + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
@@ -528,17 +621,27 @@ def _store_rows(t: Text, s: Schedule, acc: Accumulators, name: str, row0: str, r
 
 
 def backward_query(
-    target: Target, schedule: Schedule, dtype: str, head: int, head_v: int, mask: str = "", causal: bool = False, vec: bool = False, mask_grad: bool = False
+    target: Target,
+    schedule: Schedule,
+    dtype: str,
+    head: int,
+    head_v: int,
+    mask: str = "",
+    causal: bool = False,
+    vec: bool = False,
+    mask_grad: bool = False,
 ) -> Kernel:
-    """dq, and with mask_grad also the gradient of the score matrix ds (f32, contiguous (batch, heads, queries, keys)), for the mask;
+    """dq, and with mask_grad also the gradient of the score matrix ds (f32, contiguous (batch, heads, queries,
+    keys)), for the mask;
     the caller fills ds with zeros first where causal, and sums it over the dimensions that the mask broadcasts.
 
-    g is the gradient of out; lse from forward(), delta from delta(). Deterministic. Arguments as in forward(); vec includes g.
+    g is the gradient of out; lse from forward(), delta from delta(). Deterministic. Arguments as in forward(); vec
+    includes g.
     Buffers: q, k, v, g, [mask], lse, delta, dq, [ds].
     Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dq. Grid: forward_groups()."""
     s = schedule
-    t = Text(target, f"attention_dq_{dtype}_{head}_{head_v}_{mask or 'none'}{'_causal' if causal else ''}{'_vec' if vec else ''}"
-             f"{'_ds' if mask_grad else ''}_{s.key}", s.threads)  # fmt: skip
+    name = _name("attention_dq", s, dtype, head, head_v, mask, causal, vec, "_ds" if mask_grad else "")
+    t = Text(target, name, s.threads)
     _backward(t, s, dtype, mask, causal, vec, [("dq", dtype)] + ([("ds", "f32")] if mask_grad else []))
     columns = padded(head, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, columns)
@@ -574,7 +677,11 @@ def backward_query(
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}")
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}"), "f32")
-            t.let(f"d{j}", t.select(f"w{j} * (p{i}_0.{c} - delta{i})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"), "f32")
+            t.let(
+                f"d{j}",
+                t.select(f"w{j} * (p{i}_0.{c} - delta{i})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
+                "f32",
+            )
             if mask_grad:
                 t.open(f"query < queries && key + {j}u < keys")
                 t.store("ds", "ds_base", f"query * keys + key + {j}u", f"d{j}")
@@ -582,7 +689,25 @@ def backward_query(
         t.add(f"s{i}_0 = {t.vector([f'd{j}' for j in range(4)])};")
         t.end()
     _share(t, s, "s", lanes_m, pitch)
-    _weighted(t, acc, "weights", pitch, lanes_m, "k", "k_base", "k0", "key_end", "head", columns, lanes, s.block_k, s.chunk, vec, "kk_", s.unroll)
+    _weighted(
+        t,
+        acc,
+        "weights",
+        pitch,
+        lanes_m,
+        "k",
+        "k_base",
+        "k0",
+        "key_end",
+        "head",
+        columns,
+        lanes,
+        s.block_k,
+        s.chunk,
+        vec,
+        "kk_",
+        s.unroll,
+    )
     t.barrier()
     t.end()
     _store_rows(t, s, acc, "dq", "q0", "queries", "head", lanes, lanes_m, " * scale")
@@ -603,16 +728,25 @@ def _bases(t: Text, mask: str) -> None:
 
 
 def backward_key(
-    target: Target, schedule: Schedule, dtype: str, head: int, head_v: int, mask: str = "", causal: bool = False, vec: bool = False
+    target: Target,
+    schedule: Schedule,
+    dtype: str,
+    head: int,
+    head_v: int,
+    mask: str = "",
+    causal: bool = False,
+    vec: bool = False,
 ) -> Kernel:
-    """dk and dv: a workgroup owns block_q keys of a kv head and walks over the queries of its query heads, block_k at a time, in order:
+    """dk and dv: a workgroup owns block_q keys of a kv head and walks over the queries of its query heads, block_k
+    at a time, in order:
     deterministic, grouped heads summed.
 
     Buffers: q, k, v, g, [mask], lse, delta, dk, dv.
-    Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dk, dv. Grid: backward_key_groups()."""
+    Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dk, dv. Grid:
+    backward_key_groups()."""
     s = schedule
-    t = Text(target, f"attention_dkv_{dtype}_{head}_{head_v}_{mask or 'none'}{'_causal' if causal else ''}{'_vec' if vec else ''}_{s.key}",
-             s.threads)  # fmt: skip
+    name = _name("attention_dkv", s, dtype, head, head_v, mask, causal, vec)
+    t = Text(target, name, s.threads)
     _backward(t, s, dtype, mask, causal, vec, [("dk", dtype), ("dv", dtype)])
     columns_k, columns_v = padded(head, s.block_k // 4), padded(head_v, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, max(columns_k, columns_v))
@@ -650,15 +784,25 @@ def backward_key(
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}")
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}"), "f32")
-            t.let(f"d{j}", t.select(f"w{j} * (p{i}_0.{c} - delta{j})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"), "f32")
-        t.add(f"s{i}_0 = {t.vector([f'w{j}' for j in range(4)])};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};")
+            t.let(
+                f"d{j}",
+                t.select(f"w{j} * (p{i}_0.{c} - delta{j})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
+                "f32",
+            )
+        t.add(
+            f"s{i}_0 = {t.vector([f'w{j}' for j in range(4)])};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};"
+        )
         t.end()
     args = (lanes, s.block_k, s.chunk, vec)
     _share(t, s, "s", lanes_m, pitch)
-    _weighted(t, dv, "weights", pitch, lanes_m, "g", "g_base", "q0", "queries", "head_v", columns_v, *args, "gg", s.unroll)
+    _weighted(
+        t, dv, "weights", pitch, lanes_m, "g", "g_base", "q0", "queries", "head_v", columns_v, *args, "gg", s.unroll
+    )
     t.barrier()
     _share(t, s, "p", lanes_m, pitch)
-    _weighted(t, dk, "weights", pitch, lanes_m, "q", "q_base", "q0", "queries", "head", columns_k, *args, "qq", s.unroll)
+    _weighted(
+        t, dk, "weights", pitch, lanes_m, "q", "q_base", "q0", "queries", "head", columns_k, *args, "qq", s.unroll
+    )
     t.barrier()
     t.end(2)
     t.base("dk_base", "dk", ("z", "dk_batch"), ("kv", "dk_head"))

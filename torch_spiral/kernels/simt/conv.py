@@ -1,16 +1,20 @@
-"""Convolution of the `simt` class as an implicit matrix product: forward, backward for the input (also transposed convolution),
-backward for the weight; 2-d and 3-d (1-d is 2-d with height 1), any stride, padding, dilation, groups, any tensor strides.
+"""Convolution of the `simt` class as an implicit matrix product: forward, backward for the input (also transposed
+convolution),
+backward for the weight; 2-d and 3-d (1-d is 2-d with height 1), any stride, padding, dilation, groups, any tensor
+strides.
 
 One product in three roles. `channel` counts one side's channels of a group, `column` and `k` the other two indices:
 
-| mode    | result              | row (m) | column (n)                | k                      | gathered operand g | other operand w |
-|---------|---------------------|---------|---------------------------|------------------------|--------------------|-----------------|
-| forward | y[n, oc, o]         | oc      | pixel (n, o)              | tap (ic, t)            | x                  | weight          |
-| input   | dx[n, ic, i]        | ic      | pixel (n, i)              | tap (oc, t)            | dy                 | weight          |
-| weight  | dw[oc, ic, t]       | oc      | tap (ic, t)               | pixel (n, o)           | x                  | dy              |
+| mode    | result c      | row (m) | column (n)    | k             | gathered g | other w |
+|---------|---------------|---------|---------------|---------------|------------|---------|
+| forward | y[n, oc, o]   | oc      | pixel (n, o)  | tap (ic, t)   | x          | weight  |
+| input   | dx[n, ic, i]  | ic      | pixel (n, i)  | tap (oc, t)   | dy         | weight  |
+| weight  | dw[oc, ic, t] | oc      | tap (ic, t)   | pixel (n, o)  | x          | dy      |
 
-The gathered operand is read at coordinate c_d = (pixel_d * mul_d + add_d + tap_d * tap_mul_d) / div_d of each spatial dimension d, where the division
-is exact and 0 <= c_d < size_d; elsewhere it is 0. forward and weight: mul = stride, add = -padding, tap_mul = dilation, div = 1;
+The gathered operand is read at coordinate c_d = (pixel_d * mul_d + add_d + tap_d * tap_mul_d) / div_d of each
+spatial dimension d, where the division
+is exact and 0 <= c_d < size_d; elsewhere it is 0. forward and weight: mul = stride, add = -padding, tap_mul =
+dilation, div = 1;
 input: mul = 1, add = padding, tap_mul = -dilation, div = stride.
 """
 
@@ -27,9 +31,12 @@ __all__ = ["MODES", "SCHEDULES", "conv", "conv_groups", "direct", "direct_groups
 def scalar_names(nd: int, split: bool = False) -> list[str]:
     """Scalars of the kernels here, in order. The ones with a dimension number are per spatial dimension, slow to fast.
 
-    groups, m (rows of a group), n (columns), k; pixel<d>: size of the pixel grid; tap<d>: of the filter; channels: of a tap index;
-    mul<d>, add<d> (i32), tap_mul<d> (i32), div<d>, size<d>: see the module; strides of g: image, channel, <d>, group; of w: row,
-    then its k index: image or channel, <d>, group; of the result: row, then its column: image or channel, <d>, group."""
+    groups, m (rows of a group), n (columns), k; pixel<d>: size of the pixel grid; tap<d>: of the filter; channels:
+    of a tap index;
+    mul<d>, add<d> (i32), tap_mul<d> (i32), div<d>, size<d>: see the module; strides of g: image, channel, <d>,
+    group; of w: row,
+    then its k index: image or channel, <d>, group; of the result: row, then its column: image or channel, <d>,
+    group."""
     d = range(nd)
     names = ["groups", "m", "n", "k", *(f"pixel{i}" for i in d), *(f"tap{i}" for i in d), "channels"]
     for p in ("mul", "add", "tap_mul", "div", "size"):
@@ -75,7 +82,8 @@ class _Conv:
         return " + ".join([f"{major} * {prefix}_major", *(f"{s} * {prefix}_{i}" for i, s in enumerate(spatial))])
 
     def side(self, kind: str, major: str, spatial: list[str]) -> tuple[str, list[str]]:
-        """What a pixel or tap adds to the gathered operand's offset and coordinates. u32 arithmetic wraps, negative numbers too."""
+        """What a pixel or tap adds to the gathered operand's offset and coordinates. u32 arithmetic wraps, negative
+        numbers too."""
         if kind == "pixel":
             return f"{major} * g_image", [f"{s} * mul{i} + {self.u(f'add{i}')}" for i, s in enumerate(spatial)]
         return f"{major} * g_channel", [f"{s} * {self.u(f'tap_mul{i}')}" for i, s in enumerate(spatial)]
@@ -109,7 +117,8 @@ class _Conv:
 
 
 class _Store:
-    """Epilogue of a convolution. Operands: "m" one value a row (channel; index group * m + row), "mn" strides as the result."""
+    """Epilogue of a convolution. Operands: "m" one value a row (channel; index group * m + row), "mn" strides as the
+    result."""
 
     def __init__(self, t: Text, epilogue: Epilogue, acc: str):
         self.t, self.e, self.acc = t, epilogue, acc
@@ -157,15 +166,20 @@ def conv(
 ) -> Kernel:
     """A convolution in one of MODES (see the module).
 
-    divided: some div<d> is not 1. taps_last: order of a tap index is (channel, taps), as in a contiguous weight; else (taps, channel).
-    gather_unit: consecutive invocations read the gathered operand along "r", columns (NCHW), or along "k" (channels_last with
-    taps_last False). columns_first: columns of the product are the tile's m side, so that rows (channels), which are then the fast
+    divided: some div<d> is not 1. taps_last: order of a tap index is (channel, taps), as in a contiguous weight;
+    else (taps, channel).
+    gather_unit: consecutive invocations read the gathered operand along "r", columns (NCHW), or along "k"
+    (channels_last with
+    taps_last False). columns_first: columns of the product are the tile's m side, so that rows (channels), which are
+    then the fast
     dimension of the result, are stored together (channels_last).
-    split: the result is partial sums, f32, contiguous (splits, groups, m, n) of runs of k_span(schedule, k, splits) along k; finish with
+    split: the result is partial sums, f32, contiguous (splits, groups, m, n) of runs of k_span(schedule, k, splits)
+    along k; finish with
     gemm.split_reduce. No epilogue then; the c strides are unused.
     Schedules: gemm.SCHEDULES (prefetch and lanes apply; f32, f16, bf16), gemm.WIDE_SCHEDULE for f64.
 
-    Buffers: g, w, epilogue operands, c. Scalars: scalar_names(nd, split), then the epilogue's factors. Grid: conv_groups().
+    Buffers: g, w, epilogue operands, c. Scalars: scalar_names(nd, split), then the epilogue's factors. Grid:
+    conv_groups().
     """
     s, acc = schedule, ACCUMULATOR[dtype]
     if split:
@@ -215,8 +229,8 @@ def conv(
         if count % s.threads:
             raise Unsupported(f"{name}: {s.threads} invocations do not share a tile of {rows}x{s.tile_k} evenly")
         found = []
-        for l in range(count // s.threads):
-            e = l * s.threads
+        for step in range(count // s.threads):
+            e = step * s.threads
             if unit == "r" and s.threads % rows == 0:
                 found.append((f"(lid % {rows}u)", f"(lid / {rows}u + {e // rows}u)"))
             elif unit == "r" and rows % s.threads == 0:
@@ -240,8 +254,8 @@ def conv(
             t.let(f"col{i}_offset", offset)
             for d, c in enumerate(coords):
                 t.let(f"col{i}_at{d}", c)
-    for l, (row, _) in enumerate(w_places):
-        t.let(f"w_at{l}", f"min(row0 + {row}, m - 1u) * w_row")
+    for step, (row, _) in enumerate(w_places):
+        t.let(f"w_at{step}", f"min(row0 + {row}, m - 1u) * w_row")
     accs.declare()
     if chunked:
         t.var("run", "0u")
@@ -258,24 +272,27 @@ def conv(
     t.end()
     t.barrier()
     t.end()
-    for l, (row, kk) in enumerate(g_places):
+    for step, (row, kk) in enumerate(g_places):
         i = columns[row]
-        t.var(f"g{l}", t.zero(acc), acc)
+        t.var(f"g{step}", t.zero(acc), acc)
         t.open()
         t.let("kt", f"in_table + {kk}")
         cv.gather(
-            f"g{l}", f"col{i}_offset + k_offset[kt]", [f"col{i}_at{d} + k_at{d}[kt]" for d in range(nd)], f"k0 + {kk} < k_end"
+            f"g{step}",
+            f"col{i}_offset + k_offset[kt]",
+            [f"col{i}_at{d} + k_at{d}[kt]" for d in range(nd)],
+            f"k0 + {kk} < k_end",
         )
         t.end()
-    for l, (_, kk) in enumerate(w_places):
-        t.var(f"w{l}", t.zero(acc), acc)
+    for step, (_, kk) in enumerate(w_places):
+        t.var(f"w{step}", t.zero(acc), acc)
         t.open(f"k0 + {kk} < k_end")
-        t.add(f"w{l} = {t.load('w', 'w_base', f'w_at{l} + k_w[in_table + {kk}]')};")
+        t.add(f"w{step} = {t.load('w', 'w_base', f'w_at{step} + k_w[in_table + {kk}]')};")
         t.end()
-    for l, (row, kk) in enumerate(g_places):
-        t.put_component("tg", f"{kk} * {pg}u + {row} / 4u", f"({row} % 4u)", f"g{l}", acc)
-    for l, (row, kk) in enumerate(w_places):
-        t.put_component("tw", f"{kk} * {pw}u + {row} / 4u", f"({row} % 4u)", f"w{l}", acc)
+    for step, (row, kk) in enumerate(g_places):
+        t.put_component("tg", f"{kk} * {pg}u + {row} / 4u", f"({row} % 4u)", f"g{step}", acc)
+    for step, (row, kk) in enumerate(w_places):
+        t.put_component("tw", f"{kk} * {pw}u + {row} / 4u", f"({row} % 4u)", f"w{step}", acc)
     t.barrier()
     a, b = (("tg", pg), ("tw", pw)) if columns_first else (("tw", pw), ("tg", pg))
     accs.multiply(a[0], a[1], lanes_m, b[0], b[1], lanes_n, s.tile_k, unroll=s.unroll)
@@ -343,14 +360,23 @@ def conv_groups(schedule: Schedule, m, n, groups, columns_first=False, splits=1,
 
 
 def direct(
-    target: Target, mode: str, dtype: str, out_dtype: str, nd: int = 2, divided: bool = False, epilogue: Epilogue = NO_EPILOGUE
+    target: Target,
+    mode: str,
+    dtype: str,
+    out_dtype: str,
+    nd: int = 2,
+    divided: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Kernel:
-    """mode "forward" or "input" with few rows a group (depthwise): one invocation an element of the result, consecutive ones along
+    """mode "forward" or "input" with few rows a group (depthwise): one invocation an element of the result,
+    consecutive ones along
     columns. Buffers and scalars of conv(). Grid: direct_groups(m, n, groups)."""
     if mode == "weight":
         raise ValueError("direct() has no mode weight: direct_weight()")
     acc = ACCUMULATOR[dtype]
-    t = Text(target, f"conv{nd}_direct_{mode}_{dtype}_{out_dtype}{'_d' if divided else ''}{epilogue_name(epilogue)}", 64)
+    t = Text(
+        target, f"conv{nd}_direct_{mode}_{dtype}_{out_dtype}{'_d' if divided else ''}{epilogue_name(epilogue)}", 64
+    )
     t.buffer("g", dtype)
     t.buffer("w", dtype)
     out = _Store(t, epilogue, acc)
@@ -392,7 +418,8 @@ def direct_groups(m, n, groups, minimum=min):
 
 
 def direct_weight(target: Target, dtype: str, out_dtype: str, nd: int = 2) -> Kernel:
-    """mode "weight" with few rows and channels a group (depthwise): a workgroup an element of dw, its 64 invocations along pixels.
+    """mode "weight" with few rows and channels a group (depthwise): a workgroup an element of dw, its 64 invocations
+    along pixels.
 
     Buffers g, w, c and scalars of conv(). Grid: (min(m * n * groups, 65535), 1, 1)."""
     acc = ACCUMULATOR[dtype]

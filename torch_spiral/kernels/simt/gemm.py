@@ -1,6 +1,7 @@
 """Matrix products of the `simt` class: tiled GEMM, skinny products (decode), the reduction of split-K partials.
 
-C[z, m, n] = epilogue(sum over k of A[z, m, k] * B[z, k, n]), z < batch. Sizes and strides are run-time scalars (u32, elements);
+C[z, m, n] = epilogue(sum over k of A[z, m, k] * B[z, k, n]), z < batch. Sizes and strides are run-time scalars (u32,
+elements);
 a batch stride of 0 broadcasts. f16 and bf16 accumulate in f32.
 """
 
@@ -29,9 +30,11 @@ class Schedule:
 
     lanes: width of a 32-invocation block of the workgroup, in invocations along n (0: rows of the workgroup).
     prefetch: the next tile is loaded into registers while the current one is multiplied.
-    chunk: products are summed in runs of `chunk` along k, and the runs added in a second accumulator (0: one accumulator).
+    chunk: products are summed in runs of `chunk` along k, and the runs added in a second accumulator (0: one
+    accumulator).
     float32 needs it: the error of one sequential sum is 3 times that of torch.mm.
-    unroll: steps of k written out (0: tile_k); fewer compile faster, which counts where compiling takes seconds (lavapipe).
+    unroll: steps of k written out (0: tile_k); fewer compile faster, which counts where compiling takes seconds
+    (lavapipe).
     """
 
     tile_m: int
@@ -51,19 +54,27 @@ class Schedule:
     @property
     def key(self) -> str:
         text = f"{self.tile_m}x{self.tile_n}x{self.tile_k}_{self.thread_m}x{self.thread_n}"
-        return text + (f"_w{self.lanes}" if self.lanes else "") + ("_p" if self.prefetch else "") + f"_c{self.chunk}" + (f"_u{self.unroll}" if self.unroll else "")
+        return (
+            text
+            + (f"_w{self.lanes}" if self.lanes else "")
+            + ("_p" if self.prefetch else "")
+            + f"_c{self.chunk}"
+            + (f"_u{self.unroll}" if self.unroll else "")
+        )
 
     def workgroup_memory(self, itemsize: int = 4) -> int:
         """Bytes, at most (one vector of padding a row of A and of B)."""
         return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4)
 
     def fits(self, target: Target, itemsize: int = 4) -> bool:
-        return self.threads <= target.max_workgroup_size and self.workgroup_memory(itemsize) <= target.max_workgroup_memory
+        return (
+            self.threads <= target.max_workgroup_size and self.workgroup_memory(itemsize) <= target.max_workgroup_memory
+        )
 
 
 # What a tuner may choose from, for float32, float16 and bfloat16 storage. The first is the reference.
 SCHEDULES: tuple[Schedule, ...] = (
-    Schedule(32, 32, 16, 4, 4, unroll=4),
+    Schedule(32, 32, 16, 4, 4, prefetch=False, unroll=1),
     Schedule(32, 32, 16, 4, 4),
     Schedule(64, 64, 16, 4, 4),
     Schedule(64, 64, 16, 8, 8, prefetch=False),
@@ -80,10 +91,11 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0),
     Schedule(64, 128, 16, 4, 8, chunk=0),
 )
-# Software adapters (lavapipe): larger register tiles, no prefetch.
-SOFTWARE = Schedule(64, 64, 16, 8, 8, prefetch=False, unroll=2)
+# Software adapters (lavapipe): larger register tiles; unrolling triples the time of compiling (0.9 to 2.9 s) and
+# gains nothing.
+SOFTWARE = Schedule(64, 64, 16, 8, 8, prefetch=False, unroll=1)
 # float64 and integers: no second accumulator.
-WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0, unroll=4)
+WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0, unroll=1)
 
 
 def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -> Schedule:
@@ -91,7 +103,7 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
     if ACCUMULATOR[dtype] != "f32":
         return WIDE_SCHEDULE
     area = m_bucket + n_bucket
-    if target.vendor and "llvmpipe" in target.vendor.lower() or target.compute_units <= 4:
+    if (target.vendor and "llvmpipe" in target.vendor.lower()) or target.compute_units <= 4:
         return SOFTWARE if area >= 12 and SOFTWARE.fits(target) else SCHEDULES[0]
     if area >= 23:
         wanted = Schedule(128, 128, 16, 8, 8, lanes=16)
@@ -112,7 +124,8 @@ def default_splits(target: Target, schedule: Schedule, m: int, n: int, batch: in
 
 
 class TileLoader:
-    """Moves a tile X[row, k] of `rows` x `tile_k` elements to shared memory, k-major: shared[k * pitch + row / 4], vec4.
+    """Moves a tile X[row, k] of `rows` x `tile_k` elements to shared memory, k-major: shared[k * pitch + row / 4],
+    vec4.
 
     unit: the dimension along which consecutive invocations load ("k" or "r"). vec: that dimension has stride 1 and
     size, strides and offset divisible by 4: loads are vec4. Rows beyond the end are clamped: they load data
@@ -120,7 +133,17 @@ class TileLoader:
     """
 
     def __init__(
-        self, t: Text, buffer: str, shared: str, rows: int, tile_k: int, unit: str, vec: bool, unit_stride: bool, full_k: bool, pitch: int = 0
+        self,
+        t: Text,
+        buffer: str,
+        shared: str,
+        rows: int,
+        tile_k: int,
+        unit: str,
+        vec: bool,
+        unit_stride: bool,
+        full_k: bool,
+        pitch: int = 0,
     ):
         self.t, self.buffer, self.shared, self.rows, self.tile_k = t, buffer, shared, rows, tile_k
         self.unit, self.vec, self.unit_stride, self.full_k = unit, vec, unit_stride, full_k
@@ -136,9 +159,9 @@ class TileLoader:
     def declare(self) -> None:
         self.t.shared(self.shared, self.dtype, self.tile_k * self.pitch)
 
-    def place(self, l: int) -> tuple[str, str]:
+    def place(self, step: int) -> tuple[str, str]:
         """(row, k) of this invocation's l-th load, within the tile."""
-        e = f"(lid + {l * self.t.threads}u)" if l else "lid"
+        e = f"(lid + {step * self.t.threads}u)" if step else "lid"
         if self.unit == "k":
             per = self.tile_k // self.width
             return f"({e} / {per}u)", f"({e} % {per}u)" + (" * 4u" if self.vec else "")
@@ -150,52 +173,56 @@ class TileLoader:
         t, p = self.t, self.shared
         self.base, self.stride_r, self.stride_k = base, stride_r, stride_k
         unit_r, unit_k = self.unit_stride and self.unit == "r", self.unit_stride and self.unit == "k"
-        for l in range(self.loads):
-            row, k = self.place(l)
+        for step in range(self.loads):
+            row, k = self.place(step)
             last = f"{rows_end} - {4 if self.vec and self.unit == 'r' else 1}u"
-            t.let(f"{p}_r{l}", f"min({row0} + {row}, {last})")
+            t.let(f"{p}_r{step}", f"min({row0} + {row}, {last})")
             if not self.full_k or self.partial:
-                t.let(f"{p}_k{l}", k)
-            r = f"{p}_r{l}" if unit_r else f"{p}_r{l} * {stride_r}"
+                t.let(f"{p}_k{step}", k)
+            r = f"{p}_r{step}" if unit_r else f"{p}_r{step} * {stride_r}"
             kk = f"({k_begin} + {k})" if unit_k else f"({k_begin} + {k}) * {stride_k}"
-            t.var(f"{p}_i{l}", f"{r} + {kk}")
-            t.var(f"{p}_v{l}", t.zero(self.dtype, self.width), self.dtype, self.width)
+            t.var(f"{p}_i{step}", f"{r} + {kk}")
+            t.var(f"{p}_v{step}", t.zero(self.dtype, self.width), self.dtype, self.width)
 
     def load(self, k0: str, k_end: str) -> None:
         """Loads this invocation's share of the tile at k0 into registers and moves on by a tile."""
         t, p = self.t, self.shared
-        step = f"{self.tile_k}u" if self.unit_stride and self.unit == "k" else f"{self.tile_k}u * {self.stride_k}"
-        for l in range(self.loads):
+        advance = f"{self.tile_k}u" if self.unit_stride and self.unit == "k" else f"{self.tile_k}u * {self.stride_k}"
+        for step in range(self.loads):
             conditions = []
             if not self.full_k:
-                conditions.append(f"{k0} + {p}_k{l} < {k_end}")
-            if self.partial and l == self.loads - 1:
-                conditions.append(f"{p}_k{l} < {self.tile_k}u" if self.unit == "r" else f"lid < {self.count - l * t.threads}u")
-            value = t.load(self.buffer, self.base, f"{p}_i{l}", self.width)
+                conditions.append(f"{k0} + {p}_k{step} < {k_end}")
+            if self.partial and step == self.loads - 1:
+                conditions.append(
+                    f"{p}_k{step} < {self.tile_k}u" if self.unit == "r" else f"lid < {self.count - step * t.threads}u"
+                )
+            value = t.load(self.buffer, self.base, f"{p}_i{step}", self.width)
             if conditions:
-                t.add(f"{p}_v{l} = {t.zero(self.dtype, self.width)};")
+                t.add(f"{p}_v{step} = {t.zero(self.dtype, self.width)};")
                 t.open(" && ".join(conditions))
-                t.add(f"{p}_v{l} = {t.load(self.buffer, self.base, f'{p}_i{l}', self.width)};")
+                t.add(f"{p}_v{step} = {t.load(self.buffer, self.base, f'{p}_i{step}', self.width)};")
                 t.end()
             else:
-                t.add(f"{p}_v{l} = {value};")
-            t.add(f"{p}_i{l} += {step};")
+                t.add(f"{p}_v{step} = {value};")
+            t.add(f"{p}_i{step} += {advance};")
 
     def store(self) -> None:
         """Registers to shared memory."""
         t, p = self.t, self.shared
-        for l in range(self.loads):
-            row, k = self.place(l)
-            guarded = self.partial and l == self.loads - 1
+        for step in range(self.loads):
+            row, k = self.place(step)
+            guarded = self.partial and step == self.loads - 1
             if guarded:
-                t.open(f"lid < {self.count - l * t.threads}u")
+                t.open(f"lid < {self.count - step * t.threads}u")
             if self.vec and self.unit == "r":
-                t.add(f"{p}[{k} * {self.pitch}u + {row} / 4u] = {p}_v{l};")
+                t.add(f"{p}[{k} * {self.pitch}u + {row} / 4u] = {p}_v{step};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
-                    t.put_component(p, f"({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{l}.{c}", self.dtype)
+                    t.put_component(
+                        p, f"({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}.{c}", self.dtype
+                    )
             else:
-                t.put_component(p, f"{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{l}", self.dtype)
+                t.put_component(p, f"{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype)
             if guarded:
                 t.end()
 
@@ -227,7 +254,19 @@ class Accumulators:
             for m, v in self.each():
                 self.t.add(f"{self.name}{m}_{v} += {self.name}s{m}_{v};")
 
-    def multiply(self, a: str, pitch_a: int, lanes_m: int, b: str, pitch_b: int, lanes_n: int, tile_k: int, ty="ty", tx="tx", unroll: int = 0) -> None:
+    def multiply(
+        self,
+        a: str,
+        pitch_a: int,
+        lanes_m: int,
+        b: str,
+        pitch_b: int,
+        lanes_n: int,
+        tile_k: int,
+        ty="ty",
+        tx="tx",
+        unroll: int = 0,
+    ) -> None:
         """self += a^T b over tile_k rows of the shared tiles a[k][m / 4] and b[k][n / 4]."""
         t = self.t
         looped = 0 < unroll < tile_k
@@ -264,8 +303,18 @@ def thread_layout(t: Text, lanes_n: int, lanes_m: int, lanes: int) -> None:
 class Output:
     """Applies an epilogue and stores: declares the result, the epilogue's operands and factors."""
 
-    def __init__(self, t: Text, dtype: str, accumulator: str, vec: bool, unit: bool, epilogue: Epilogue, name: str = "c"):
-        self.t, self.dtype, self.acc, self.vec, self.unit, self.epilogue, self.c = t, dtype, accumulator, vec, unit, epilogue, name
+    def __init__(
+        self, t: Text, dtype: str, accumulator: str, vec: bool, unit: bool, epilogue: Epilogue, name: str = "c"
+    ):
+        self.t, self.dtype, self.acc, self.vec, self.unit, self.epilogue, self.c = (
+            t,
+            dtype,
+            accumulator,
+            vec,
+            unit,
+            epilogue,
+            name,
+        )
         self.operands = operand_layouts(epilogue)
         self.factors = epilogue.factors(accumulator)
 
@@ -298,7 +347,11 @@ class Output:
     def store4(self, row: str, col: str, value: str, rows: str, cols: str) -> None:
         """Stores the vec4 `value` at (row, col ..< col + 4), masked by rows and cols."""
         t = self.t
-        index = (lambda c: f"{row} * {self.c}_row + {c}") if self.unit else (lambda c: f"{row} * {self.c}_row + ({c}) * {self.c}_col")
+        index = (
+            (lambda c: f"{row} * {self.c}_row + {c}")
+            if self.unit
+            else (lambda c: f"{row} * {self.c}_row + ({c}) * {self.c}_col")
+        )
         if self.vec:
             t.open(f"{row} < {rows} && {col} < {cols}")
             loads: list[list[str]] = [[] for _ in range(4)]
@@ -316,7 +369,9 @@ class Output:
                     for j in range(4):
                         loads[j].append(t.load(f"x{i}", f"x{i}_base", f"{row} * x{i}_row + ({col} + {j}u) * x{i}_col"))
             if self.epilogue.steps:
-                value = t.vector([self.apply(f"{value}.{c}", x) for c, x in zip(COMPONENTS, loads)], self.acc)
+                value = t.vector(
+                    [self.apply(f"{value}.{c}", x) for c, x in zip(COMPONENTS, loads, strict=True)], self.acc
+                )
             t.store(self.c, f"{self.c}_base", index(col), value, 4)
             t.end()
             return
@@ -327,7 +382,7 @@ class Output:
         t = self.t
         t.open(f"{row} < {rows} && {col} < {cols}")
         x = []
-        for i, (dtype, layout) in enumerate(self.operands):
+        for i, (_, layout) in enumerate(self.operands):
             at = f"{row} * x{i}_row" + ("" if layout == "r" else f" + {col} * x{i}_col")
             x.append(t.load(f"x{i}", f"x{i}_base", at))
         at = f"{row} * {self.c}_row + {col}" + ("" if self.unit else f" * {self.c}_col")
@@ -367,17 +422,22 @@ def gemm(
     """C = epilogue(A B), batched.
 
     Layouts: a "n" has stride 1 along k, "t" along m, "s" neither; b "n" has stride 1 along n, "t" along k, "s" neither;
-    c "n" has stride 1 along n, "s" any. vec_*: the unit-stride dimension's size, the other strides and the element offset are
+    c "n" has stride 1 along n, "s" any. vec_*: the unit-stride dimension's size, the other strides and the element
+    offset are
     divisible by 4 (a: k or m, b: n or k, c: n). full_k: k is divisible by tile_k (8 or 16).
-    split: C is partial sums, f32 (or the accumulator), of `splits` runs of k_span(...) along k, partial p of batch z at p * c_split;
+    split: C is partial sums, f32 (or the accumulator), of `splits` runs of k_span(...) along k, partial p of batch z
+    at p * c_split;
     no epilogue: split_reduce() applies it.
     dtype, b_dtype: storage of A and of B (default: the same); accumulation in f32 for f32, f16, bf16, else dtype.
     windows: bindings of A and B (WGSL buffers larger than max_binding).
 
     Buffers: a, b, epilogue operands, c.
-    Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per epilogue operand its
-    batch, row, col (all three, 0 where it does not vary), then the epilogue's factors (Epilogue.factors; 64-bit ones travel first);
-    with split instead: c_batch, c_row, c_col, splits, k_span, c_split. vec_c asks the same alignment of operands "n" and "mn". All sizes are at least 1; for k = 0 fill instead.
+    Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per epilogue
+    operand its
+    batch, row, col (all three, 0 where it does not vary), then the epilogue's factors (Epilogue.factors; 64-bit ones
+    travel first);
+    with split instead: c_batch, c_row, c_col, splits, k_span, c_split. vec_c asks the same alignment of operands "n"
+    and "mn". All sizes are at least 1; for k = 0 fill instead.
     Grid: groups(schedule, m, n, batch[, splits]).
     """
     s, b_dtype = schedule, b_dtype or dtype
@@ -387,10 +447,11 @@ def gemm(
     if split:
         out_dtype, epilogue = acc, NO_EPILOGUE
     flags = "".join("v" if v else "s" for v in (vec_a, vec_b, vec_c)) + ("f" if full_k else "")
-    name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}{'_split' if split else ''}_{s.key}{epilogue_name(epilogue)}"
+    flags += "_split" if split else ""
+    name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}_{s.key}{epilogue_name(epilogue)}"
     if windows != (1, 1):
         name += f"_w{windows[0]}{windows[1]}"
-    if vec_a and a == "s" or vec_b and b == "s" or vec_c and c == "s":
+    if (vec_a and a == "s") or (vec_b and b == "s") or (vec_c and c == "s"):
         raise ValueError(f"{name}: vec4 access needs a unit stride")
     t = Text(target, name, s.threads)
     wide = acc in ("f64", "i64") and t.wgsl
@@ -484,10 +545,12 @@ def gemm(
 def split_reduce(
     target: Target, acc: str, out_dtype: str, c: str = "n", vec_c: bool = False, epilogue: Epilogue = NO_EPILOGUE
 ) -> Kernel:
-    """C[z, m, n] = epilogue(sum over i < splits of P[z * p_batch + i * p_split + m * p_row + n]), P in the accumulator dtype acc.
+    """C[z, m, n] = epilogue(sum over i < splits of P[z * p_batch + i * p_split + m * p_row + n]), P in the
+    accumulator dtype acc.
 
     c, vec_c, epilogue: as in gemm(); vec_c needs n and P's strides divisible by 4.
-    Buffers: p, epilogue operands, c. Scalars (u32): batch, m, n, splits, p_batch, p_split, p_row, c_batch, c_row, c_col, per operand batch, row, col;
+    Buffers: p, epilogue operands, c. Scalars (u32): batch, m, n, splits, p_batch, p_split, p_row, c_batch, c_row,
+    c_col, per operand batch, row, col;
     factors.
     Grid: reduce_groups(m, n, batch). Partials: batch * splits * m * n elements.
     """
@@ -539,11 +602,13 @@ def skinny(
     windows: int = 1,
     threads: int = 64,
 ) -> Kernel:
-    """C = epilogue(A B) for m <= rows (1, 2, 4 or 8): reads B once at memory bandwidth. A has stride 1 along k, C along n.
+    """C = epilogue(A B) for m <= rows (1, 2, 4 or 8): reads B once at memory bandwidth. A has stride 1 along k, C
+    along n.
 
     b "t": B has stride 1 along k (a Linear's weight): 8 columns a workgroup, invocations along k.
     b "n": B has stride 1 along n: 64 columns a workgroup, 4 an invocation, the rest of the workgroup along k.
-    vec: strides and offsets of A and B divisible by 4, and k (t) or n (n) divisible by 4; A need not be aligned for "n".
+    vec: strides and offsets of A and B divisible by 4, and k (t) or n (n) divisible by 4; A need not be aligned for
+    "n".
     split: as in gemm(): partials of k_span along k, for split_reduce(); k_span is a multiple of 4.
     Buffers and scalars: those of gemm(). Grid: skinny_groups(b, n, batch[, splits]).
     """
@@ -596,7 +661,8 @@ def skinny(
             for r in range(rows):
                 t.add(f"s{r}_{c} = {t.fma(f'a{r}', f'b{c}', f's{r}_{c}', acc)};")
         t.end()
-        # One row of C at a time, so that shared memory stays small: 64 invocations add `threads` sums by eighths, 8 add those.
+        # One row of C at a time, so that shared memory stays small: 64 invocations add `threads` sums by eighths, 8
+        # add those.
         t.shared("sums", acc, columns * (threads + 1), 1)
         t.shared("eighths", acc, columns * 8, 1)
         t.shared("totals", acc, rows * columns, 1)
