@@ -58,11 +58,12 @@ def targets() -> dict[str, Target]:
         import pyopencl as cl
 
         device = cl.get_platforms()[0].get_devices()[0]
-        common: dict[str, Any] = dict(
-            language="opencl", engine="opencl", float64=True, int64=True, int64_atomics=True,
-            max_workgroup_size=device.max_work_group_size, max_workgroup_memory=device.local_mem_size,
-            max_workgroups=1 << 62, max_params=1024, max_binding=1 << 62, compute_units=device.max_compute_units,
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "language": "opencl", "engine": "opencl", "float64": True, "int64": True, "int64_atomics": True,
+            "max_workgroup_size": device.max_work_group_size, "max_workgroup_memory": device.local_mem_size,
+            "max_workgroups": 1 << 62, "max_params": 1024, "max_binding": 1 << 62,
+            "compute_units": device.max_compute_units,
+        }  # fmt: skip
         found["opencl-vector"] = Target(schedule_class="vector", **common)
         found["opencl-simt"] = Target(schedule_class="simt", **common)
     except Exception:
@@ -72,9 +73,13 @@ def targets() -> dict[str, Target]:
     except Exception:
         device = None
     if device is not None:
-        common = dict(
-            language="wgsl", schedule_class="simt", engine="wgpu", max_workgroup_size=256, max_workgroup_memory=16384
-        )
+        common = {
+            "language": "wgsl",
+            "schedule_class": "simt",
+            "engine": "wgpu",
+            "max_workgroup_size": 256,
+            "max_workgroup_memory": 16384,
+        }
         found["wgsl"] = Target(
             **common,
             int64="shader-int64" in device.features,
@@ -96,7 +101,7 @@ def params(kernel: Kernel, offsets: list[int], scalars: list[Any]) -> bytes:
     block = b"".join(struct.pack("<I" if wgsl else "<Q", o) for o in offsets)
     code = {"i64": "<q", "f64": "<d", "i32": "<i", "u32": "<I", "f32": "<f"}
     assert len(scalars) == len(kernel.scalars), (scalars, kernel.scalars)
-    for value, kind in zip(scalars, kernel.scalars):
+    for value, kind in zip(scalars, kernel.scalars, strict=False):
         block += struct.pack(code[kind], value)
     block += b"\0" * (kernel.params_size - len(block))
     assert len(block) == kernel.params_size
@@ -124,7 +129,7 @@ def run(
     raw = [a.tobytes() for a in arrays]
     raw = [r + b"\0" * ((-len(r)) % 16 or 16 * (not r)) for r in raw]
     out = (_run_wgsl if kernel.language == "wgsl" else _run_opencl)(kernel, raw, block, groups)
-    return [np.frombuffer(r[: a.nbytes], a.dtype).reshape(a.shape).copy() for r, a in zip(out, arrays)]
+    return [np.frombuffer(r[: a.nbytes], a.dtype).reshape(a.shape).copy() for r, a in zip(out, arrays, strict=False)]
 
 
 def _run_opencl(kernel: Kernel, raw: list[bytes], block: bytes, groups: tuple[int, ...]) -> list[bytes]:
@@ -135,9 +140,11 @@ def _run_opencl(kernel: Kernel, raw: list[bytes], block: bytes, groups: tuple[in
     buffers = [cl.Buffer(context, flags, hostbuf=np.frombuffer(r, np.uint8)) for r in raw]
     function = cl.Kernel(_opencl_program(kernel.source), kernel.entry)
     function.set_args(*buffers, np.frombuffer(block, np.uint8))
-    cl.enqueue_nd_range_kernel(queue, function, [g * w for g, w in zip(groups, kernel.workgroup)], kernel.workgroup)
+    cl.enqueue_nd_range_kernel(
+        queue, function, [g * w for g, w in zip(groups, kernel.workgroup, strict=False)], kernel.workgroup
+    )
     out = []
-    for b, r in zip(buffers, raw):
+    for b, r in zip(buffers, raw, strict=False):
         a = np.empty(len(r), np.uint8)
         cl.enqueue_copy(queue, a, b)
         out.append(a.tobytes())
@@ -155,7 +162,7 @@ def _run_wgsl(kernel: Kernel, raw: list[bytes], block: bytes, groups: tuple[int,
     buffers = [device.create_buffer_with_data(data=r, usage=usage) for r in raw]
     windows = list(kernel.windows) + [1] * kernel.errors
     bindings: list[tuple[Any, int, int]] = []
-    for b, r, n in zip(buffers, raw, windows):
+    for b, r, n in zip(buffers, raw, windows, strict=False):
         size = -(-len(r) // n // 256) * 256 if n > 1 else len(r)
         bindings += [(b, i * size, min(size, len(r) - i * size)) for i in range(n)]
     n_storage = len(bindings)

@@ -96,7 +96,7 @@ class Buffer:
             parts = [k.var(self.compute, x) for x in ([other, 0] if pair else [other])]
             with k.If(mask):
                 v = self.load(index)
-                for p, x in zip(parts, (v.re, v.im) if pair else (v,)):
+                for p, x in zip(parts, (v.re, v.im) if pair else (v,), strict=False):
                     p.set(x)
             return Complex(*(p.as_node() for p in parts)) if pair else parts[0].as_node()
         key = (self.name, index)

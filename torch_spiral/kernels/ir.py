@@ -24,7 +24,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any
 
 from .kernel import COMPUTE, DTYPES, compute_dtype
 
@@ -251,10 +251,10 @@ def same(*xs: Any) -> tuple[str, list[Node]]:
             dtype = n.dtype if dtype is None else promote(dtype, n.dtype)
     if dtype is None:
         raise TypeError(f"{xs}: no operand has a dtype")
-    for x, n in zip(xs, nodes):
+    for x, n in zip(xs, nodes, strict=False):
         if n is None:
             dtype = promote(dtype, _number_dtype(x, dtype))
-    return dtype, [const(x, dtype) if n is None else cast(n, dtype) for x, n in zip(xs, nodes)]
+    return dtype, [const(x, dtype) if n is None else cast(n, dtype) for x, n in zip(xs, nodes, strict=False)]
 
 
 def is_const(node: Node, value: Any = None) -> bool:
@@ -852,7 +852,7 @@ def angle(a: Any) -> Any:
     return where(lt(a, 0), math.pi, where(isnan(a), a, 0.0))
 
 
-Value = Union[Node, Complex]
+Value = Node | Complex
 
 
 # ---- whole expressions --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import ir
-from .builder import Buffer, KernelBuilder
+from .builder import KernelBuilder
 from .ir import Complex, Node
 from .kernel import DTYPES, Kernel, Target
 
@@ -107,7 +107,7 @@ class Nest:
         out += list(sizes)
         for i, op in enumerate(self.operands):
             if op.strides != "dense":
-                out += [s for s, c in zip(strides[i] or (), op.strides) if c == "s"]
+                out += [s for s, c in zip(strides[i] or (), op.strides, strict=False) if c == "s"]
         out += self._partition(sizes)
         out += [v for i, v in enumerate(values) if i not in self.wide_scalars]
         return out
@@ -134,13 +134,11 @@ class Nest:
 @dataclass(frozen=True)
 class Context:
     """What an expression may use besides its operands: the builder, the element's coordinates (i32, dimension 0
-    first), its
-    place in the iteration order, and the extra buffers."""
+    first) and its place in the iteration order."""
 
     k: KernelBuilder
     coordinates: tuple[Node, ...]
     position: Node
-    buffers: tuple[Buffer, ...]
 
 
 def _lanes_for(dtypes: Sequence[str]) -> int:
@@ -177,7 +175,7 @@ class _Pointwise:
         self.schedule = "tiles" if tiles else "vector" if vector else "simt"
         self.lanes = lanes or _lanes_for([o.dtype for o in operands])
         self.word_out = self._word_output() if not vector else None
-        key = "_".join(o.key for o in operands)
+        key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
         unit = 1 if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
         self.bufs = {
@@ -255,14 +253,13 @@ class _Pointwise:
         loaded = [self.bufs[o.name].load(index(o)) for o in self.ins]
         args = [*loaded, *self.values]
         if self.with_context:
-            args.insert(0, Context(self.k, tuple(coordinates), position, self.extra))
-        elif self.extra:
-            args += self.extra
+            args.insert(0, Context(self.k, tuple(coordinates), position))
+        args += self.extra
         result = self.fn(*args)
         results = result if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(self.outs):
             raise ValueError(f"{self.k.name}: {len(results)} results for {len(self.outs)} outputs")
-        for o, v in zip(self.outs, results):
+        for o, v in zip(self.outs, results, strict=False):
             store(o, v)
 
     # ---- schedules ------------------------------------------------------------------------------------------------
@@ -274,10 +271,10 @@ class _Pointwise:
         k = self.k
         j = k.var("i32", start)
         for width in (self.lanes, 1):
-            with k.While(lambda: j + width <= stop):
+            with k.While(lambda: j + width <= stop):  # noqa: B023 (called at once)
                 at = j.as_node() + k.lanes(width)
 
-                def index(o: Operand) -> Node:
+                def index(o: Operand, at: Node = at) -> Node:
                     if o.strides == "dense":
                         return row_position + at
                     c = o.strides[0]
@@ -285,9 +282,10 @@ class _Pointwise:
                         return base[o.name]
                     return base[o.name] + (at if c == "1" else at * self.strides[o.name, 0])
 
-                self.body(
-                    index, [at, *coordinates], row_position + at, lambda o, v: self.bufs[o.name].store(index(o), v)
-                )
+                def store(o: Operand, v: Any, index: Callable[[Operand], Node] = index) -> None:
+                    self.bufs[o.name].store(index(o), v)
+
+                self.body(index, [at, *coordinates], row_position + at, store)
                 j.set(j + width)
 
     def _bases(self, coordinates: list[Node]) -> dict[str, Node]:
@@ -346,7 +344,6 @@ class _Pointwise:
 
     def _element(self, i: Node, store: Callable[[Operand, Any], None] | None = None) -> None:
         """One element of the whole nest, i: u32 place in the iteration order."""
-        k = self.k
         need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
         coordinates = self.decompose(i, 0) if need else []
         position = ir.cast(i, "i32")
@@ -538,7 +535,7 @@ class RowContext:
         tuple."""
         if len(element) != len(monoid.dtypes):
             raise ValueError(f"{monoid.name} takes {len(monoid.dtypes)} components, not {len(element)}")
-        args = tuple(ir.cast(ir.as_node(x, t), t) for x, t in zip(element, monoid.dtypes))
+        args = tuple(ir.cast(ir.as_node(x, t), t) for x, t in zip(element, monoid.dtypes, strict=False))
         out = tuple(Node("red", t, *args, attr=(monoid, i)) for i, t in enumerate(monoid.dtypes))
         return out[0] if len(out) == 1 else out
 
@@ -587,8 +584,8 @@ class RowNest:
         out = [values[i] for i in self.wide_scalars]
         out += list(sizes)
         strided = [op for op in self.operands if op.strides != "dense"]
-        for op, given in zip(strided, strides):
-            out += [s for s, c in zip(given or (), op.strides) if c == "s"]
+        for op, given in zip(strided, strides, strict=False):
+            out += [s for s, c in zip(given or (), op.strides, strict=False) if c == "s"]
         if self.schedule in ("lanes_d", "lanes_r"):
             out.append(self._per_task(sizes, splits))
         if self.split:
@@ -646,10 +643,11 @@ class _Rows:
             self.outs = [Operand(f"partial{i}", _storage(t), "dense") for i, t in enumerate(monoid.dtypes)]
             operands = [*self.outs, *ins]
         self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0
-        key = "_".join(o.key for o in operands)
+        key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
         k = self.k = KernelBuilder(
             target,
-            f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}{'_split' if split else ''}{'_sg' if self.subgroups else ''}",
+            f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}"
+            f"{'_split' if split else ''}{'_subgroups' if self.subgroups else ''}",
         )
         self.bufs = {
             o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)
@@ -686,7 +684,7 @@ class _Rows:
                 raise ValueError(f"{k.name}: {len(results)} results for {len(self.outs)} outputs")
             self.results = [
                 r if isinstance(r, (Node, Complex)) else ir.as_node(r, self.bufs[o.name].compute)
-                for r, o in zip(results, self.outs)
+                for r, o in zip(results, self.outs, strict=False)
             ]
         self._analyse()
         self.workgroup = self._workgroup()
@@ -699,8 +697,8 @@ class _Rows:
         else:
             self._workgroup_row()
         self.nest = RowNest(
-            kernel=k.finish((self.workgroup, 1, 1)), target=target, operands=tuple(operands), reduced=reduced, ndim=ndim,
-            schedule=self.schedule, lanes=self.lanes, split=split,
+            kernel=k.finish((self.workgroup, 1, 1)), target=target, operands=tuple(operands), reduced=reduced,
+            ndim=ndim, schedule=self.schedule, lanes=self.lanes, split=split,
             wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
         )  # fmt: skip
 
@@ -851,15 +849,15 @@ class _Rows:
             stores = self.elementwise if loop == self.loops - 1 else []
             self._hoist([x for _, xs in now for x in xs] + [self.results[i] for i in stores])
             results = self._loop(now, stores, lanes_r, split)
-            for (monoid, xs), values in zip(now, results):
-                for i, (t, v) in enumerate(zip(monoid.dtypes, values)):
+            for (monoid, xs), values in zip(now, results, strict=False):
+                for i, (t, v) in enumerate(zip(monoid.dtypes, values, strict=False)):
                     self.done[Node("red", t, *xs, attr=(monoid, i))] = v
         rest = [i for i in range(len(self.outs)) if i not in self.elementwise]
         if rest:
             values = self.evaluate([self.results[i] for i in rest], self.row_leaf)
 
             def store() -> None:
-                for i, v in zip(rest, values):
+                for i, v in zip(rest, values, strict=False):
                     o = self.outs[i]
                     self.bufs[o.name].store(ir.cast(row_id, "i32") if o.strides == "dense" else self.bases[o.name], v)
 
@@ -870,13 +868,13 @@ class _Rows:
                 store()
 
     def _accumulators(self, now: list, lanes: int) -> list[list[Any]]:
-        return [[self.k.var(t, ir.const(c, t), lanes) for t, c in zip(m.dtypes, m.init)] for m, _ in now]
+        return [[self.k.var(t, ir.const(c, t), lanes) for t, c in zip(m.dtypes, m.init, strict=False)] for m, _ in now]
 
     def _combine(self, monoid: Monoid, acc: list[Any], values: Sequence[Any]) -> None:
         """acc <- combine(acc, values)."""
         new = monoid.combine(tuple(a.as_node() for a in acc), tuple(values))
         new = [self.k.let(n) if len(acc) > 1 else n for n in new]
-        for a, n in zip(acc, new):
+        for a, n in zip(acc, new, strict=False):
             a.set(n)
 
     def _element(self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any) -> None:
@@ -891,10 +889,10 @@ class _Rows:
         leaf = self._leaf_loader(index, position)
         exprs = [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
         values = self.evaluate(exprs, leaf)
-        for (monoid, xs), acc in zip(now, accs):
+        for (monoid, xs), acc in zip(now, accs, strict=False):
             self._combine(monoid, acc, values[: len(xs)])
             values = values[len(xs) :]
-        for i, v in zip(stores, values):
+        for i, v in zip(stores, values, strict=False):
             o = self.outs[i]
             self.bufs[o.name].store(index(o), v)
 
@@ -935,9 +933,9 @@ class _Rows:
                             self._element(now, accs[u], stores, {**at, 0: c}, place + c)
                         j.set(base + unroll * wide)
                     for u in range(1, unroll):
-                        for (m, _), a, b in zip(now, accs[0], accs[u]):
+                        for (m, _), a, b in zip(now, accs[0], accs[u], strict=False):
                             self._combine(m, a, [x.as_node() for x in b])
-                    for (m, _), a, b in zip(now, totals, accs[0]):
+                    for (m, _), a, b in zip(now, totals, accs[0], strict=False):
                         self._combine(m, a, [x.as_node() for x in b])
                 if unroll > 1:
                     with k.While(lambda: j + wide <= last):
@@ -956,7 +954,7 @@ class _Rows:
                         c = j.as_node()
                         self._element(now, accs, stores, {**at, 0: c}, place + c)
                         j.set(c + 1)
-                    for (m, _), a, b in zip(now, totals, accs):
+                    for (m, _), a, b in zip(now, totals, accs, strict=False):
                         self._combine(m, a, [x.as_node() for x in b])
             else:
                 with k.While(lambda: j < last):
@@ -968,10 +966,10 @@ class _Rows:
         if not along_d:
             return [[a.as_node() for a in acc] for acc in totals]
         out = []
-        for (m, _), acc, tail in zip(now, totals, tails):
+        for (m, _), acc, tail in zip(now, totals, tails, strict=False):
             values = [a.as_node() for a in acc]
             while values[0].lanes > 1:
-                low, high = zip(*(k.halves(v) for v in values))
+                low, high = zip(*(k.halves(v) for v in values), strict=False)
                 values = [k.let(v) for v in m.combine(low, high)]
             out.append([k.let(v) for v in m.combine(tuple(values), tuple(t.as_node() for t in tail))])
         return out
@@ -1005,13 +1003,13 @@ class _Rows:
                     t = j.as_node()
                     body(t, accs)
                     j.set(t + size)
-                for (m, _), a, b in zip(now, totals, accs):
+                for (m, _), a, b in zip(now, totals, accs, strict=False):
                     self._combine(m, a, [x.as_node() for x in b])
         else:
             with k.For(first + lid, end, size) as t:
                 body(t, totals)
         out = []
-        for m, acc in zip([m for m, _ in now], totals):
+        for m, acc in zip([m for m, _ in now], totals, strict=False):
             out.append(self._tree(m, acc))
         return out
 
@@ -1028,17 +1026,17 @@ class _Rows:
             shared = self._shared(monoid, slots)
             lane = k.subgroup_id() * k.subgroup_size() + k.subgroup_lane()
             with k.If(ir.eq(ir.and_(lane, self.target.subgroup - 1), 0)):
-                for s, a in zip(shared, acc):
+                for s, a in zip(shared, acc, strict=False):
                     s[ir.idiv(lane, self.target.subgroup)] = a
             k.barrier()
-            total = [k.var(t, s[0]) for t, s in zip(monoid.dtypes, shared)]
+            total = [k.var(t, s[0]) for t, s in zip(monoid.dtypes, shared, strict=False)]
             with k.For(ir.const(1, "u32"), slots) as i:
                 self._combine(monoid, total, [s[i] for s in shared])
             k.barrier()
             return [t.as_node() for t in total]
         shared = self._shared(monoid, size)
         lid = k.local_id()
-        for s, a in zip(shared, acc):
+        for s, a in zip(shared, acc, strict=False):
             s[lid] = a
         k.barrier()
         step = size // 2
@@ -1046,7 +1044,7 @@ class _Rows:
             with k.If(lid < step):
                 new = monoid.combine(tuple(s[lid] for s in shared), tuple(s[lid + step] for s in shared))
                 new = tuple(k.let(n) for n in new)
-                for s, n in zip(shared, new):
+                for s, n in zip(shared, new, strict=False):
                     s[lid] = n
             k.barrier()
             step //= 2

@@ -246,7 +246,7 @@ class OpenCL(Language):
         lanes = index.lanes
         i, atoms = k.value(index), [k.value(v, lanes) for v in values]
         for lane in range(lanes):
-            parts = [Node("tmp", v.dtype, attr=f"{a}.s{lane:x}") for v, a in zip(values, atoms)]
+            parts = [Node("tmp", v.dtype, attr=f"{a}.s{lane:x}") for v, a in zip(values, atoms, strict=True)]
             if DTYPES[b.dtype].kind == "bool":
                 parts = [Node("tmp", "bool", attr=f"({p.attr} & 1)") for p in parts]
             self.store(k, b, f"{i}.s{lane:x}", parts, 1)
