@@ -4,6 +4,7 @@ python -m benchmarks.kernels_vector [gemm] [linear] [gemv] [attention] [conv] [d
 
 Every line: median of the paired ratios torch / ours over interleaved runs, and the best time of each.
 """
+# ruff: noqa: B023, E501, E731 (every closure is called within its own iteration; lists of scalars stay on a line)
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from kernel_runner import _opencl, _opencl_program, params, targets  # noqa: E402
+from kernel_runner import _opencl, _opencl_program, params, targets
 
-from torch_spiral.kernels import Kernel  # noqa: E402
-from torch_spiral.kernels.vector import attention as A  # noqa: E402
-from torch_spiral.kernels.vector import conv as C  # noqa: E402
-from torch_spiral.kernels.vector import gemm as G  # noqa: E402
+from torch_spiral.kernels import Kernel
+from torch_spiral.kernels.vector import attention as A
+from torch_spiral.kernels.vector import conv as C
+from torch_spiral.kernels.vector import gemm as G
 
 TARGET = targets()["opencl-vector"]
 UNITS = 2
@@ -45,7 +46,9 @@ def buffer(x: torch.Tensor | int) -> Any:
     return cl.Buffer(_opencl()[0], flags | cl.mem_flags.COPY_HOST_PTR, hostbuf=x.detach().contiguous().numpy())
 
 
-def launcher(kernel: Kernel, buffers: list[Any], scalars: list[Any], groups: tuple[int, int, int]) -> Callable[[], None]:
+def launcher(
+    kernel: Kernel, buffers: list[Any], scalars: list[Any], groups: tuple[int, int, int]
+) -> Callable[[], None]:
     import pyopencl as cl
 
     function = cl.Kernel(_opencl_program(kernel.source), kernel.entry)
@@ -74,7 +77,10 @@ def compare(name: str, launches: list[Callable[[], None]], reference: Callable[[
         a.append(t1 - t0)
         b.append(time.perf_counter() - t1)
     rate = f"  {flops / min(a) / 1e9:.0f} against {flops / min(b) / 1e9:.0f} GFLOP/s" if flops else ""
-    print(f"{name:44} {median(y / x for x, y in zip(a, b)):5.2f}x  best {min(a) * 1e3:8.3f} ms, torch {min(b) * 1e3:8.3f} ms{rate}", flush=True)
+    print(
+        f"{name:44} {median(y / x for x, y in zip(a, b, strict=False)):5.2f}x  best {min(a) * 1e3:8.3f} ms, torch {min(b) * 1e3:8.3f} ms{rate}",
+        flush=True,
+    )
 
 
 def gemm() -> None:
@@ -94,7 +100,7 @@ def linear() -> None:
     for m, n, k in ((128, 768, 768), (16, 1024, 1024), (128, 3072, 768)):
         x, w, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
         bx, bw, bc, p = buffer(x), buffer(w), buffer(m * n), buffer(k * cdiv(n, s.nr) * s.nr)
-        reference = lambda: torch.mm(x, w.t(), out=out)  # noqa: B023, E731
+        reference = lambda: torch.mm(x, w.t(), out=out)
         compare(f"linear {m}x{n}x{k}, dot products", [launcher(
             G.gemm_dot(TARGET, "f32", "f32", "f32"), [bx, bw, bc], [0, k, 0, k, 0, n, 1, m, n, k], G.gemm_dot_groups(m, n, 1, UNITS))],
             reference, 2 * m * n * k)  # fmt: skip
@@ -127,19 +133,26 @@ def attention() -> None:
         packing = []
 
         def columns(x: Any) -> Any:
-            p = buffer(h * cdiv(t, nr) * nr * d)  # noqa: B023
-            packing.append(launcher(A.pack_columns(TARGET, "f32"), [x, p], [*strides[:2], 1, d, h, d, t], (max(1, t // 256), 1, h)))  # noqa: B023
+            p = buffer(h * cdiv(t, nr) * nr * d)
+            packing.append(
+                launcher(A.pack_columns(TARGET, "f32"), [x, p], [*strides[:2], 1, d, h, d, t], (max(1, t // 256), 1, h))
+            )
             return p
 
         def rows(x: Any) -> Any:
-            p = buffer(h * t * cdiv(d, nr) * nr)  # noqa: B023
-            packing.append(launcher(A.pack_rows(TARGET, "f32"), [x, p], [*strides, 1, h, t, d], (1, max(1, t // 256), h)))  # noqa: B023
+            p = buffer(h * t * cdiv(d, nr) * nr)
+            packing.append(
+                launcher(A.pack_rows(TARGET, "f32"), [x, p], [*strides, 1, h, t, d], (1, max(1, t // 256), h))
+            )
             return p
 
         grid = (cdiv(t, 48), h, 1)
         kc, vr = columns(bk), rows(bv)
-        forward = [*packing, launcher(A.attention_forward(TARGET, "f32", causal), [bq, kc, vr, o, lse], strides * 2 + tail, grid)]
-        sdpa = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: B023, E731
+        forward = [
+            *packing,
+            launcher(A.attention_forward(TARGET, "f32", causal), [bq, kc, vr, o, lse], strides * 2 + tail, grid),
+        ]
+        sdpa = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         with torch.no_grad():
             compare(f"attention H{h} T{t} D{d}{' causal' if causal else ''}", forward, sdpa)
         packing.clear()
@@ -156,22 +169,59 @@ def conv() -> None:
     s = C.conv_schedule()
     for n, ci, co, size, k, stride in ((8, 64, 64, 56, 3, 1), (1, 64, 64, 56, 3, 1), (1, 128, 128, 28, 3, 1), (1, 512, 512, 7, 3, 1),
                                        (8, 256, 256, 14, 3, 1), (1, 3, 64, 224, 7, 2), (1, 64, 128, 56, 3, 2)):  # fmt: skip
-        x, w, p = torch.randn(n, ci, size, size, requires_grad=True), (torch.randn(co, ci, k, k) * 0.05).requires_grad_(), k // 2
+        x, w, p = (
+            torch.randn(n, ci, size, size, requires_grad=True),
+            (torch.randn(co, ci, k, k) * 0.05).requires_grad_(),
+            k // 2,
+        )
         y = F.conv2d(x, w, stride=stride, padding=p)
         g, o, e, kk = torch.randn(y.shape), y.shape[2], size + 2 * p, ci * k * k
-        bx, bg, X, W, out = buffer(x), buffer(g), buffer(n * ci * e * e + C.SLACK), buffer(cdiv(co, s.mr) * s.mr * kk), buffer(y.numel())
+        bx, bg, X, W, out = (
+            buffer(x),
+            buffer(g),
+            buffer(n * ci * e * e + C.SLACK),
+            buffer(cdiv(co, s.mr) * s.mr * kk),
+            buffer(y.numel()),
+        )
         geometry = [1, o, o, 1, k, k, 1, e, e, 1, stride, stride, 1, 1, 1, kk, ci]
-        pad = launcher(C.pad(TARGET, "f32"), [bx, X], [ci * size * size, size * size, 0, size, 1, ci, 1, size, size, 1, e, e, 1, 1, 1, 0, p, p], (2, n, 1))
-        launcher(C.pack_weights(TARGET, "f32"), [buffer(w), W], [0, 0, kk, k * k, 0, k, 1, co, kk, 1, k, k], (2, 1, 1))()
-        run = launcher(C.conv(TARGET, "f32"), [X, W, out], [ci * e * e, co * o * o, o * o, 0, o, 1, co, 1, *geometry], C.conv_groups(co, o * o, n, 1, s, UNITS))
+        pad = launcher(
+            C.pad(TARGET, "f32"),
+            [bx, X],
+            [ci * size * size, size * size, 0, size, 1, ci, 1, size, size, 1, e, e, 1, 1, 1, 0, p, p],
+            (2, n, 1),
+        )
+        launcher(
+            C.pack_weights(TARGET, "f32"), [buffer(w), W], [0, 0, kk, k * k, 0, k, 1, co, kk, 1, k, k], (2, 1, 1)
+        )()
+        run = launcher(
+            C.conv(TARGET, "f32"),
+            [X, W, out],
+            [ci * e * e, co * o * o, o * o, 0, o, 1, co, 1, *geometry],
+            C.conv_groups(co, o * o, n, 1, s, UNITS),
+        )
         name, flops = f"conv {k}x{k}/{stride} {ci}->{co} {size}^2 b{n}", 2 * n * o * o * co * kk
         with torch.no_grad():
-            compare(name, [pad, run], lambda: F.conv2d(x, w, stride=stride, padding=p), flops)  # noqa: B023
-        run = launcher(C.conv_backward_weight(TARGET, "f32"), [X, bg, buffer(co * kk)], [ci * e * e, co * o * o, o * o, co, 1, n, *geometry], (2, 1, 1))
-        compare("  gradient of the weight", [pad, run], lambda: torch.autograd.grad(y, w, g, retain_graph=True), flops)  # noqa: B023
+            compare(name, [pad, run], lambda: F.conv2d(x, w, stride=stride, padding=p), flops)
+        run = launcher(
+            C.conv_backward_weight(TARGET, "f32"),
+            [X, bg, buffer(co * kk)],
+            [ci * e * e, co * o * o, o * o, co, 1, n, *geometry],
+            (2, 1, 1),
+        )
+        compare("  gradient of the weight", [pad, run], lambda: torch.autograd.grad(y, w, g, retain_graph=True), flops)
         if stride == 1:
-            run = launcher(C.conv(TARGET, "f32"), [X, W, out], [ci * e * e, co * o * o, o * o, 0, o, 1, co, 1, *geometry], C.conv_groups(co, o * o, n, 1, s, UNITS))
-            compare("  gradient of the input (square case)", [pad, run], lambda: torch.autograd.grad(y, x, g, retain_graph=True), flops)  # noqa: B023
+            run = launcher(
+                C.conv(TARGET, "f32"),
+                [X, W, out],
+                [ci * e * e, co * o * o, o * o, 0, o, 1, co, 1, *geometry],
+                C.conv_groups(co, o * o, n, 1, s, UNITS),
+            )
+            compare(
+                "  gradient of the input (square case)",
+                [pad, run],
+                lambda: torch.autograd.grad(y, x, g, retain_graph=True),
+                flops,
+            )
 
 
 def depthwise() -> None:

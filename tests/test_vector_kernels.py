@@ -1,4 +1,5 @@
 """Contractions of the vector class (OpenCL on CPU devices) against float64 PyTorch."""
+# ruff: noqa: E501 (lists of launch scalars stay on a line)
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def cdiv(a: int, b: int) -> int:
 
 def flat(t: torch.Tensor) -> torch.Tensor:
     """The storage of t from its first element to its last."""
-    n = 1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride())) if t.numel() else 0
+    n = 1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=False)) if t.numel() else 0
     return t.as_strided((n,), (1,), t.storage_offset())
 
 
@@ -37,7 +38,7 @@ def launch(kernel, tensors, scalars, groups):
     """Runs a kernel on tensors; those of type Out receive their new contents."""
     bytes_ = [flat(t).clone().view(torch.uint8).numpy() for t in tensors]
     results = run(kernel, bytes_, scalars, groups)
-    for t, r in zip(tensors, results):
+    for t, r in zip(tensors, results, strict=False):
         if hasattr(t, "is_result"):
             flat(t).view(torch.uint8).copy_(torch.from_numpy(r))
 
@@ -120,7 +121,11 @@ class Product:
                 t = make({"n": (1, 1, n), "m": (1, m, 1), "mn": (bt, m, n), "s": (bt, m, n)}[broadcast], dt)
                 e = t.expand(bt, m, n)
                 self.operands.append(t)
-                self.extra += [e.stride(0), *([e.stride(1)] if broadcast != "n" else []), *([e.stride(2)] if broadcast == "s" else [])]
+                self.extra += [
+                    e.stride(0),
+                    *([e.stride(1)] if broadcast != "n" else []),
+                    *([e.stride(2)] if broadcast == "s" else []),
+                ]
                 if kind == "beta":
                     factors.append(STEPS["beta"])
                 ref = ref * t.double() if kind == "mul" else ref + t.double() * (STEPS["beta"] if kind == "beta" else 1)
@@ -138,10 +143,15 @@ class Product:
             assert (self.c[1::2] == 77).all(), "written between the elements"
 
     def pack(self, s):
-        bt, m, n, k = self.shape
+        bt, _m, n, k = self.shape
         p = result(bt * cdiv(n, s.nr) * s.nr * k, G.compute_dtype(self.dtype))
         b = self.b
-        launch(G.pack_b(TARGET, self.dtype, self.bl, s), [b, p], [b.stride(0), 0, b.stride(1), b.stride(2), 1, k, n], (2, 2, bt))
+        launch(
+            G.pack_b(TARGET, self.dtype, self.bl, s),
+            [b, p],
+            [b.stride(0), 0, b.stride(1), b.stride(2), 1, k, n],
+            (2, 2, bt),
+        )
         assert (p[-GUARD:] == 77).all()
         return p, cdiv(n, s.nr) * s.nr * k
 
@@ -155,7 +165,9 @@ def test_gemm_packed(case, width):
     s = G.schedule(compute, width)
     packed, items = p.pack(s)
     kernel = G.gemm(TARGET, p.dtype, compute, p.dtype, p.al, "packed", p.cl, p.ep, s=s)
-    launch(kernel, [p.a, packed, p.c, *p.operands], [*p.a.stride(), items, 0, *p.c_strides, *p.extra, m, n, k], (2, 2, bt))
+    launch(
+        kernel, [p.a, packed, p.c, *p.operands], [*p.a.stride(), items, 0, *p.c_strides, *p.extra, m, n, k], (2, 2, bt)
+    )
     p.check()
 
 
@@ -170,7 +182,12 @@ def test_gemm_split(case):
     launch(G.gemm(TARGET, p.dtype, compute, p.dtype, p.al, split=True), [p.a, packed, parts],
            [*p.a.stride(), items, 0, m * n, n, 1, m, n, k], (3, 2, bt))  # fmt: skip
     values(parts, (3, bt, m, n))
-    launch(G.reduce_splits(TARGET, p.dtype, p.cl, p.ep), [parts, p.c, *p.operands], [*p.c_strides, *p.extra, m, n, 3], (2, 2, bt))
+    launch(
+        G.reduce_splits(TARGET, p.dtype, p.cl, p.ep),
+        [parts, p.c, *p.operands],
+        [*p.c_strides, *p.extra, m, n, 3],
+        (2, 2, bt),
+    )
     p.check()
 
 
@@ -211,11 +228,24 @@ def test_gemv(dtype, n, k, split):
 @pytest.mark.parametrize("k", [1024, 3072])
 def test_gemm_accuracy(k):
     """Normwise error of the product of normal random matrices."""
+    bound = max(2.3e-7, 3e-7 * math.sqrt(k / 3072))
     p = Product("f32", "n", "n", "n", (1, 60, 64, k), ())
-    s = G.schedule()
-    packed, items = p.pack(s)
-    launch(G.gemm(TARGET, "f32", "f32", "f32"), [p.a, packed, p.c], [*p.a.stride(), items, 0, *p.c_strides, 60, 64, k], (1, 1, 1))
-    close(values(p.c, (1, 60, 64)), p.ref, max(2.3e-7, 3e-7 * math.sqrt(k / 3072)))
+    packed, items = p.pack(G.schedule())
+    launch(
+        G.gemm(TARGET, "f32", "f32", "f32"),
+        [p.a, packed, p.c],
+        [*p.a.stride(), items, 0, *p.c_strides, 60, 64, k],
+        (1, 1, 1),
+    )
+    close(values(p.c, (1, 60, 64)), p.ref, bound)
+    row = p.a[:, :1].contiguous()
+    launch(G.gemv(TARGET, "f32", "f32", "f32"), [row, p.b, p.c], [k, 1, *p.b.stride()[:2], 64, 1, 64, k], (1, 1, 1))
+    close(values(p.c, (1, 1, 64)), p.ref[:, :1], 1.5 * bound)  # few elements: the norm scatters
+    t = Product("f32", "n", "t", "n", (1, 60, 64, k), ())
+    for rows in (0, 1):
+        launch(G.gemm_dot(TARGET, "f32", "f32", "f32", rows), [t.a, t.b, t.c],
+               [*t.a.stride()[:2], t.b.stride(0), t.b.stride(2), *t.c_strides, 60, 64, k], (1, 1, 1))  # fmt: skip
+        close(values(t.c, (1, 60, 64)), t.ref, bound)
 
 
 def test_beta_of_zero_ignores_nan():
@@ -227,10 +257,14 @@ def test_beta_of_zero_ignores_nan():
     close(values(p.c, (1, 7, 20)), p.a.double() @ p.b.double(), EPS["f32"])
 
 
-@pytest.mark.parametrize("name", ["relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"])
+@pytest.mark.parametrize(
+    "name", ["relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid"]
+)
 def test_activations(name):
     """Over the whole range and at NaN and infinity: C = f(a * 1), K = 1."""
-    x = torch.cat([torch.linspace(-30, 30, 4000), torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e-8, -1e-8, 200.0, -200.0])])
+    x = torch.cat(
+        [torch.linspace(-30, 30, 4000), torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e-8, -1e-8, 200.0, -200.0])]
+    )
     n = x.numel()
     c = result(n)
     launch(G.gemm(TARGET, "f32", "f32", "f32", "n", "n", "n", G.Epilogue((name,))), [torch.ones(1), x, c],
@@ -259,7 +293,9 @@ class Attention:
         torch.manual_seed(tq)
         self.dims = b, h, hk, tq, tk, d, dv
         self.causal, self.mask_dtype, self.dtype = causal, mask, dtype
-        self.q, self.k, self.v, self.g = (torch.randn(s).to(TORCH[dtype]) for s in ((b, h, tq, d), (b, hk, tk, d), (b, hk, tk, dv), (b, h, tq, dv)))
+        self.q, self.k, self.v, self.g = (
+            torch.randn(s).to(TORCH[dtype]) for s in ((b, h, tq, d), (b, hk, tk, d), (b, hk, tk, dv), (b, h, tq, dv))
+        )
         self.mask = None
         if mask == "f32":
             self.mask = torch.randn(b, 1, 1, tk).expand(b, h, tq, tk)
@@ -271,24 +307,31 @@ class Attention:
         self.mask_strides = list(self.mask.stride()) if mask else []
 
     def forward(self):
-        b, h, hk, tq, tk, d, dv = self.dims
-        o, l = result(b * h * tq * dv, self.dtype), result(b * h * tq)
+        b, h, _hk, tq, _tk, _d, dv = self.dims
+        o, lse = result(b * h * tq * dv, self.dtype), result(b * h * tq)
         kernel = A.attention_forward(TARGET, self.dtype, self.causal, self.mask_dtype)
-        launch(kernel, [self.q, self.columns(self.k), self.rows(self.v), o, l, *self.masks],
+        launch(kernel, [self.q, self.columns(self.k), self.rows(self.v), o, lse, *self.masks],
                [*self.q.stride()[:3], h * tq * dv, tq * dv, dv, *self.mask_strides, *self.tail], (cdiv(tq, 48), b * h, 1))  # fmt: skip
-        return values(o, (b, h, tq, dv)), values(l, (b, h, tq))
+        return values(o, (b, h, tq, dv)), values(lse, (b, h, tq))
 
     def columns(self, x):
         b, h, t, d = x.shape
         p = result(b * h * cdiv(t, self.nr) * self.nr * d)
-        launch(A.pack_columns(TARGET, self.dtype), [x, p], [x.stride(0), x.stride(1), 1, x.stride(2), h, d, t], (2, 1, b * h))
+        launch(
+            A.pack_columns(TARGET, self.dtype),
+            [x, p],
+            [x.stride(0), x.stride(1), 1, x.stride(2), h, d, t],
+            (2, 1, b * h),
+        )
         values(p, (0,))
         return p
 
     def rows(self, x):
         b, h, t, d = x.shape
         p = result(b * h * t * cdiv(d, self.nr) * self.nr)
-        launch(A.pack_rows(TARGET, self.dtype), [x, p], [x.stride(0), x.stride(1), x.stride(2), 1, h, t, d], (1, 2, b * h))
+        launch(
+            A.pack_rows(TARGET, self.dtype), [x, p], [x.stride(0), x.stride(1), x.stride(2), 1, h, t, d], (1, 2, b * h)
+        )
         values(p, (0,))
         return p
 
@@ -306,10 +349,10 @@ class Attention:
         p = torch.softmax(s.masked_fill(~keep, -1e300), -1) * keep
         return p @ v, torch.logsumexp(s.masked_fill(~keep, -math.inf), -1)
 
-    def check(self, o, l):
-        want, lse = self.reference(self.q.double(), self.k.double(), self.v.double())
+    def check(self, o, lse):
+        want, want_lse = self.reference(self.q.double(), self.k.double(), self.v.double())
         close(o, want, EPS[self.dtype])
-        torch.testing.assert_close(l.double(), lse, rtol=1e-6, atol=2e-6)  # minus infinity where fully masked
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=2e-6)  # minus infinity where fully masked
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
@@ -321,20 +364,25 @@ def test_attention_forward(case):
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_attention_decode(case):
     a = Attention(*case)
-    b, h, hk, tq, tk, d, dv = a.dims
-    o, l = result(b * h * tq * dv, a.dtype), result(b * h * tq)
-    launch(A.attention_decode(TARGET, a.dtype, a.causal, a.mask_dtype), [a.q, a.k, a.v, o, l, *a.masks],
+    b, h, _hk, tq, _tk, _d, dv = a.dims
+    o, lse = result(b * h * tq * dv, a.dtype), result(b * h * tq)
+    launch(A.attention_decode(TARGET, a.dtype, a.causal, a.mask_dtype), [a.q, a.k, a.v, o, lse, *a.masks],
            [*a.q.stride()[:3], *a.k.stride()[:3], *a.v.stride()[:3], h * tq * dv, tq * dv, dv, *a.mask_strides, *a.tail], (tq, b * h, 1))  # fmt: skip
-    a.check(values(o, (b, h, tq, dv)), values(l, (b, h, tq)))
+    a.check(values(o, (b, h, tq, dv)), values(lse, (b, h, tq)))
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_attention_backward(case):
     a = Attention(*case)
-    b, h, hk, tq, tk, d, dv = a.dims
-    o, l = a.forward()
+    b, h, hk, tq, tk, _d, dv = a.dims
+    o, lse = a.forward()
     delta = result(b * h * 2 * cdiv(tq, 64) * 64)
-    launch(A.attention_delta(TARGET, a.dtype), [o, a.g, l, delta], [*o.stride()[:3], *a.g.stride()[:3], h, tq, dv], (cdiv(tq, 64), b * h, 1))
+    launch(
+        A.attention_delta(TARGET, a.dtype),
+        [o, a.g, lse, delta],
+        [*o.stride()[:3], *a.g.stride()[:3], h, tq, dv],
+        (cdiv(tq, 64), b * h, 1),
+    )
     dq, dk, dv_ = result(a.q.numel(), a.dtype), result(a.k.numel(), a.dtype), result(a.v.numel(), a.dtype)
     launch(A.attention_backward_q(TARGET, a.dtype, a.causal, a.mask_dtype),
            [a.q, a.g, a.columns(a.k), a.columns(a.v), a.rows(a.k), delta, dq, *a.masks],
@@ -345,7 +393,7 @@ def test_attention_backward(case):
            (cdiv(tk, 48), b * hk, 1))  # fmt: skip
     leaves = [t.double().requires_grad_() for t in (a.q, a.k, a.v)]
     a.reference(*leaves)[0].backward(a.g.double())
-    for got, leaf in zip((dq, dk, dv_), leaves):
+    for got, leaf in zip((dq, dk, dv_), leaves, strict=False):
         close(values(got, leaf.shape), leaf.grad, 2 * EPS[a.dtype])
 
 
@@ -353,13 +401,13 @@ def test_attention_backward(case):
 
 CONVOLUTIONS = [
     # input, weight, arguments, bias
-    ((2, 3, 9, 11), (7, 3, 3, 3), dict(padding=1), True),
-    ((1, 8, 20, 33), (14, 4, 3, 5), dict(padding=(1, 2), stride=2, groups=2, dilation=(1, 2)), True),
-    ((2, 5, 40), (6, 5, 7), dict(padding=3, stride=3), False),
-    ((1, 4, 5, 6, 17), (8, 2, 2, 3, 3), dict(padding=1, groups=2), True),
-    ((3, 33, 7, 7), (19, 33, 3, 3), dict(padding=1), True),
-    ((1, 3, 33, 40), (16, 3, 7, 7), dict(padding=3, stride=2), False),
-    ((1, 120, 6, 5), (100, 120, 1, 1), dict(stride=2), False),
+    ((2, 3, 9, 11), (7, 3, 3, 3), {"padding": 1}, True),
+    ((1, 8, 20, 33), (14, 4, 3, 5), {"padding": (1, 2), "stride": 2, "groups": 2, "dilation": (1, 2)}, True),
+    ((2, 5, 40), (6, 5, 7), {"padding": 3, "stride": 3}, False),
+    ((1, 4, 5, 6, 17), (8, 2, 2, 3, 3), {"padding": 1, "groups": 2}, True),
+    ((3, 33, 7, 7), (19, 33, 3, 3), {"padding": 1}, True),
+    ((1, 3, 33, 40), (16, 3, 7, 7), {"padding": 3, "stride": 2}, False),
+    ((1, 120, 6, 5), (100, 120, 1, 1), {"stride": 2}, False),
 ]
 
 
@@ -376,10 +424,15 @@ class Convolution:
         self.args, self.dtype = args, dtype
         self.nd = n = len(x_shape) - 2
         self.groups = args.get("groups", 1)
-        self.stride, self.padding, self.dilation = (three(args.get(k, f), f, n) for k, f in (("stride", 1), ("padding", 0), ("dilation", 1)))
+        self.stride, self.padding, self.dilation = (
+            three(args.get(k, f), f, n) for k, f in (("stride", 1), ("padding", 0), ("dilation", 1))
+        )
         self.size, self.taps = three(x_shape[2:], 1, n), three(w_shape[2:], 1, n)
-        self.padded = [i + 2 * p for i, p in zip(self.size, self.padding)]
-        self.out = [(i - d * (k - 1) - 1) // s + 1 for i, d, k, s in zip(self.padded, self.dilation, self.taps, self.stride)]
+        self.padded = [i + 2 * p for i, p in zip(self.size, self.padding, strict=False)]
+        self.out = [
+            (i - d * (k - 1) - 1) // s + 1
+            for i, d, k, s in zip(self.padded, self.dilation, self.taps, self.stride, strict=False)
+        ]
         self.n, self.c, self.co = x_shape[0], x_shape[1], w_shape[0]
         self.m, self.cg, self.kv = self.co // self.groups, self.c // self.groups, math.prod(self.taps)
         self.k, self.pixels = self.cg * self.kv, math.prod(self.out)
@@ -394,7 +447,12 @@ class Convolution:
 
     def pad(self, x):
         X = result(self.n * self.c * math.prod(self.padded) + C.SLACK)
-        launch(C.pad(TARGET, self.dtype), [x, X], [*self.strides(x), self.c, *self.size, *self.padded, 1, 1, 1, *self.padding], (2, self.n, 1))
+        launch(
+            C.pad(TARGET, self.dtype),
+            [x, X],
+            [*self.strides(x), self.c, *self.size, *self.padded, 1, 1, 1, *self.padding],
+            (2, self.n, 1),
+        )
         values(X, (0,))
         return X
 
@@ -406,16 +464,29 @@ def test_conv(case, dtype, channels_last):
     c = Convolution(*case, dtype)
     x = c.x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else c.x
     packed = result(c.groups * c.k * cdiv(c.m, c.s.mr) * c.s.mr)
-    launch(C.pack_weights(TARGET, dtype), [c.w, packed], [0, c.m * c.k, c.k, c.kv, c.taps[1] * c.taps[2], c.taps[2], 1, c.m, c.k, *c.taps], (2, 2, c.groups))
+    launch(
+        C.pack_weights(TARGET, dtype),
+        [c.w, packed],
+        [0, c.m * c.k, c.k, c.kv, c.taps[1] * c.taps[2], c.taps[2], 1, c.m, c.k, *c.taps],
+        (2, 2, c.groups),
+    )
     values(packed, (0,))
     out = result(c.n * c.co * c.pixels, dtype)
     o, px = c.out, c.pixels
-    strides = [c.co * px, 1, o[1] * o[2] * c.co, o[2] * c.co, c.co] if channels_last else [c.co * px, px, o[1] * o[2], o[2], 1]
+    strides = (
+        [c.co * px, 1, o[1] * o[2] * c.co, o[2] * c.co, c.co]
+        if channels_last
+        else [c.co * px, px, o[1] * o[2], o[2], 1]
+    )
     ep = G.Epilogue((("add", "f32", "m"), "relu") if c.bias is not None else ())
     launch(C.conv(TARGET, dtype, not channels_last, ep), [c.pad(x), packed, out, *([c.bias] if c.bias is not None else [])],
            [c.c * math.prod(c.padded), *strides, *([0, 1] if c.bias is not None else []), c.m, c.groups, *c.geometry], (2, 2, c.n * c.groups))  # fmt: skip
     want = c.function(c.x.double(), c.w.double(), None if c.bias is None else c.bias.double())
-    got = values(out, (c.n, *o[3 - c.nd :], c.co)).movedim(-1, 1) if channels_last else values(out, (c.n, c.co, *o[3 - c.nd :]))
+    got = (
+        values(out, (c.n, *o[3 - c.nd :], c.co)).movedim(-1, 1)
+        if channels_last
+        else values(out, (c.n, c.co, *o[3 - c.nd :]))
+    )
     close(got, want.relu() if c.bias is not None else want, EPS[dtype])
 
 
@@ -432,9 +503,13 @@ def test_conv_backward(case):
            [c.c * math.prod(c.padded), c.co * c.pixels, c.pixels, c.m, c.groups, c.n, *c.geometry], (2, 2, c.groups))  # fmt: skip
     close(values(dw, w.shape), w.grad, EPS["f32"])
 
-    padded = [i + d * (k - 1) for i, d, k in zip(c.size, c.dilation, c.taps)]
-    offset = [d * (k - 1) - p for d, k, p in zip(c.dilation, c.taps, c.padding)]
-    X, packed, dx = result(c.n * c.co * math.prod(padded) + C.SLACK), result(c.groups * cdiv(c.cg, c.s.mr) * c.s.mr * c.m * c.kv), result(c.x.numel())
+    padded = [i + d * (k - 1) for i, d, k in zip(c.size, c.dilation, c.taps, strict=False)]
+    offset = [d * (k - 1) - p for d, k, p in zip(c.dilation, c.taps, c.padding, strict=False)]
+    X, packed, dx = (
+        result(c.n * c.co * math.prod(padded) + C.SLACK),
+        result(c.groups * cdiv(c.cg, c.s.mr) * c.s.mr * c.m * c.kv),
+        result(c.x.numel()),
+    )
     launch(C.pad(TARGET, "f32"), [g, X], [*c.strides(g), c.co, *c.out, *padded, *c.stride, *offset], (2, c.n, 1))
     k = c.taps
     launch(C.pack_weights(TARGET, "f32"), [c.w, packed],
@@ -457,7 +532,12 @@ def test_depthwise(n, c, mult, size, k, stride, pad, dilation):
     y.backward(g.double())
     p = size + 2 * pad
     X, out, dw = result(n * c * p * p + C.SLACK), result(y.numel()), result(w.numel())
-    launch(C.pad(TARGET, "f32"), [x, X], [c * size * size, size * size, 0, size, 1, c, 1, size, size, 1, p, p, 1, 1, 1, 0, pad, pad], (2, n, 1))
+    launch(
+        C.pad(TARGET, "f32"),
+        [x, X],
+        [c * size * size, size * size, 0, size, 1, c, 1, size, size, 1, p, p, 1, 1, 1, 0, pad, pad],
+        (2, n, 1),
+    )
     X[-C.SLACK - GUARD :] = math.nan  # what lies beyond the image must not matter
     launch(C.depthwise(TARGET, "f32", (k, k), G.Epilogue((("add", "f32", "m"), "relu6"))), [X, w, out, b],
            [0, k * k, k, 1, c * mult * oh * ow, oh * ow, ow, 0, 1, c * mult, mult, oh, ow, p, p, stride, stride, dilation, dilation], (2, n, 1))  # fmt: skip

@@ -5,6 +5,7 @@ H = Hk * group. K is read from panels of keys ("columns": pack_columns) and V fr
 made by gemm.pack_b; padding and 16-bit conversions happen there. Scores are kept in base 2: scale * log2(e) multiplies Q once.
 A fully masked row gives 0 and a logsumexp of -inf, as PyTorch's fused kernels do.
 """
+# ruff: noqa: E501 (lines of kernel text)
 
 from __future__ import annotations
 
@@ -55,33 +56,53 @@ def _module(w: int, dtypes: tuple[str, ...]) -> str:
 
 
 def _hmax(w: int) -> str:
-    h = "T vmax(V v) { float8 a = " + ("max(v.lo, v.hi)" if w == 16 else "v") + "; float4 b = max(a.lo, a.hi); float2 c = max(b.lo, b.hi); return max(c.x, c.y); }\n"
+    h = (
+        "T vmax(V v) { float8 a = "
+        + ("max(v.lo, v.hi)" if w == 16 else "v")
+        + "; float4 b = max(a.lo, a.hi); float2 c = max(b.lo, b.hi); return max(c.x, c.y); }\n"
+    )
     return h
 
 
 def _pack(dst: str, src: str, dtype: str, stride: str, depth: str, factor: str, mr: int) -> str:
     """dst[d * mr + r] = src[row r, d] * factor, for rows r of a group; rows beyond the last repeat it."""
-    return (f"for (uint r = 0; r < {mr}u; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)min(g0 + r, last) * {stride}; "
-            f"for (uint d = 0; d < {depth}; d++) {dst}[d * {mr} + r] = LD_{dtype}(s_ + d) * {factor}; }}")
+    return (
+        f"for (uint r = 0; r < {mr}u; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)min(g0 + r, last) * {stride}; "
+        f"for (uint d = 0; d < {depth}; d++) {dst}[d * {mr} + r] = LD_{dtype}(s_ + d) * {factor}; }}"
+    )
 
 
 def _product(s: Schedule, a: str, panels: str, depth: str, out: str) -> str:
     """out[6][64] = a (packed rows, depth) x 64 columns of `panels`."""
     acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
-    put = " ".join(f"vstore{s.w}(c{r}_{v}, {v}, {out} + {r * BLOCK} + q * {s.nr});" for r in range(s.mr) for v in range(s.nv))
-    return (f"for (uint q = 0; q < {BLOCK // s.nr}u && q * {s.nr}u < cols; q++) {{ const T* a_ = {a}; "
-            f"const __global T* b_ = {panels} + (ulong)q * {depth} * {s.nr}; {acc} {micro(s, str(s.nr), depth)} {put} }}")
+    put = " ".join(
+        f"store{s.w}(c{r}_{v}, {v}, {out} + {r * BLOCK} + q * {s.nr});" for r in range(s.mr) for v in range(s.nv)
+    )
+    return (
+        f"for (uint q = 0; q < {BLOCK // s.nr}u && q * {s.nr}u < cols; q++) {{ const T* a_ = {a}; "
+        f"const __global T* b_ = {panels} + (ulong)q * {depth} * {s.nr}; {acc} {micro(s, str(s.nr), depth)} {put} }}"
+    )
 
 
 def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: str) -> str:
     """out[6][depth up to nr] = out * factor[r] + a[6][64] x rows[cols][depth]; tiles of `out` are [panel][6][nr]."""
     acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
-    old = f"vload{s.w}({{v}}, o_ + {{r}} * {s.nr})"
+    old = f"load{s.w}({{v}}, o_ + {{r}} * {s.nr})"
     put = " ".join(
-        f"vstore{s.w}(" + (f"fma({old.format(v=v, r=r)}, (V)({factor}[{r}]), c{r}_{v})" if factor else f"{old.format(v=v, r=r)} + c{r}_{v}")
-        + f", {v}, o_ + {r} * {s.nr});" for r in range(s.mr) for v in range(s.nv))
-    return (f"for (uint q = 0; q * {s.nr}u < {depth}; q++) {{ const T* a_ = {a}; T* o_ = {out} + q * {s.mr * s.nr}; "
-            f"const __global T* b_ = {rows} + (ulong)q * cols * {s.nr}; {acc} {micro(s, str(s.nr), 'cols', row_step=BLOCK)} {put} }}")
+        f"store{s.w}("
+        + (
+            f"fma({old.format(v=v, r=r)}, (V)({factor}[{r}]), c{r}_{v})"
+            if factor
+            else f"{old.format(v=v, r=r)} + c{r}_{v}"
+        )
+        + f", {v}, o_ + {r} * {s.nr});"
+        for r in range(s.mr)
+        for v in range(s.nv)
+    )
+    return (
+        f"for (uint q = 0; q * {s.nr}u < {depth}; q++) {{ const T* a_ = {a}; T* o_ = {out} + q * {s.mr * s.nr}; "
+        f"const __global T* b_ = {rows} + (ulong)q * cols * {s.nr}; {acc} {micro(s, str(s.nr), 'cols', row_step=BLOCK)} {put} }}"
+    )
 
 
 def _masking(mask: str | None, causal: bool, w: int, row_stride: str, col_stride: str, transposed: bool) -> str:
@@ -90,9 +111,11 @@ def _masking(mask: str | None, causal: bool, w: int, row_stride: str, col_stride
     if mask == "bool":
         out.append(f"for (uint j = 0; j < cols; j++) if (!mk_[(long)(n0 + j) * {col_stride}]) S_[j] = -INFINITY;")
     elif mask:
-        out.append(f"if ({col_stride} == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
-                   f"vstore{w}(fma(LDV_{mask}(mk_ + n0 + j), (V)(LOG2E), vload{w}(0, S_ + j)), 0, S_ + j); "
-                   f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * {col_stride}), LOG2E, S_[j]);")
+        out.append(
+            f"if ({col_stride} == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
+            f"store{w}(fma(LDV_{mask}(mk_ + n0 + j), (V)(LOG2E), load{w}(0, S_ + j)), 0, S_ + j); "
+            f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * {col_stride}), LOG2E, S_[j]);"
+        )
     if out:
         out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * {row_stride};")
     if causal and not transposed:  # key n0 + j <= row + diagonal
@@ -103,7 +126,9 @@ def _masking(mask: str | None, causal: bool, w: int, row_stride: str, col_stride
     return " ".join(out)
 
 
-def attention_forward(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+def attention_forward(
+    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+) -> Kernel:
     """O = softmax(scale * Q K^T + mask) V and its logsumexp (natural logarithm).
 
     Buffers: Q, Kc (packed columns of K, per B * Hk), Vr (packed rows of V), O, L[B, H, Tq] (f32, contiguous), and mask where given.
@@ -138,10 +163,10 @@ def attention_forward(target: Target, dtype: str, causal: bool = False, mask: st
         const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK};
         {f"if (cols < {BLOCK}u" + (f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal" if causal else "") + ") {" if not mask else "{"}
           {_masking(mask, causal, w, "mq", "mk", False)} }}
-        V x0 = vload{w}(0, S_); UNROLL for (uint j = {w}; j < {BLOCK}u; j += {w}u) x0 = max(x0, vload{w}(0, S_ + j));
+        V x0 = load{w}(0, S_); UNROLL for (uint j = {w}; j < {BLOCK}u; j += {w}u) x0 = max(x0, load{w}(0, S_ + j));
         const T m = max(M_[i * {mr} + r], vmax(x0)), m_ = m == -INFINITY ? 0 : m;
         al[r] = exp2(M_[i * {mr} + r] - m_); M_[i * {mr} + r] = m;
-        V z = (V)(0); UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{ const V e = exp2v(vload{w}(0, S_ + j) - m_); z += e; vstore{w}(e, 0, S_ + j); }}
+        V z = (V)(0); UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{ const V e = exp2v(load{w}(0, S_ + j) - m_); z += e; store{w}(e, 0, S_ + j); }}
         Z[i * {mr} + r] = fma(Z[i * {mr} + r], al[r], vsum(z));
       }}
       {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", f"Op + i * {mr} * NPv * {nr}", "al")}
@@ -154,16 +179,26 @@ def attention_forward(target: Target, dtype: str, causal: bool = False, mask: st
   }}
 """
     strides = ["qb", "qh", "qt", "ob", "oh", "ot"] + (["mb", "mh", "mq", "mk"] if mask else [])
-    name = "_".join(x for x in ("vector_attention", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    name = "_".join(
+        x for x in ("vector_attention", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x
+    )
     return finish(
-        target, name,
-        [("Q", dtype, "r"), ("Kc", "f32", "r"), ("Vr", "f32", "r"), ("O", dtype, "w"), ("L", "f32", "w")] + ([("mask", mask, "r")] if mask else []),
-        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        target,
+        name,
+        [("Q", dtype, "r"), ("Kc", "f32", "r"), ("Vr", "f32", "r"), ("O", dtype, "w"), ("L", "f32", "w")]
+        + ([("mask", mask, "r")] if mask else []),
+        [(x, "i64") for x in strides]
+        + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
+        + ([("diagonal", "i32")] if causal else [])
         + [("scale", "f32")],
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w), body)
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w),
+        body,
+    )
 
 
-def attention_decode(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+def attention_decode(
+    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+) -> Kernel:
     """attention_forward for few queries (decoding with a KV cache): K and V are read in place, once per query, without packing.
 
     K and V have any strides of B, H and T and unit stride along D. Buffers: Q, K, V, O, L, and mask where given.
@@ -172,14 +207,24 @@ def attention_decode(target: Target, dtype: str, causal: bool = False, mask: str
     """
     w = schedule("f32", width or vector_width()).w
     n, ku = 256, 4  # keys of a chunk, keys at a time
-    kptr = " ".join(f"const __global {POINTEE[dtype]}* k{j} = Ki + (long)(n0 + min(t + {j}u, cols - 1)) * kt; V s{j} = (V)(0); T r{j} = 0;" for j in range(ku))
+    kptr = " ".join(
+        f"const __global {POINTEE[dtype]}* k{j} = Ki + (long)(n0 + min(t + {j}u, cols - 1)) * kt; V s{j} = (V)(0); T r{j} = 0;"
+        for j in range(ku)
+    )
     dots = " ".join(f"s{j} = FMA(q, LDV_{dtype}(k{j} + d), s{j});" for j in range(ku))
     dot1 = " ".join(f"r{j} = FMA(Qs[d], LD_{dtype}(k{j} + d), r{j});" for j in range(ku))
     put = " ".join(f"S[t + {j}] = vsum(s{j}) + r{j};" for j in range(ku))
-    vptr = " ".join(f"const __global {POINTEE[dtype]}* v{j} = Vi + (long)(n0 + min(t + {j}u, cols - 1)) * vt; const T p{j} = S[t + {j}];" for j in range(ku))
+    vptr = " ".join(
+        f"const __global {POINTEE[dtype]}* v{j} = Vi + (long)(n0 + min(t + {j}u, cols - 1)) * vt; const T p{j} = S[t + {j}];"
+        for j in range(ku)
+    )
     add = " ".join(f"a = FMA((V)(p{j}), LDV_{dtype}(v{j} + d), a);" for j in range(ku))
     add1 = " ".join(f"a = FMA(p{j}, LD_{dtype}(v{j} + d), a);" for j in range(ku))
-    masked = _masking(mask, causal, w, "mq", "mk", False).replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)").replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
+    masked = (
+        _masking(mask, causal, w, "mq", "mk", False)
+        .replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)")
+        .replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
+    )
     body = f"""
   T Qs[{MAX_HEAD}]; T Os[{MAX_HEAD}]; T S[{n}];
   const uint row = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H, hk = h / group;
@@ -194,19 +239,19 @@ def attention_decode(target: Target, dtype: str, causal: bool = False, mask: str
     const uint cols = min({n}u, keys - n0); T* S_ = S;
     for (uint t = 0; t < cols; t += {ku}u) {{
       {kptr} uint d = 0;
-      for (; d + {w}u <= D; d += {w}u) {{ const V q = vload{w}(0, Qs + d); {dots} }}
+      for (; d + {w}u <= D; d += {w}u) {{ const V q = load{w}(0, Qs + d); {dots} }}
       for (; d < D; d++) {{ {dot1} }}
       {put}
     }}
     {masked}
     T top = m; for (uint j = 0; j < cols; j++) top = max(top, S[j]);
     const T base = top == -INFINITY ? 0 : top, al = exp2(m - base); m = top;
-    V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v(vload{w}(0, S + j) - base); zs += e; vstore{w}(e, 0, S + j); }}
+    V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v(load{w}(0, S + j) - base); zs += e; store{w}(e, 0, S + j); }}
     z = fma(z, al, vsum(zs));
     for (uint d = 0; d < Dv; d++) Os[d] *= al;
     for (uint t = 0; t < cols; t += {ku}u) {{
       {vptr} uint d = 0;
-      for (; d + {w}u <= Dv; d += {w}u) {{ V a = vload{w}(0, Os + d); {add} vstore{w}(a, 0, Os + d); }}
+      for (; d + {w}u <= Dv; d += {w}u) {{ V a = load{w}(0, Os + d); {add} store{w}(a, 0, Os + d); }}
       for (; d < Dv; d++) {{ T a = Os[d]; {add1} Os[d] = a; }}
     }}
   }}
@@ -215,13 +260,23 @@ def attention_decode(target: Target, dtype: str, causal: bool = False, mask: str
   for (uint d = 0; d < Dv; d++) ST_{dtype}(O + d, Os[d] * inv);
 """
     strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
-    name = "_".join(x for x in ("vector_attention_decode", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    name = "_".join(
+        x
+        for x in ("vector_attention_decode", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}")
+        if x
+    )
     return finish(
-        target, name,
-        [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", dtype, "w"), ("L", "f32", "w")] + ([("mask", mask, "r")] if mask else []),
-        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        target,
+        name,
+        [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", dtype, "w"), ("L", "f32", "w")]
+        + ([("mask", mask, "r")] if mask else []),
+        [(x, "i64") for x in strides]
+        + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
+        + ([("diagonal", "i32")] if causal else [])
         + [("scale", "f32")],
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))), body)
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
+        body,
+    )
 
 
 def attention_delta(target: Target, dtype: str, width: int | None = None) -> Kernel:
@@ -246,8 +301,14 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
     D[t] = l; D[T_ + t] = sum;
   }}
 """
-    return finish(target, f"vector_attention_delta_{dtype}_w{w}", [("O", dtype, "r"), ("G", dtype, "r"), ("L", "f32", "r"), ("D", "f32", "w")],
-                  [(x, "i64") for x in ("ob", "oh", "ot", "gb", "gh", "gt")] + [(x, "u32") for x in ("H", "Tq", "Dv")], _module(w, (dtype,)), body)
+    return finish(
+        target,
+        f"vector_attention_delta_{dtype}_w{w}",
+        [("O", dtype, "r"), ("G", dtype, "r"), ("L", "f32", "r"), ("D", "f32", "w")],
+        [(x, "i64") for x in ("ob", "oh", "ot", "gb", "gh", "gt")] + [(x, "u32") for x in ("H", "Tq", "Dv")],
+        _module(w, (dtype,)),
+        body,
+    )
 
 
 def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width: int | None, keys: bool) -> Kernel:
@@ -260,12 +321,15 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
     rs, cs = ("mk", "mq") if keys else ("mq", "mk")
     skip = ""
     if causal:
-        skip = (f"if ((int)(n0 + cols) <= (int)g0 - diagonal) continue;" if keys
-                else f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;")
+        skip = (
+            "if ((int)(n0 + cols) <= (int)g0 - diagonal) continue;"
+            if keys
+            else f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;"
+        )
     full = " || (int)n0 < (int)row - diagonal" if keys else f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal"
     guard = "" if mask else f"if (cols < {BLOCK}u{full if causal else ''}) "
-    lse = "vload{w}(0, Dn + n0 + j)" if keys else "(V)(Dn[row])"
-    delta = "vload{w}(0, Dn + Td + n0 + j)" if keys else "(V)(Dn[Td + row])"
+    lse = "load{w}(0, Dn + n0 + j)" if keys else "(V)(Dn[row])"
+    delta = "load{w}(0, Dn + Td + n0 + j)" if keys else "(V)(Dn[Td + row])"
     lse, delta = lse.format(w=w), delta.format(w=w)
     grad_rows = "Qr" if keys else "Kr"
     heads = "for (uint hh = 0; hh < group; hh++)" if keys else ""
@@ -278,12 +342,18 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
     const __global T* R1 = {grad_rows} + ci * {ncols} * NPd * {nr};
     {"const __global T* R2 = Gr + ci * Tq * NPv * " + str(nr) + ";" if keys else ""}"""
     body = f"""
-  T Ap[{groups * mr * MAX_HEAD}]; T Bp[{groups * mr * MAX_HEAD}]; T X1[{groups * mr * MAX_HEAD}]; {f"T X2[{groups * mr * MAX_HEAD}];" if keys else ""}
+  T Ap[{groups * mr * MAX_HEAD}]; T Bp[{groups * mr * MAX_HEAD}]; T X1[{groups * mr * MAX_HEAD}]; {
+        f"T X2[{groups * mr * MAX_HEAD}];" if keys else ""
+    }
   T S[{mr * BLOCK}]; T P[{mr * BLOCK}];
-  const uint nx = get_num_groups(0), x = get_group_id(0), Hx = {"H / group" if keys else "H"}, b = get_group_id(1) / Hx, hx = get_group_id(1) % Hx;
+  const uint nx = get_num_groups(0), x = get_group_id(0), Hx = {
+        "H / group" if keys else "H"
+    }, b = get_group_id(1) / Hx, hx = get_group_id(1) % Hx;
   {"const uint hk = hx;" if keys else ""}
   const uint qi = {"(x & 1) ? nx - 1 - x / 2 : x / 2" if causal else "x"};
-  const uint q0 = qi * {ROWS}u, last = {nrows} - 1, rows = min({ROWS}u, {nrows} - q0), Td = (Tq + {BLOCK - 1}u) / {BLOCK}u * {BLOCK}u;
+  const uint q0 = qi * {ROWS}u, last = {nrows} - 1, rows = min({ROWS}u, {nrows} - q0), Td = (Tq + {BLOCK - 1}u) / {
+        BLOCK
+    }u * {BLOCK}u;
   const uint NPc = ({ncols} + {nr - 1}u) / {nr}u, NPd = (D + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u;
   {r1} += (long)b * xb + (long)hx * xh; {r2} += (long)b * yb + (long)hx * yh;
   {o1} += (long)b * dxb + (long)hx * dxh; {"dV += (long)b * dyb + (long)hx * dyh;" if keys else ""}
@@ -304,8 +374,8 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
           const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
           {guard}{{ {_masking(mask, causal, w, rs, cs, keys)} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
           UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{
-            const V p = exp2v(vload{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
-            vstore{w}(p * (vload{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"vstore{w}(p, 0, S_ + j);" if keys else ""}
+            const V p = exp2v(load{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
+            store{w}(p * (load{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"store{w}(p, 0, S_ + j);" if keys else ""}
           }}
         }}
         {_accumulate(s, "P", f"R1 + (ulong)n0 * NPd * {nr}", "D", f"X1 + i * {mr} * NPd * {nr}", "")}
@@ -315,25 +385,57 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
   }}
   for (uint r = 0; r < rows; r++) {{
     const T* a = X1 + (r / {mr}) * {mr} * NPd * {nr} + r % {mr} * {nr};
-    for (uint d = 0; d < D; d++) ST_{dtype}({o1} + (long)(q0 + r) * dxt + d, a[d / {nr}u * {mr * nr} + d % {nr}u] * scale);
-    {f'''const T* v = X2 + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
-    for (uint d = 0; d < Dv; d++) ST_{dtype}(dV + (long)(q0 + r) * dyt + d, v[d / {nr}u * {mr * nr} + d % {nr}u]);''' if keys else ""}
+    for (uint d = 0; d < D; d++) ST_{dtype}({o1} + (long)(q0 + r) * dxt + d, a[d / {nr}u * {mr * nr} + d % {
+        nr
+    }u] * scale);
+    {
+        f'''const T* v = X2 + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
+    for (uint d = 0; d < Dv; d++) ST_{dtype}(dV + (long)(q0 + r) * dyt + d, v[d / {nr}u * {mr * nr} + d % {nr}u]);'''
+        if keys
+        else ""
+    }
   }}
 """
     packed = ("Qc", "Gc", "Qr", "Gr") if keys else ("Kc", "Vc", "Kr")
     outs = ("dK", "dV") if keys else ("dQ",)
-    strides = [p + e for p in ("x", "y", "dx", *(("dy",) if keys else ())) for e in ("b", "h", "t")] + (["mb", "mh", "mq", "mk"] if mask else [])
-    name = "_".join(x for x in ("vector_attention", "dkv" if keys else "dq", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x)
+    strides = [p + e for p in ("x", "y", "dx", *(("dy",) if keys else ())) for e in ("b", "h", "t")] + (
+        ["mb", "mh", "mq", "mk"] if mask else []
+    )
+    name = "_".join(
+        x
+        for x in (
+            "vector_attention",
+            "dkv" if keys else "dq",
+            dtype,
+            "causal" if causal else "",
+            f"mask{mask}" if mask else "",
+            f"w{w}",
+        )
+        if x
+    )
     return finish(
-        target, name,
-        [(r1, dtype, "r"), (r2, dtype, "r"), *((p, "f32", "r") for p in packed), ("Dl", "f32", "r"), *((o, dtype, "w") for o in outs)]
+        target,
+        name,
+        [
+            (r1, dtype, "r"),
+            (r2, dtype, "r"),
+            *((p, "f32", "r") for p in packed),
+            ("Dl", "f32", "r"),
+            *((o, dtype, "w") for o in outs),
+        ]
         + ([("mask_", mask, "r")] if mask else []),
-        [(x, "i64") for x in strides] + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")] + ([("diagonal", "i32")] if causal else [])
+        [(x, "i64") for x in strides]
+        + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
+        + ([("diagonal", "i32")] if causal else [])
         + [("scale", "f32")],
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))), body)
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
+        body,
+    )
 
 
-def attention_backward_q(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+def attention_backward_q(
+    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+) -> Kernel:
     """dQ, one pass over blocks of queries.
 
     Buffers: Q, G (dO), Kc, Vc (packed columns), Kr (packed rows), D (attention_delta), dQ, mask where given.
@@ -343,7 +445,9 @@ def attention_backward_q(target: Target, dtype: str, causal: bool = False, mask:
     return _backward(target, dtype, causal, mask, width, False)
 
 
-def attention_backward_kv(target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None) -> Kernel:
+def attention_backward_kv(
+    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+) -> Kernel:
     """dK and dV, one pass over blocks of keys, summed over the query heads that share them.
 
     Buffers: K, V, Qc, Gc (packed columns of Q and dO), Qr, Gr (packed rows), D (attention_delta), dK, dV, mask where given.

@@ -8,12 +8,15 @@ Backward for input is a forward convolution of the gradient with flipped weights
 takes negative strides. With stride > 1 that multiplies zeros; a caller may launch once per phase of the output instead (strided
 outputs, every stride-th tap). 1x1 convolutions with stride 1 are `gemm` on [Co, Ci] x [Ci, pixels].
 """
+# ruff: noqa: E501 (lines of kernel text)
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..kernel import Kernel, Target
 from ..opencl import POINTEE
-from .gemm import Epilogue, Schedule, micro, pack_macros, schedule
+from .gemm import NO_EPILOGUE, Epilogue, Schedule, micro, pack_macros, schedule
 from .source import compute_dtype, finish, math_functions, prelude, transpose
 
 SLACK = 64  # elements that X must have beyond its end: vectors read past the last pixel
@@ -48,7 +51,7 @@ def pad(target: Target, dtype: str, s: Schedule | None = None) -> Kernel:
       const uint lo = max(pw, 0), hi = max((int)lo, min((int)WP, (int)IW + pw));
       for (uint x = 0; x < lo; x++) d[x] = 0;
       uint x = lo; p += -(long)pw * sw;
-      if (sw == 1) for (; x + {w}u <= hi; x += {w}u) vstore{w}(LDV_{dtype}(p + x), 0, d + x);
+      if (sw == 1) for (; x + {w}u <= hi; x += {w}u) store{w}(LDV_{dtype}(p + x), 0, d + x);
       for (; x < hi; x++) d[x] = LD_{dtype}(p + (long)x * sw);
       for (x = hi; x < WP; x++) d[x] = 0;
     }} else {{
@@ -57,9 +60,16 @@ def pad(target: Target, dtype: str, s: Schedule | None = None) -> Kernel:
     }}
   }}
 """
-    return finish(target, f"vector_conv_pad_{dtype}_w{w}", [("in", dtype, "r"), ("X", compute, "w")],
-                  [(x, "i64") for x in ("sn", "sc", "sd", "sh", "sw")] + [(x, "u32") for x in ("C", "ID", "IH", "IW", "DP", "HP", "WP", "ud", "uh", "uw")]
-                  + [(x, "i32") for x in ("pd", "ph", "pw")], prelude(compute, w, (dtype,)), body)
+    return finish(
+        target,
+        f"vector_conv_pad_{dtype}_w{w}",
+        [("in", dtype, "r"), ("X", compute, "w")],
+        [(x, "i64") for x in ("sn", "sc", "sd", "sh", "sw")]
+        + [(x, "u32") for x in ("C", "ID", "IH", "IW", "DP", "HP", "WP", "ud", "uh", "uw")]
+        + [(x, "i32") for x in ("pd", "ph", "pw")],
+        prelude(compute, w, (dtype,)),
+        body,
+    )
 
 
 def pack_weights(target: Target, dtype: str, s: Schedule | None = None) -> Kernel:
@@ -74,9 +84,15 @@ def pack_weights(target: Target, dtype: str, s: Schedule | None = None) -> Kerne
     tw, macros = pack_macros(compute, s.w, dtype)
     assert mr <= tw or tw == 4
     loads = " ".join(
-        f"const CV{tw} x{g}_{i} = " + (f"LD{tw}_{dtype}(W + (long)min(m + {i + g}u, M - 1) * wm + k);" if i + g < mr else f"(CV{tw})(0);")
-        for g in range(0, mr, tw) for i in range(tw))
-    turn = "\n".join(transpose(tw, [f"x{g}_{i}" for i in range(tw)], [f"y{g}_{i}" for i in range(tw)], f"const CV{tw}") for g in range(0, mr, tw))
+        f"const CV{tw} x{g}_{i} = "
+        + (f"LD{tw}_{dtype}(W + (long)min(m + {i + g}u, M - 1) * wm + k);" if i + g < mr else f"(CV{tw})(0);")
+        for g in range(0, mr, tw)
+        for i in range(tw)
+    )
+    turn = "\n".join(
+        transpose(tw, [f"x{g}_{i}" for i in range(tw)], [f"y{g}_{i}" for i in range(tw)], f"const CV{tw}")
+        for g in range(0, mr, tw)
+    )
     rest = " ".join(f"d[{i * mr + r}] = y{r // tw * tw}_{i}.s{r % tw};" for i in range(tw) for r in range(mr))
     body = f"""
   const uint MP = (M + {mr - 1}u) / {mr}u, KB = (K + 7u) / 8u;
@@ -99,9 +115,15 @@ def pack_weights(target: Target, dtype: str, s: Schedule | None = None) -> Kerne
     }}
   }}
 """
-    return finish(target, f"vector_conv_pack_{dtype}_{s}", [("W", dtype, "r"), ("P", compute, "w")],
-                  [(x, "i64") for x in ("w0", "wg", "wm", "wc", "wd", "wh", "ww")] + [(x, "u32") for x in ("M", "K", "KD", "KH", "KW")],
-                  prelude(compute, s.w, (dtype,)) + macros, body)
+    return finish(
+        target,
+        f"vector_conv_pack_{dtype}_{s}",
+        [("W", dtype, "r"), ("P", compute, "w")],
+        [(x, "i64") for x in ("w0", "wg", "wm", "wc", "wd", "wh", "ww")]
+        + [(x, "u32") for x in ("M", "K", "KD", "KH", "KW")],
+        prelude(compute, s.w, (dtype,)) + macros,
+        body,
+    )
 
 
 GEOMETRY = ("OD", "OH", "OW", "KD", "KH", "KW", "DP", "HP", "WP", "td", "th", "tw", "dd", "dh", "dw", "K", "CG")
@@ -114,13 +136,15 @@ OFFSETS = """
 """
 
 
-def _pixel_vector(w: int, src: str) -> str:
-    """Sets V x_ to the w pixels of one vector: kind 0 consecutive, 1 with one jump (lanes >= cut are `gap` further), 2 stride of two, 3 anything."""
+def _pixel_vector(w: int, src: str) -> dict[int, str]:
+    """Expression of the w pixels of one vector, by kind: 0 consecutive, 1 with one jump (lanes >= cut are `gap` further), 2 stride of two, 3 anything."""
     lanes = ", ".join(f"({src})[of[{i}]]" for i in range(w))
-    return {0: f"vload{w}(0, {src} + base)",
-            1: f"select(vload{w}(0, {src} + base), vload{w}(0, {src} + base + gap), cut)",
-            2: f"(V)(vload{w}(0, {src} + base).even, vload{w}(0, {src} + base + {w}).even)",
-            3: f"(V)({lanes})"}
+    return {
+        0: f"load{w}(0, {src} + base)",
+        1: f"select(load{w}(0, {src} + base), load{w}(0, {src} + base + gap), cut)",
+        2: f"(V)(load{w}(0, {src} + base).even, load{w}(0, {src} + base + {w}).even)",
+        3: f"(V)({lanes})",
+    }
 
 
 CLASSIFY = """
@@ -132,7 +156,9 @@ const U cut = ((U)({iota}) >= (U)(jump)) ? (U)(-1) : (U)(0);
 """
 
 
-def conv(target: Target, dtype: str, contiguous: bool = True, epilogue: Epilogue = Epilogue(), s: Schedule | None = None) -> Kernel:
+def conv(
+    target: Target, dtype: str, contiguous: bool = True, epilogue: Epilogue = NO_EPILOGUE, s: Schedule | None = None
+) -> Kernel:
     """out[n, g * M + m, pixel] = epilogue(sum over k of W[g, m, k] * X[n, g * CG + c(k), pixel + tap(k)]).
 
     contiguous: the pixels of one output channel are consecutive; else they have strides od, oh, ow. Epilogue operands: "m" (per output channel,
@@ -149,28 +175,47 @@ def conv(target: Target, dtype: str, contiguous: bool = True, epilogue: Epilogue
     if compute in ("f64", "i64"):
         iota = ", ".join(f"{i}l" for i in range(w))
     cases = _pixel_vector(w, "Xg + ko[k]")
-    gather = " ".join(f"{'' if i == 0 else 'else '}if (kind == {i}) for (uint k = 0; k < kn; k++) vstore{w}({c}, 0, d + k * {nr});" for i, c in cases.items())
+    gather = " ".join(
+        f"{'' if i == 0 else 'else '}if (kind == {i}) for (uint k = 0; k < kn; k++) store{w}({c}, 0, d + k * {nr});"
+        for i, c in cases.items()
+    )
     acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
-    to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
-    from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
+    to_tile = " ".join(f"store{w}(c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
+    from_tile = " ".join(f"c{r}_{v} += load{w}({v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
 
     at = "out + (long)row * oc + "
     if contiguous:
         full = "\n".join(
-            f"if ({r}u < rows) {{ const uint row = m0 + {r}u; " + " ".join(
-                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} STV_{dtype}({at}col, x); }}" for v in range(nv)) + " }"
-            for r in range(mr))
+            f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
+            + " ".join(
+                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} STV_{dtype}({at}col, x); }}"
+                for v in range(nv)
+            )
+            + " }"
+            for r in range(mr)
+        )
         store = "" if ep.needs_math() else f"if (n == {nr}u) {{ {full} }} else"  # as in gemm
         pos = "n0 + j"
     else:
         store = ""
         pos = "oo"
-    place = "" if contiguous else "const long oo = (long)((n0 + j) / (OH * OW)) * od + (long)((n0 + j) / OW % OH) * oh + (long)((n0 + j) % OW) * ow;"
-    vector = "" if not contiguous else (
-        f"for (; j + {w}u <= n; j += {w}u) {{ const uint col = n0 + j; V x = vload{w}(0, t_ + r * {nr} + j); {ep.apply('x', 'row', 'col', w)} "
-        f"STV_{dtype}({at}col, x); }}")
-    edge = (f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ {place} "
-            f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}")
+    place = (
+        ""
+        if contiguous
+        else "const long oo = (long)((n0 + j) / (OH * OW)) * od + (long)((n0 + j) / OW % OH) * oh + (long)((n0 + j) % OW) * ow;"
+    )
+    vector = (
+        ""
+        if not contiguous
+        else (
+            f"for (; j + {w}u <= n; j += {w}u) {{ const uint col = n0 + j; V x = load{w}(0, t_ + r * {nr} + j); {ep.apply('x', 'row', 'col', w)} "
+            f"STV_{dtype}({at}col, x); }}"
+        )
+    )
+    edge = (
+        f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ {place} "
+        f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}"
+    )
     body = f"""
   T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}];
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (N_ + {nr - 1}u) / {nr}u;
@@ -215,15 +260,24 @@ def conv(target: Target, dtype: str, contiguous: bool = True, epilogue: Epilogue
 """
     name = "_".join(x for x in ("vector_conv", dtype, "" if contiguous else "strided", str(ep), str(s)) if x)
     extra = tuple(d for _, _, d, _ in ep.operands)
-    return finish(target, name, [("X", compute, "r"), ("P", compute, "r"), ("out", dtype, "rw"), *ep.buffers],
-                  [(x, "i64") for x in ("xn", "on", "oc", "od", "oh", "ow")] + ep.strides + ep.factors(compute) + [("M", "u32"), ("G", "u32")] + [(x, "u32") for x in GEOMETRY],
-                  prelude(compute, w, (dtype, *extra)) + (math_functions(w) if ep.needs_math() else "") + OFFSETS, body)
+    return finish(
+        target,
+        name,
+        [("X", compute, "r"), ("P", compute, "r"), ("out", dtype, "rw"), *ep.buffers],
+        [(x, "i64") for x in ("xn", "on", "oc", "od", "oh", "ow")]
+        + ep.strides
+        + ep.factors(compute)
+        + [("M", "u32"), ("G", "u32")]
+        + [(x, "u32") for x in GEOMETRY],
+        prelude(compute, w, (dtype, *extra)) + (math_functions(w) if ep.needs_math() else "") + OFFSETS,
+        body,
+    )
 
 
 conv.__doc__ = (conv.__doc__ or "").replace("{geometry}", GEOMETRY_DOC)
 
 
-def conv_groups(m: object, pixels: object, images: object, groups: int, s: Schedule, compute_units: int) -> tuple:
+def conv_groups(m: Any, pixels: Any, images: Any, groups: int, s: Schedule, compute_units: int) -> tuple:
     """Grid of `conv` where images * groups is at least the compute units: one task an image and group, else tasks along pixels."""
     from .gemm import cdiv
 
@@ -244,23 +298,43 @@ def conv_backward_weight(target: Target, dtype: str, out_dtype: str | None = Non
     tw, macros = pack_macros(compute, w, dtype)
     integer = "long" if compute in ("f64", "i64") else "int"
     iota = ", ".join(f"{i}{'l' if integer == 'long' else ''}" for i in range(tw))
-    classify = CLASSIFY.format(v="v", w=tw, iota=iota).replace("(U)", f"({integer}{tw})").replace("const U", f"const {integer}{tw}")
+    classify = (
+        CLASSIFY.format(v="v", w=tw, iota=iota)
+        .replace("(U)", f"({integer}{tw})")
+        .replace("const U", f"const {integer}{tw}")
+    )
     kinds = []
     for kind, text in _pixel_vector(tw, "(Xn + ko[t + {i}])").items():
         text = text.replace("(V)", f"(CV{tw})")
-        loads = " ".join(f"const CV{tw} x{i} = {text.format(i=i)};" for i in range(tw)) if kind != 3 else " ".join(
-            f"const CV{tw} x{i} = (CV{tw})(" + ", ".join(f"Xn[ko[t + {i}] + of[{j}]]" for j in range(tw)) + ");" for i in range(tw))
+        loads = (
+            " ".join(f"const CV{tw} x{i} = {text.format(i=i)};" for i in range(tw))
+            if kind != 3
+            else " ".join(
+                f"const CV{tw} x{i} = (CV{tw})(" + ", ".join(f"Xn[ko[t + {i}] + of[{j}]]" for j in range(tw)) + ");"
+                for i in range(tw)
+            )
+        )
         turn = transpose(tw, [f"x{i}" for i in range(tw)], [f"y{i}" for i in range(tw)], f"const CV{tw}")
-        put = " ".join(f"vstore{tw}(y{i}, 0, d + {i * nr});" for i in range(tw))
-        kinds.append(f"if (kind == {kind}) for (uint t = 0; t < {nr}u; t += {tw}u) {{ T* d = Bb + v * {nr} + t; {loads} {turn} {put} }}")
-    a_pack = " ".join(f"const CV{tw} x{i} = {f'LD{tw}_{dtype}(Gn + (long)min(m + {i}u, M - 1) * gc + k)' if i < mr else f'(CV{tw})(0)'};" for i in range(tw))
+        put = " ".join(f"store{tw}(y{i}, 0, d + {i * nr});" for i in range(tw))
+        kinds.append(
+            f"if (kind == {kind}) for (uint t = 0; t < {nr}u; t += {tw}u) {{ T* d = Bb + v * {nr} + t; {loads} {turn} {put} }}"
+        )
+    a_pack = " ".join(
+        f"const CV{tw} x{i} = {f'LD{tw}_{dtype}(Gn + (long)min(m + {i}u, M - 1) * gc + k)' if i < mr else f'(CV{tw})(0)'};"
+        for i in range(tw)
+    )
     if mr > tw:
         a_loop = ""
     else:
-        a_loop = (f"for (; k + {tw}u <= kn; k += {tw}u) {{ {a_pack} {transpose(tw, [f'x{i}' for i in range(tw)], [f'y{i}' for i in range(tw)], f'const CV{tw}')} "
-                  + " ".join(f"vstore{tw}(y{i}, 0, d + (k + {i}) * {mr});" for i in range(tw)) + " }")
+        a_loop = (
+            f"for (; k + {tw}u <= kn; k += {tw}u) {{ {a_pack} {transpose(tw, [f'x{i}' for i in range(tw)], [f'y{i}' for i in range(tw)], f'const CV{tw}')} "
+            + " ".join(f"store{tw}(y{i}, 0, d + (k + {i}) * {mr});" for i in range(tw))
+            + " }"
+        )
     acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
-    add = " ".join(f"vstore{w}(vload{w}({v}, t_ + {r * nr}) + c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
+    add = " ".join(
+        f"store{w}(load{w}({v}, t_ + {r * nr}) + c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv)
+    )
     body = f"""
   T Ab[{mc * kc + 16}]; T Bb[{kc * nr}]; T Ct[{mc * nc}]; uint off[{kc}]; uint ko[{nr}];
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (K + {nr - 1}u) / {nr}u, g = get_group_id(2);
@@ -302,9 +376,14 @@ def conv_backward_weight(target: Target, dtype: str, out_dtype: str | None = Non
     }}
   }}
 """
-    return finish(target, f"vector_conv_backward_weight_{dtype}_{out}_{s}", [("X", compute, "r"), ("Gr", dtype, "r"), ("dW", out, "w")],
-                  [(x, "i64") for x in ("xn", "gn", "gc")] + [(x, "u32") for x in ("M", "G", "N", *GEOMETRY)],
-                  prelude(compute, w, (dtype, out)) + macros + OFFSETS, body)
+    return finish(
+        target,
+        f"vector_conv_backward_weight_{dtype}_{out}_{s}",
+        [("X", compute, "r"), ("Gr", dtype, "r"), ("dW", out, "w")],
+        [(x, "i64") for x in ("xn", "gn", "gc")] + [(x, "u32") for x in ("M", "G", "N", *GEOMETRY)],
+        prelude(compute, w, (dtype, out)) + macros + OFFSETS,
+        body,
+    )
 
 
 conv_backward_weight.__doc__ = (conv_backward_weight.__doc__ or "").replace("{geometry}", GEOMETRY_DOC)
@@ -313,11 +392,15 @@ conv_backward_weight.__doc__ = (conv_backward_weight.__doc__ or "").replace("{ge
 def _row_loads(w: int) -> str:
     """Macro LOAD(p, s): w elements s apart."""
     any_ = ", ".join(f"(p)[{i} * (s)]" for i in range(w))
-    return (f"V load_row(const __global T* p, uint s) {{ if (s == 1) return vload{w}(0, p); "
-            f"if (s == 2) return (V)(vload{w}(0, p).even, vload{w}(1, p).even); return (V)({any_}); }}\n")
+    return (
+        f"V load_row(const __global T* p, uint s) {{ if (s == 1) return load{w}(0, p); "
+        f"if (s == 2) return (V)(load{w}(0, p).even, load{w}(1, p).even); return (V)({any_}); }}\n"
+    )
 
 
-def depthwise(target: Target, dtype: str, taps: tuple[int, int], epilogue: Epilogue = Epilogue(), s: Schedule | None = None) -> Kernel:
+def depthwise(
+    target: Target, dtype: str, taps: tuple[int, int], epilogue: Epilogue = NO_EPILOGUE, s: Schedule | None = None
+) -> Kernel:
     """out[n, c * mult + j, y, x] = epilogue(sum over ky, kx of W[c * mult + j, ky, kx] * X[n, c, y * th + ky * dh, x * tw + kx * dw]).
 
     taps: (KH, KW), unrolled. Buffers: X (from pad), W, out (consecutive pixels in a row), operands ("m": per output channel, "mn": consecutive as
@@ -328,8 +411,12 @@ def depthwise(target: Target, dtype: str, taps: tuple[int, int], epilogue: Epilo
     compute = compute_dtype(dtype)
     s = s or conv_schedule(compute)
     w, (kh, kw) = s.w, taps
-    weights = " ".join(f"const V w{i}_{j} = (V)(LD_{dtype}(wp + {i} * wh + {j} * ww));" for i in range(kh) for j in range(kw))
-    step = " ".join(f"a = FMA(w{i}_{j}, load_row(xr + {i} * dh * WP + {j} * dw, tw), a);" for i in range(kh) for j in range(kw))
+    weights = " ".join(
+        f"const V w{i}_{j} = (V)(LD_{dtype}(wp + {i} * wh + {j} * ww));" for i in range(kh) for j in range(kw)
+    )
+    step = " ".join(
+        f"a = FMA(w{i}_{j}, load_row(xr + {i} * dh * WP + {j} * dw, tw), a);" for i in range(kh) for j in range(kw)
+    )
     body = f"""
   const uint c0 = (ulong)C * get_group_id(0) / get_num_groups(0), c1 = (ulong)C * (get_group_id(0) + 1) / get_num_groups(0), n = get_group_id(1);
   out += (long)n * on;
@@ -342,16 +429,23 @@ def depthwise(target: Target, dtype: str, taps: tuple[int, int], epilogue: Epilo
       {step}
       const uint col = y * OW + x0; __global {POINTEE[dtype]}* o = out + (long)row * oc + (long)y * oh + x0;
       if (x0 + {w}u <= OW) {{ {epilogue.apply("a", "row", "col", w)} STV_{dtype}(o, a); }}
-      else {{ T t[{w}]; vstore{w}(a, 0, t); for (uint j = 0; x0 + j < OW; j++) {{ T v = t[j]; {epilogue.apply("v", "row", "col + j", 1)} ST_{dtype}(o + j, v); }} }}
+      else {{ T t[{w}]; store{w}(a, 0, t); for (uint j = 0; x0 + j < OW; j++) {{ T v = t[j]; {epilogue.apply("v", "row", "col + j", 1)} ST_{dtype}(o + j, v); }} }}
     }}
   }}
 """
     name = "_".join(x for x in ("vector_depthwise", dtype, f"{kh}x{kw}", str(epilogue), f"w{w}") if x)
     extra = tuple(d for _, _, d, _ in epilogue.operands)
-    return finish(target, name, [("X", compute, "r"), ("W", dtype, "r"), ("out", dtype, "rw"), *epilogue.buffers],
-                  [(x, "i64") for x in ("w0", "wc", "wh", "ww", "on", "oc", "oh")] + epilogue.strides + epilogue.factors(compute)
-                  + [(x, "u32") for x in ("C", "mult", "OH", "OW", "HP", "WP", "th", "tw", "dh", "dw")],
-                  prelude(compute, w, (dtype, *extra)) + (math_functions(w) if epilogue.needs_math() else "") + _row_loads(w), body)
+    return finish(
+        target,
+        name,
+        [("X", compute, "r"), ("W", dtype, "r"), ("out", dtype, "rw"), *epilogue.buffers],
+        [(x, "i64") for x in ("w0", "wc", "wh", "ww", "on", "oc", "oh")]
+        + epilogue.strides
+        + epilogue.factors(compute)
+        + [(x, "u32") for x in ("C", "mult", "OH", "OW", "HP", "WP", "th", "tw", "dh", "dw")],
+        prelude(compute, w, (dtype, *extra)) + (math_functions(w) if epilogue.needs_math() else "") + _row_loads(w),
+        body,
+    )
 
 
 def depthwise_backward_weight(target: Target, dtype: str, taps: tuple[int, int], s: Schedule | None = None) -> Kernel:
@@ -376,7 +470,7 @@ def depthwise_backward_weight(target: Target, dtype: str, taps: tuple[int, int],
         for (uint y = y0; y < min(y0 + 16u, OH); y++) for (uint x0 = 0; x0 < OW; x0 += {w}u) {{
           const __global T* xr = xc + y * th * WP + x0 * tw; V v; const U beyond = ((U)({iota}) >= (U)(OW - x0)) ? (U)(-1) : (U)(0);
           if (x0 + {w}u <= OW) v = LDV_{dtype}(g + (long)y * gh + x0);
-          else {{ T t[{w}]; for (uint j = 0; j < {w}u; j++) t[j] = x0 + j < OW ? LD_{dtype}(g + (long)y * gh + x0 + j) : (T)0; v = vload{w}(0, t); }}
+          else {{ T t[{w}]; for (uint j = 0; j < {w}u; j++) t[j] = x0 + j < OW ? LD_{dtype}(g + (long)y * gh + x0 + j) : (T)0; v = load{w}(0, t); }}
           {" ".join(f"{{ V x = load_row(xr + {i} * dh * WP + {j} * dw, tw); if (x0 + {w}u > OW) x = select(x, (V)(0), beyond); a{i}_{j} = FMA(v, x, a{i}_{j}); }}" for i, j in at)}
         }}
         {" ".join(f"s{i}_{j} += vsum(a{i}_{j});" for i, j in at)}
@@ -385,6 +479,12 @@ def depthwise_backward_weight(target: Target, dtype: str, taps: tuple[int, int],
     {" ".join(f"ST_{dtype}(dW + (ulong)c * {kh * kw} + {i * kw + j}, s{i}_{j});" for i, j in at)}
   }}
 """
-    return finish(target, f"vector_depthwise_backward_weight_{dtype}_{kh}x{kw}_w{w}", [("X", compute, "r"), ("Gr", dtype, "r"), ("dW", dtype, "w")],
-                  [(x, "i64") for x in ("gn", "gc", "gh")] + [(x, "u32") for x in ("N", "C", "mult", "OH", "OW", "HP", "WP", "th", "tw", "dh", "dw")],
-                  prelude(compute, w, (dtype,)) + _row_loads(w), body)
+    return finish(
+        target,
+        f"vector_depthwise_backward_weight_{dtype}_{kh}x{kw}_w{w}",
+        [("X", compute, "r"), ("Gr", dtype, "r"), ("dW", dtype, "w")],
+        [(x, "i64") for x in ("gn", "gc", "gh")]
+        + [(x, "u32") for x in ("N", "C", "mult", "OH", "OW", "HP", "WP", "th", "tw", "dh", "dw")],
+        prelude(compute, w, (dtype,)) + _row_loads(w),
+        body,
+    )

@@ -5,6 +5,7 @@ there are along each, and any grid is correct, so balancing is the caller's form
 of the reduction A is packed into private memory, so that the inner loop reads it as consecutive broadcasts. Partial sums of earlier
 blocks wait in a private tile: C is written once, in its own dtype, and rounding errors grow with K / kc + kc only.
 """
+# ruff: noqa: E501 (lines of kernel text)
 
 from __future__ import annotations
 
@@ -112,8 +113,12 @@ class Epilogue:
             else:
                 kind, dtype, b = s
                 e = f"e{i}"
-                at = {"n": f"{col}", "m": f"(long)({row}) * {e}m", "mn": f"(long)({row}) * {e}m + {col}",
-                      "s": f"(long)({row}) * {e}m + (long)({col}) * {e}n"}[b]
+                at = {
+                    "n": f"{col}",
+                    "m": f"(long)({row}) * {e}m",
+                    "mn": f"(long)({row}) * {e}m + {col}",
+                    "s": f"(long)({row}) * {e}m + (long)({col}) * {e}n",
+                }[b]
                 if m > 1 and b in ("n", "mn"):
                     v = f"LDV_{dtype}({e} + {at})"
                 elif m > 1 and b == "s":
@@ -131,6 +136,9 @@ class Epilogue:
         return any(s in ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh") for s in self.steps)
 
 
+NO_EPILOGUE = Epilogue()
+
+
 def module(compute: str, w: int, dtypes: tuple[str, ...], epilogue: Epilogue | None = None) -> str:
     """Module-scope text of a contraction kernel."""
     extra = tuple(d for _, _, d, _ in epilogue.operands) if epilogue else ()
@@ -140,11 +148,18 @@ def module(compute: str, w: int, dtypes: tuple[str, ...], epilogue: Epilogue | N
 def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int) -> str:
     """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]."""
     at = "C + (long)(row_) * cm + col_" if c_layout == "n" else "C + (long)(row_) * cm + (long)(col_) * cn"
-    vec = "" if c_layout != "n" else (
-        f"for (; j_ + {w} <= n_; j_ += {w}) {{ const uint col_ = (col0) + j_; V x_ = vload{w}(0, (p) + j_); {ep.apply('x_', 'row_', 'col_', w)} "
-        f"STV_{out_dtype}({at}, x_); }} ")
-    text = (f"{{ const uint row_ = (row0), n_ = (n0); uint j_ = 0; {vec}for (; j_ < n_; j_++) {{ const uint col_ = (col0) + j_; T x_ = (p)[j_]; "
-            f"{ep.apply('x_', 'row_', 'col_', 1)} ST_{out_dtype}({at}, x_); }} }}")
+    vec = (
+        ""
+        if c_layout != "n"
+        else (
+            f"for (; j_ + {w} <= n_; j_ += {w}) {{ const uint col_ = (col0) + j_; V x_ = load{w}(0, (p) + j_); {ep.apply('x_', 'row_', 'col_', w)} "
+            f"STV_{out_dtype}({at}, x_); }} "
+        )
+    )
+    text = (
+        f"{{ const uint row_ = (row0), n_ = (n0); uint j_ = 0; {vec}for (; j_ < n_; j_++) {{ const uint col_ = (col0) + j_; T x_ = (p)[j_]; "
+        f"{ep.apply('x_', 'row_', 'col_', 1)} ST_{out_dtype}({at}, x_); }} }}"
+    )
     return "#define STORE_ROW(p, row0, col0, n0) " + text.replace("\n", " ") + "\n"
 
 
@@ -162,15 +177,25 @@ def pack_rows(dst: str, src: str, layout: str, dtype: str, s: Schedule, rows: st
         for g in range(0, mr, tw):
             names = [f"LD{tw}_{dtype}(a{r}_ + k_)" if r < mr else f"({cv})(0)" for r in range(g, g + tw)]
             load = " ".join(f"const {cv} x{g}_{i} = {n};" for i, n in enumerate(names))
-            groups.append(load + "\n" + transpose(tw, [f"x{g}_{i}" for i in range(tw)], [f"y{g}_{i}" for i in range(tw)], f"const {cv}"))
-        stores = " ".join(f"vstore{tw}(y{g}_{i}, 0, {dst} + (k_ + {i}) * {mr} + {g});" for i in range(tw) for g in range(0, mr, tw))
+            groups.append(
+                load
+                + "\n"
+                + transpose(tw, [f"x{g}_{i}" for i in range(tw)], [f"y{g}_{i}" for i in range(tw)], f"const {cv}")
+            )
+        stores = " ".join(
+            f"store{tw}(y{g}_{i}, 0, {dst} + (k_ + {i}) * {mr} + {g});" for i in range(tw) for g in range(0, mr, tw)
+        )
         tail = " ".join(f"{dst}[k_ * {mr} + {r}] = LD_{dtype}(a{r}_ + k_);" for r in range(mr))
-        return (f"{{ {ptr} uint k_ = 0; for (; k_ + {tw} <= {kc}; k_ += {tw}) {{ {' '.join(groups)} {stores} }} "
-                f"for (; k_ < {kc}; k_++) {{ {tail} }} }}")
+        return (
+            f"{{ {ptr} uint k_ = 0; for (; k_ + {tw} <= {kc}; k_ += {tw}) {{ {' '.join(groups)} {stores} }} "
+            f"for (; k_ < {kc}; k_++) {{ {tail} }} }}"
+        )
     if layout == "t":
         full = " ".join(f"{dst}[k_ * {mr} + {r}] = LD_{dtype}({src} + (long)k_ * ak + {r});" for r in range(mr))
-        return (f"if ({rows} == {mr}) {{ for (uint k_ = 0; k_ < {kc}; k_++) {{ {full} }} }} else {{ const long am = 1; "
-                f"for (uint k_ = 0; k_ < {kc}; k_++) {{ {scalar} }} }}")
+        return (
+            f"if ({rows} == {mr}) {{ for (uint k_ = 0; k_ < {kc}; k_++) {{ {full} }} }} else {{ const long am = 1; "
+            f"for (uint k_ = 0; k_ < {kc}; k_++) {{ {scalar} }} }}"
+        )
     return f"for (uint k_ = 0; k_ < {kc}; k_++) {{ {scalar} }}"
 
 
@@ -179,7 +204,7 @@ def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
     tw = min(w, 8)
     t = POINTEE[compute]
     load = {
-        compute: f"vload{tw}(0, p)",
+        compute: f"load{tw}(0, p)",
         "f16": f"convert_{t}{tw}(vload_half{tw}(0, p))",
         "bf16": f"convert_{t}{tw}(as_float{tw}(convert_uint{tw}(vload{tw}(0, p)) << 16))",
     }.get(dtype, f"convert_{t}{tw}(vload{tw}(0, p))")
@@ -193,16 +218,24 @@ def micro(s: Schedule, b_step: str, kc: str, load: str = "", row_step: int = 0, 
     """Accumulates c<r>_<v> over kc steps from the pointers a_ (packed rows, or rows row_step apart) and b_ (advancing by b_step)."""
     at = (lambda u, r: r * row_step + u) if row_step else (lambda u, r: u * s.mr + r)
     a_step = 1 if row_step else s.mr
-    load = load or f"vload{s.w}(0, {{p}})"
+    load = load or f"load{s.w}(0, {{p}})"
     lines = []
     for u in range(UNROLL_K):
-        lines.append("{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv)))
-        lines += [f"{{ const V a_{r} = (V)(a_[{at(u, r)}]); " + " ".join(f"{prefix}{r}_{v} = FMA(a_{r}, b{v}, {prefix}{r}_{v});" for v in range(s.nv))
-                  + " }" for r in range(s.mr)]
+        lines.append(
+            "{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv))
+        )
+        lines += [
+            f"{{ const V a_{r} = (V)(a_[{at(u, r)}]); "
+            + " ".join(f"{prefix}{r}_{v} = FMA(a_{r}, b{v}, {prefix}{r}_{v});" for v in range(s.nv))
+            + " }"
+            for r in range(s.mr)
+        ]
         lines.append("}")
-    step = "\n".join(lines[:len(lines) // UNROLL_K])
-    return (f"uint k_ = {kc}; for (; k_ >= {UNROLL_K}u; k_ -= {UNROLL_K}u) {{ {chr(10).join(lines)}\n"
-            f"a_ += {UNROLL_K * a_step}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {a_step}; b_ += {b_step}; }}")
+    step = "\n".join(lines[: len(lines) // UNROLL_K])
+    return (
+        f"uint k_ = {kc}; for (; k_ >= {UNROLL_K}u; k_ -= {UNROLL_K}u) {{ {chr(10).join(lines)}\n"
+        f"a_ += {UNROLL_K * a_step}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {a_step}; b_ += {b_step}; }}"
+    )
 
 
 def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -> Kernel:
@@ -226,7 +259,7 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -
       const __global {{ptr}}* s_ = B + (long)k * bk;
       for (uint p = g; p < ge; p++) {{
         __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr}; const uint n0 = p * {nr}u;
-        if (n0 + {nr}u <= N) {{ UNROLL for (uint v = 0; v < {s.nv}u; v++) vstore{w}(LDV_{dtype}(s_ + n0 + v * {w}u), v, d); }}
+        if (n0 + {nr}u <= N) {{ UNROLL for (uint v = 0; v < {s.nv}u; v++) store{w}(LDV_{dtype}(s_ + n0 + v * {w}u), v, d); }}
         else for (uint j = 0; j < {nr}u; j++) d[j] = n0 + j < N ? LD_{dtype}(s_ + n0 + j) : (T)0;
       }}
     }}
@@ -235,13 +268,17 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -
         names = [f"x{i}" for i in range(tw)]
         load = " ".join(f"const CV{tw} x{i} = LD{tw}_{dtype}(s_ + {i} * bn);" for i in range(tw))
         body = transpose(tw, names, [f"y{i}" for i in range(tw)], f"const CV{tw}")
-        stores = " ".join(f"vstore{tw}(y{i}, 0, d + {i} * {nr});" for i in range(tw))
-        fast = f"""
+        stores = " ".join(f"store{tw}(y{i}, 0, d + {i} * {nr});" for i in range(tw))
+        fast = (
+            f"""
       if (j + {tw}u <= n) {{ for (; k + {tw}u <= k1; k += {tw}u) {{
         const __global {{ptr}}* s_ = B + (long)(n0 + j) * bn + k; __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
         {load}
         {body} {stores}
-      }} }}""" if layout == "t" else ""
+      }} }}"""
+            if layout == "t"
+            else ""
+        )
         inner = f"""
   for (uint p = p0; p < p1; p++) {{
     const uint n0 = p * {nr}u, n = min({nr}u, N - n0);
@@ -262,12 +299,28 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -
   const uint item = get_group_id(2); B += (long)(item / inner) * bb + (long)(item % inner) * bi; P += (ulong)get_group_id(2) * NP * K * {nr};
 {inner}
 """
-    return finish(target, f"vector_pack_b_{dtype}_{layout}_{s}", [("B", dtype, "r"), ("P", compute, "w")],
-                  [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64"), ("inner", "u32"), ("K", "u32"), ("N", "u32")], module(compute, w, (dtype,)) + macros, body)
+    return finish(
+        target,
+        f"vector_pack_b_{dtype}_{layout}_{s}",
+        [("B", dtype, "r"), ("P", compute, "w")],
+        [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64"), ("inner", "u32"), ("K", "u32"), ("N", "u32")],
+        module(compute, w, (dtype,)) + macros,
+        body,
+    )
 
 
-def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str = "n", b_layout: str = "packed", c_layout: str = "n",
-         epilogue: Epilogue = Epilogue(), split: bool = False, s: Schedule | None = None) -> Kernel:
+def gemm(
+    target: Target,
+    a_dtype: str,
+    b_dtype: str,
+    c_dtype: str,
+    a_layout: str = "n",
+    b_layout: str = "packed",
+    c_layout: str = "n",
+    epilogue: Epilogue = NO_EPILOGUE,
+    split: bool = False,
+    s: Schedule | None = None,
+) -> Kernel:
     """C[b, M, N] = epilogue(A[b, M, K] @ B[b, K, N]).
 
     a_layout: "n" unit stride along K, "t" along M, "g" any strides. b_layout: "packed" (from pack_b, b_dtype is the compute dtype)
@@ -283,7 +336,7 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
     s = s or schedule(compute)
     w, mr, nv, nr = s.w, s.mr, s.nv, s.nr
     tw, macros = pack_macros(compute, w, a_dtype)
-    ep = Epilogue() if split else epilogue
+    ep = NO_EPILOGUE if split else epilogue
     out = compute if split else c_dtype
     ptr = POINTEE[a_dtype]
     packed = b_layout == "packed"
@@ -291,20 +344,32 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
     loop_packed = micro(s, str(nr), "kc") if packed else micro(s, "bk", "kc", f"LDV_{b_dtype}({{p}})")
     loop_edge = micro(s, str(nr), "kc")
     bptr = POINTEE[compute if packed else b_dtype]
-    panel = f"const __global {bptr}* Bk = B + " + (f"((ulong)k0 * NP + (ulong)(q0 + q) * kc) * {nr};" if packed else f"(long)k0 * bk + (q0 + q) * {nr}u;")
-    edge_pack = "" if packed else f"""
+    panel = f"const __global {bptr}* Bk = B + " + (
+        f"((ulong)k0 * NP + (ulong)(q0 + q) * kc) * {nr};" if packed else f"(long)k0 * bk + (q0 + q) * {nr}u;"
+    )
+    edge_pack = (
+        ""
+        if packed
+        else f"""
         const uint edge = n < {nr}u;
         if (edge) for (uint k_ = 0; k_ < kc; k_++) for (uint j = 0; j < {nr}u; j++)
           Bb[k_ * {nr} + j] = j < n ? LD_{b_dtype}(Bk + (long)k_ * bk + j) : (T)0;"""
+    )
     loop = f"{{ const __global {bptr}* b_ = Bk; {loop_packed} }}"
     if not packed:
         loop = f"if (!edge) {loop} else {{ const T* b_ = Bb; {loop_edge} }}"
     vec_store = "\n".join(
         f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
-        + " ".join(f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} "
-                   f"STV_{out}(C + (long)row * cm + col, x); }}" for v in range(nv)) + " }" for r in range(mr))
-    to_tile = " ".join(f"vstore{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
-    from_tile = " ".join(f"c{r}_{v} += vload{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
+        + " ".join(
+            f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} "
+            f"STV_{out}(C + (long)row * cm + col, x); }}"
+            for v in range(nv)
+        )
+        + " }"
+        for r in range(mr)
+    )
+    to_tile = " ".join(f"store{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
+    from_tile = " ".join(f"c{r}_{v} += load{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
     # An epilogue with polynomials is inlined once, behind the tile in memory: twelve copies take seconds to compile.
     full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" and not ep.needs_math() else ""
     if split:
@@ -354,11 +419,31 @@ def gemm(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, a_layout: str
     }}
   }}
 """
-    name = "_".join(x for x in ("vector_gemm", a_dtype, b_dtype, c_dtype, a_layout, b_layout, c_layout, str(ep), "split" if split else "", str(s)) if x)
+    name = "_".join(
+        x
+        for x in (
+            "vector_gemm",
+            a_dtype,
+            b_dtype,
+            c_dtype,
+            a_layout,
+            b_layout,
+            c_layout,
+            str(ep),
+            "split" if split else "",
+            str(s),
+        )
+        if x
+    )
     scalars = [(x, "i64") for x in ("ab", "am", "ak", "bb", "bk", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
-    return finish(target, name, [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
-                  scalars + [("M", "u32"), ("N", "u32"), ("K", "u32")],
-                  module(compute, w, (a_dtype, b_dtype, out), ep) + macros + store_rows(ep, out, c_layout, w), body)
+    return finish(
+        target,
+        name,
+        [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
+        [*scalars, ("M", "u32"), ("N", "u32"), ("K", "u32")],
+        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + store_rows(ep, out, c_layout, w),
+        body,
+    )
 
 
 def gemm_groups(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
@@ -372,8 +457,14 @@ def gemm_groups_wide(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int
     return 1, cdiv(n, 2 * s.nr * compute_units) * compute_units, batch
 
 
-def reduce_splits(target: Target, c_dtype: str, c_layout: str = "n", epilogue: Epilogue = Epilogue(), compute: str | None = None,
-                  s: Schedule | None = None) -> Kernel:
+def reduce_splits(
+    target: Target,
+    c_dtype: str,
+    c_layout: str = "n",
+    epilogue: Epilogue = NO_EPILOGUE,
+    compute: str | None = None,
+    s: Schedule | None = None,
+) -> Kernel:
     """C[b, M, N] = epilogue(sum over s of P[s, b, M, N]), the end of a product that was split along K.
 
     Buffers: P (compute dtype, contiguous), C, the epilogue's. Scalars: cb, cm, cn (i64), the epilogue's; M, N, S (u32; S parts).
@@ -395,25 +486,46 @@ def reduce_splits(target: Target, c_dtype: str, c_layout: str = "n", epilogue: E
     for (uint i = 0; i < S; i++) {{
       const __global T* p = P + (((ulong)i * get_num_groups(2) + get_group_id(2)) * M + m) * N + n;
       uint j = 0;
-      for (; j + {w}u <= c; j += {w}u) vstore{w}(vload{w}(0, t + j) + vload{w}(0, p + j), 0, t + j);
+      for (; j + {w}u <= c; j += {w}u) store{w}(load{w}(0, t + j) + load{w}(0, p + j), 0, t + j);
       for (; j < c; j++) t[j] += p[j];
     }}
     STORE_ROW(t, m, n, c);
   }}
 """
     name = "_".join(x for x in ("vector_reduce_splits", compute, c_dtype, c_layout, str(epilogue), f"w{w}") if x)
-    return finish(target, name, [("P", compute, "r"), ("C", c_dtype, "rw"), *epilogue.buffers],
-                  [("cb", "i64"), ("cm", "i64"), ("cn", "i64"), *epilogue.strides, *epilogue.factors(compute),
-                   ("M", "u32"), ("N", "u32"), ("S", "u32")],
-                  module(compute, w, (c_dtype,), epilogue) + store_rows(epilogue, c_dtype, c_layout, w), body)
+    return finish(
+        target,
+        name,
+        [("P", compute, "r"), ("C", c_dtype, "rw"), *epilogue.buffers],
+        [
+            ("cb", "i64"),
+            ("cm", "i64"),
+            ("cn", "i64"),
+            *epilogue.strides,
+            *epilogue.factors(compute),
+            ("M", "u32"),
+            ("N", "u32"),
+            ("S", "u32"),
+        ],
+        module(compute, w, (c_dtype,), epilogue) + store_rows(epilogue, c_dtype, c_layout, w),
+        body,
+    )
 
 
 def _operand_batches(ep: Epilogue) -> str:
     return "".join(f"e{i} += (long)get_group_id(2) * e{i}b; " for i, *_ in ep.operands)
 
 
-def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int = 0, c_layout: str = "n",
-             epilogue: Epilogue = Epilogue(), width: int | None = None) -> Kernel:
+def gemm_dot(
+    target: Target,
+    a_dtype: str,
+    b_dtype: str,
+    c_dtype: str,
+    rows: int = 0,
+    c_layout: str = "n",
+    epilogue: Epilogue = NO_EPILOGUE,
+    width: int | None = None,
+) -> Kernel:
     """C[b, M, N] = epilogue(A[b, M, K] @ B[b, N, K]^T) as dot products along K, without packing: x @ w.t() with few rows, and with
     rows=1 the matrix-vector product, which streams B once.
 
@@ -428,12 +540,24 @@ def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int
     mb, nb, kc = (1, 8, 512) if rows == 1 else (60, 48, 512)  # one row: each row of B is streamed to its end
     ep = epilogue
     acc = "".join(f"V c{r}_{j} = (V)(0);" for r in range(dm) for j in range(dn))
-    pa = "".join(f"const __global {POINTEE[a_dtype]}* a{r} = A + (long)min(m + {r}u, M - 1) * am + k0; " for r in range(dm))
-    pb = "".join(f"const __global {POINTEE[b_dtype]}* b{j} = B + (long)min(n + {j}u, N - 1) * bn + k0; " for j in range(dn))
-    step = "".join(f"const V y{j} = LDV_{b_dtype}(b{j} + k); " for j in range(dn)) + "\n".join(
-        f"{{ const V x = LDV_{a_dtype}(a{r} + k); " + " ".join(f"c{r}_{j} = FMA(x, y{j}, c{r}_{j});" for j in range(dn)) + " }" for r in range(dm))
+    pa = "".join(
+        f"const __global {POINTEE[a_dtype]}* a{r} = A + (long)min(m + {r}u, M - 1) * am + k0; " for r in range(dm)
+    )
+    pb = "".join(
+        f"const __global {POINTEE[b_dtype]}* b{j} = B + (long)min(n + {j}u, N - 1) * bn + k0; " for j in range(dn)
+    )
+    step = "".join(f"const V y{j} = LDV_{b_dtype}(b{j}); b{j} += {w}; " for j in range(dn)) + "\n".join(
+        f"{{ const V x = LDV_{a_dtype}(a{r}); a{r} += {w}; "
+        + " ".join(f"c{r}_{j} = FMA(x, y{j}, c{r}_{j});" for j in range(dn))
+        + " }"
+        for r in range(dm)
+    )
     sums = " ".join(f"T s{r}_{j} = vsum(c{r}_{j});" for r in range(dm) for j in range(dn))
-    tail = " ".join(f"s{r}_{j} = FMA(LD_{a_dtype}(a{r} + k), LD_{b_dtype}(b{j} + k), s{r}_{j});" for r in range(dm) for j in range(dn))
+    tail = " ".join(
+        f"s{r}_{j} = FMA(LD_{a_dtype}(a{r} + i), LD_{b_dtype}(b{j} + i), s{r}_{j});"
+        for r in range(dm)
+        for j in range(dn)
+    )
     put = " ".join(f"t[(m - m0 + {r}) * {nb} + n - n0 + {j}] {{op}} s{r}_{j};" for r in range(dm) for j in range(dn))
     body = f"""
   T t[{mb * nb}];
@@ -448,14 +572,14 @@ def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int
     do {{
       const uint kc = min({kc}u, K - k0);
       for (uint n = n0; n < n1; n += {dn}u) {{
-        {pb}
         for (uint m = m0; m < m1; m += {dm}u) {{
-          {pa}
+          {pb}
+          {pa}  // they advance: computed from k, LLVM would do so in every step
           {acc}
           uint k = 0;
           for (; k + {w}u <= kc; k += {w}u) {{ {step} }}
           {sums}
-          for (; k < kc; k++) {{ {tail} }}
+          for (uint i = 0; k + i < kc; i++) {{ {tail} }}
           if (k0 == 0) {{ {put.format(op="=")} }} else {{ {put.format(op="+=")} }}
         }}
       }}
@@ -464,11 +588,20 @@ def gemm_dot(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, rows: int
     for (uint m = m0; m < m1; m++) STORE_ROW(t + (m - m0) * {nb}, m, n0, n1 - n0);
   }}
 """
-    name = "_".join(x for x in ("vector_gemm_dot", a_dtype, b_dtype, c_dtype, c_layout, str(ep), f"w{w}r{dm}n{dn}") if x)
-    return finish(target, name, [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", c_dtype, "rw"), *ep.buffers],
-                  [(x, "i64") for x in ("ab", "am", "bb", "bn", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
-                  + [("M", "u32"), ("N", "u32"), ("K", "u32")],
-                  module(compute, w, (a_dtype, b_dtype, c_dtype), ep) + store_rows(ep, c_dtype, c_layout, w), body)
+    name = "_".join(
+        x for x in ("vector_gemm_dot", a_dtype, b_dtype, c_dtype, c_layout, str(ep), f"w{w}r{dm}n{dn}") if x
+    )
+    return finish(
+        target,
+        name,
+        [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", c_dtype, "rw"), *ep.buffers],
+        [(x, "i64") for x in ("ab", "am", "bb", "bn", "cb", "cm", "cn")]
+        + ep.strides
+        + ep.factors(compute)
+        + [("M", "u32"), ("N", "u32"), ("K", "u32")],
+        module(compute, w, (a_dtype, b_dtype, c_dtype), ep) + store_rows(ep, c_dtype, c_layout, w),
+        body,
+    )
 
 
 def gemm_dot_groups(m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
@@ -476,8 +609,16 @@ def gemm_dot_groups(m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any
     return 1, cdiv(n, 192 * compute_units) * compute_units, batch
 
 
-def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str = "n", epilogue: Epilogue = Epilogue(), split: bool = False,
-         width: int | None = None) -> Kernel:
+def gemv(
+    target: Target,
+    a_dtype: str,
+    b_dtype: str,
+    c_dtype: str,
+    c_layout: str = "n",
+    epilogue: Epilogue = NO_EPILOGUE,
+    split: bool = False,
+    width: int | None = None,
+) -> Kernel:
     """C[b, 1, N] = epilogue(a[b, K] @ B[b, K, N]), B with unit stride along N and read once, in long runs.
 
     Buffers: A, B, C, the epilogue's. Scalars: ab, ak, bb, bk, cb, cn (i64), the epilogue's; N, K (u32).
@@ -486,12 +627,15 @@ def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str
     """
     compute = compute_dtype(a_dtype)
     w = lanes(width or vector_width(), compute)
-    ep = Epilogue() if split else epilogue
+    ep = NO_EPILOGUE if split else epilogue
     out = compute if split else c_dtype
     nc, ku = 256 * w, 8  # columns and rows of B at a time
     rows = "".join(f"const T a{i} = LD_{a_dtype}(A + (long)(k + {i}) * ak); " for i in range(ku))
-    vec = "V x = vload{w}(0, t + j); ".replace("{w}", str(w)) + " ".join(f"x = FMA((V)(a{i}), LDV_{b_dtype}(b + {i} * bk + j), x);" for i in range(ku))
-    one = "T x = t[j]; " + " ".join(f"x = FMA(a{i}, LD_{b_dtype}(b + {i} * bk + j), x);" for i in range(ku))
+    vec = "V x = load{w}(0, t + j); ".replace("{w}", str(w)) + " ".join(
+        f"x = FMA((V)(a{i}), LDV_{b_dtype}(b{i}), x); b{i} += {w};" for i in range(ku)
+    )
+    starts = " ".join(f"const __global {POINTEE[b_dtype]}* b{i} = B + (long)(k + {i}) * bk + n;" for i in range(ku))
+    one = "T x = t[j]; " + " ".join(f"x = FMA(a{i}, LD_{b_dtype}(b{i}), x); b{i}++;" for i in range(ku))
     body = f"""
   T t[{nc}]; T total[{nc}];
   const uint NB = (N + {w - 1}u) / {w}u, NK = (K + {ku - 1}u) / {ku}u;
@@ -508,8 +652,8 @@ def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str
       const uint k1 = min(k0 + 128u, ke); uint k = k0;
       for (uint j = 0; j < c; j++) t[j] = 0;
       for (; k + {ku} <= k1; k += {ku}) {{
-        {rows} const __global {POINTEE[b_dtype]}* b = B + (long)k * bk + n; uint j = 0;
-        for (; j + {w}u <= c; j += {w}u) {{ {vec} vstore{w}(x, 0, t + j); }}
+        {rows} {starts} uint j = 0;
+        for (; j + {w}u <= c; j += {w}u) {{ {vec} store{w}(x, 0, t + j); }}
         for (; j < c; j++) {{ {one} t[j] = x; }}
       }}
       for (; k < k1; k++) for (uint j = 0; j < c; j++)
@@ -519,7 +663,17 @@ def gemv(target: Target, a_dtype: str, b_dtype: str, c_dtype: str, c_layout: str
     STORE_ROW(total, 0, n, c);
   }}
 """
-    name = "_".join(x for x in ("vector_gemv", a_dtype, b_dtype, c_dtype, c_layout, str(ep), "split" if split else "", f"w{w}") if x)
-    return finish(target, name, [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
-                  [(x, "i64") for x in ("ab", "ak", "bb", "bk", "cb", "cn")] + ep.strides + ep.factors(compute) + [("N", "u32"), ("K", "u32")],
-                  module(compute, w, (a_dtype, b_dtype, out), ep) + store_rows(ep, out, c_layout, w), body)
+    name = "_".join(
+        x for x in ("vector_gemv", a_dtype, b_dtype, c_dtype, c_layout, str(ep), "split" if split else "", f"w{w}") if x
+    )
+    return finish(
+        target,
+        name,
+        [("A", a_dtype, "r"), ("B", b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
+        [(x, "i64") for x in ("ab", "ak", "bb", "bk", "cb", "cn")]
+        + ep.strides
+        + ep.factors(compute)
+        + [("N", "u32"), ("K", "u32")],
+        module(compute, w, (a_dtype, b_dtype, out), ep) + store_rows(ep, out, c_layout, w),
+        body,
+    )

@@ -2,11 +2,13 @@
 
 The templates are for OpenCL on CPU devices: one invocation works on a large tile with explicit vectors, without barriers.
 """
+# ruff: noqa: E501, PERF401 (lines of kernel text)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 from ..emit import header
 from ..kernel import DTYPES, Kernel, Target
@@ -20,7 +22,7 @@ def compute_dtype(dtype: str) -> str:
     return "i32" if dtype == "bool" else DTYPES[dtype].compute
 
 
-@lru_cache(maxsize=None)
+@cache
 def vector_width() -> int:
     """float32 lanes of the CPU's registers: the device is the host."""
     import torch
@@ -36,42 +38,70 @@ def lanes(width: int, compute: str) -> int:
 def prelude(compute: str, w: int, storages: tuple[str, ...]) -> str:
     """Types T (scalar), V (vector), U (int vector as wide as V); loads and stores LD_/ST_ (scalar), LDV_/STV_ (w lanes) per dtype."""
     t = POINTEE[compute]
-    out = ["#define UNROLL _Pragma(\"unroll\")",
-           f"typedef {t} T; typedef {t}{w} V; typedef {'long' if t in ('double', 'long') else 'int'}{w} U;"]
+    out = [
+        '#define UNROLL _Pragma("unroll")',
+        f"typedef {t} T; typedef {t}{w} V; typedef {'long' if t in ('double', 'long') else 'int'}{w} U;",
+    ]
     if compute in ("f32", "f64"):
         out.append("#define FMA(a, b, c) fma(a, b, c)")
     else:
         out.append("#define FMA(a, b, c) ((a) * (b) + (c))")
+    # load<n>, store<n> are vload<n>, vstore<n> on T: PoCL's own become half-width pieces where LLVM cannot merge them.
+    for n in sorted({w, min(w, 8)}):
+        out.append(f"typedef {t}{n} V{n}_unaligned __attribute__((aligned({8 if t in ('double', 'long') else 4})));")
+        for space in ("__global", "__private"):
+            out.append(
+                f"{t}{n} __attribute__((overloadable)) load{n}(size_t i, const {space} T* p) {{ return *(const {space} V{n}_unaligned*)(p + i * {n}); }}\n"
+                f"void __attribute__((overloadable)) store{n}({t}{n} v, size_t i, {space} T* p) {{ *({space} V{n}_unaligned*)(p + i * {n}) = v; }}"
+            )
     h = w // 2
-    out.append(f"T vsum(V v) {{ {t}{h} h = v.lo + v.hi; "
-               + ("".join(f"{t}{n} h{n} = {'h' if n * 2 == h else f'h{n * 2}'}.lo + {'h' if n * 2 == h else f'h{n * 2}'}.hi; "
-                          for n in (4, 2) if n < h))
-               + f"return {'h' if h == 2 else 'h2'}.x + {'h' if h == 2 else 'h2'}.y; }}" if w > 2
-               else "T vsum(V v) { return v.x + v.y; }")
+    out.append(
+        f"T vsum(V v) {{ {t}{h} h = v.lo + v.hi; "
+        + (
+            "".join(
+                f"{t}{n} h{n} = {'h' if n * 2 == h else f'h{n * 2}'}.lo + {'h' if n * 2 == h else f'h{n * 2}'}.hi; "
+                for n in (4, 2)
+                if n < h
+            )
+        )
+        + f"return {'h' if h == 2 else 'h2'}.x + {'h' if h == 2 else 'h2'}.y; }}"
+        if w > 2
+        else "T vsum(V v) { return v.x + v.y; }"
+    )
     for s in dict.fromkeys((compute, *storages)):
         c = POINTEE[s]
         if s == compute:
-            out.append(f"#define LD_{s}(p) (*(p))\n#define ST_{s}(p, v) (*(p) = (v))\n"
-                       f"#define LDV_{s}(p) vload{w}(0, p)\n#define STV_{s}(p, v) vstore{w}(v, 0, p)")
+            out.append(
+                f"#define LD_{s}(p) (*(p))\n#define ST_{s}(p, v) (*(p) = (v))\n"
+                f"#define LDV_{s}(p) load{w}(0, p)\n#define STV_{s}(p, v) store{w}(v, 0, p)"
+            )
         elif s == "f16":
-            out.append(f"#define LD_f16(p) ((T)vload_half(0, p))\n#define ST_f16(p, v) vstore_half_rte((float)(v), 0, p)\n"
-                       f"#define LDV_f16(p) convert_{t}{w}(vload_half{w}(0, p))\n"
-                       f"#define STV_f16(p, v) vstore_half{w}_rte(convert_float{w}(v), 0, p)")
+            out.append(
+                f"#define LD_f16(p) ((T)vload_half(0, p))\n#define ST_f16(p, v) vstore_half_rte((float)(v), 0, p)\n"
+                f"#define LDV_f16(p) convert_{t}{w}(vload_half{w}(0, p))\n"
+                f"#define STV_f16(p, v) vstore_half{w}_rte(convert_float{w}(v), 0, p)"
+            )
         elif s == "bf16":
-            for n in ("", w):
+            for m in (1, w):
+                size = "" if m == 1 else str(m)
                 out.append(
-                    f"ushort{n} to_bf16_{n or 1}(float{n} f) {{ uint{n} u = as_uint{n}(f); "
-                    f"return convert_ushort{n}(select((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, (uint{n})(0x7fc0u), "
-                    f"{'as_uint(isnan(f))' if not n else f'as_uint{n}(isnan(f))'})); }}")
-            out.append(f"#define LD_bf16(p) ((T)as_float((uint)*(p) << 16))\n#define ST_bf16(p, v) (*(p) = to_bf16_1((float)(v)))\n"
-                       f"#define LDV_bf16(p) convert_{t}{w}(as_float{w}(convert_uint{w}(vload{w}(0, p)) << 16))\n"
-                       f"#define STV_bf16(p, v) vstore{w}(to_bf16_{w}(convert_float{w}(v)), 0, p)")
+                    f"ushort{size} to_bf16_{m}(float{size} f) {{ uint{size} u = as_uint{size}(f); "
+                    f"return convert_ushort{size}(select((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, (uint{size})(0x7fc0u), "
+                    f"{'as_uint(isnan(f))' if m == 1 else f'as_uint{size}(isnan(f))'})); }}"
+                )
+            out.append(
+                f"#define LD_bf16(p) ((T)as_float((uint)*(p) << 16))\n#define ST_bf16(p, v) (*(p) = to_bf16_1((float)(v)))\n"
+                f"#define LDV_bf16(p) convert_{t}{w}(as_float{w}(convert_uint{w}(vload{w}(0, p)) << 16))\n"
+                f"#define STV_bf16(p, v) vstore{w}(to_bf16_{w}(convert_float{w}(v)), 0, p)"
+            )
         else:
             put = "(v) != 0" if s == "bool" else "v"
             vput = f"(v) != (V)(0)) & (uchar{w})(1)" if s == "bool" else "v)"
-            out.append(f"#define LD_{s}(p) ((T)*(p))\n#define ST_{s}(p, v) (*(p) = ({c})({put}))\n"
-                       f"#define LDV_{s}(p) convert_{t}{w}(vload{w}(0, p))\n"
-                       f"#define STV_{s}(p, v) vstore{w}(convert_{c}{w}({vput}, 0, p)")
+            out.append(
+                f"#define LD_{s}(p) ((T)*(p))\n#define ST_{s}(p, v) (*(p) = ({c})({put}))\n"
+                f"#define LDV_{s}(p) convert_{t}{w}(vload{w}(0, p))\n"
+                f"#define STV_{s}(p, v) vstore{w}(convert_{c}{w}({vput}, 0, p)"
+            )
     return "\n".join(out) + "\n"
 
 
@@ -108,7 +138,7 @@ float{n} erf_{m}(float{n} x) {{  // Abramowitz-Stegun 7.1.26 loses digits near 0
 
 def math_functions(w: int) -> str:
     """exp_, tanh_ and erf_ on float (suffix 1) and float{w}: the libraries' scalar versions do not vectorise."""
-    return "".join(EXP.format(n=n, m=n or 1, isnan="as_int(isnan(x))" if not n else f"isnan(x)") for n in ("", w))
+    return "".join(EXP.format(n=n, m=n or 1, isnan="as_int(isnan(x))" if not n else "isnan(x)") for n in ("", w))
 
 
 def activation(name: str, x: str, m: int) -> str:
@@ -135,9 +165,11 @@ def transpose(w: int, src: list[str], dst: list[str], vec: str) -> str:
     if w == 2:
         return f"{vec} {dst[0]} = ({vec})({src[0]}.x, {src[1]}.x), {dst[1]} = ({vec})({src[0]}.y, {src[1]}.y);\n"
     out, a = [], src
+
     def let(name, *parts):
         out.append(f"{vec} {name} = ({vec})({', '.join(parts)});")
         return name
+
     lo, hi = [], []
     for i in range(0, w, 2):
         p, q = a[i], a[i + 1]
@@ -152,15 +184,26 @@ def transpose(w: int, src: list[str], dst: list[str], vec: str) -> str:
         return "\n".join(out) + "\n"
     halves = []
     for g in (0, 2):
-        halves.append([let(f"{dst[0]}v{g}{j}", f"{s[g]}.s{c}", f"{s[g + 1]}.s{c}", f"{s[g]}.s{d}", f"{s[g + 1]}.s{d}")
-                       for j, (s, c, d) in enumerate(((lo, "01", "45"), (lo, "23", "67"), (hi, "01", "45"), (hi, "23", "67")))])
+        halves.append(
+            [
+                let(f"{dst[0]}v{g}{j}", f"{s[g]}.s{c}", f"{s[g + 1]}.s{c}", f"{s[g]}.s{d}", f"{s[g + 1]}.s{d}")
+                for j, (s, c, d) in enumerate(((lo, "01", "45"), (lo, "23", "67"), (hi, "01", "45"), (hi, "23", "67")))
+            ]
+        )
     for j in range(4):
         let(dst[j], f"{halves[0][j]}.lo", f"{halves[1][j]}.lo")
         let(dst[j + 4], f"{halves[0][j]}.hi", f"{halves[1][j]}.hi")
     return "\n".join(out) + "\n"
 
 
-def finish(target: Target, name: str, buffers: list[tuple[str, str, str]], scalars: list[tuple[str, str]], module: str, body: str) -> Kernel:
+def finish(
+    target: Target,
+    name: str,
+    buffers: Sequence[tuple],
+    scalars: Sequence[tuple],
+    module: str,
+    body: str,
+) -> Kernel:
     """A kernel of one invocation a workgroup, from its body."""
-    prefix, suffix, kernel = header(target, name, buffers, scalars, (1, 1, 1), module=module)
+    prefix, suffix, kernel = header(target, name, list(buffers), list(scalars), (1, 1, 1), module=module)
     return replace(kernel, source=prefix + body + suffix)
