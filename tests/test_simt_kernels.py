@@ -377,7 +377,7 @@ def test_attention(target, case, vec):
     batch, heads, kv_heads, queries, keys, head, head_v, dtype, mask_dtype, causal = ATTENTION[case]
     if vec and case != "ragged":
         pytest.skip("covered by the other cases")
-    if target.language == "opencl" and (vec or case in ("causal", "mask", "wide")):
+    if target.language == "opencl" and (vec or case != "bool"):
         pytest.skip("PoCL compiles one of these kernels for 15 s")
     rng = np.random.default_rng(4)
     schedule, scale = A.SCHEDULES[1], 0.3
