@@ -811,18 +811,37 @@ def _register(name: str, kind: str, function: Callable[..., Any], coarse: bool) 
             _C.set_coarse(_C.op_id(name))
 
 
-def lowering(*names: str, slots: tuple[str, ...] = (), coarse: bool = False) -> Callable:
+def lowering(
+    *names: str, slots: tuple[str, ...] = (), exact: tuple[str, ...] = (), coarse: bool = False
+) -> Callable:
     """Registers the lowering of aten overloads ("native_layer_norm", "add_.Tensor") for spiral tensors.
 
-    slots: integer arguments that don't enter the plan's key. coarse: schedules don't depend on how large sizes are."""
+    slots: integer arguments that don't enter the plan's key. exact: tensors whose sizes beyond the second do, because kernels are
+    built for them (filter taps): the lowering gets them as a list of ints after the tensor. coarse: schedules don't depend on
+    how large sizes are."""
 
     def decorate(function: Callable) -> Callable:
         for name in names:
             _register(name, "lowering", function, coarse)
-            _C.register_boxed(name, list(slots))
+            _C.register_boxed(name, list(slots), list(exact))
         return function
 
     return decorate
+
+
+_definitions: Any = None
+
+
+def operator(schema: str, slots: tuple[str, ...] = (), coarse: bool = False) -> Callable:
+    """Defines an operator of our own from its schema, "fill_range_(Tensor(a!) out, Scalar start) -> ()", with a lowering.
+    Composites call it, on tensors that exist: `torch.ops.spiral.fill_range_(out, 0)`."""
+    import torch
+
+    global _definitions
+    if _definitions is None:
+        _definitions = torch.library.Library("spiral", "FRAGMENT")
+    _definitions.define(schema)
+    return lowering("spiral::" + schema.partition("(")[0], slots=slots, coarse=coarse)
 
 
 def structured(*names: str, coarse: bool = False) -> Callable:
@@ -837,12 +856,13 @@ def structured(*names: str, coarse: bool = False) -> Callable:
     return decorate
 
 
-def stub(*names: str) -> Callable:
-    """Registers the body of a DispatchStub: (Iter, the stub's further arguments)."""
+def stub(*names: str, coarse: bool = True) -> Callable:
+    """Registers the body of a DispatchStub: (Iter, the stub's further arguments). coarse: False where schedules depend on
+    how large sizes are."""
 
     def decorate(function: Callable) -> Callable:
         for name in names:
-            _register(name, "stub", function, True)
+            _register(name, "stub", function, coarse)
         return function
 
     return decorate

@@ -20,6 +20,7 @@ using c10::TypeKind;
 struct Argument {
   TypeKind kind;  // of the type inside Optional, List
   bool list, written, slot;
+  bool exact;  // its sizes beyond the second follow it, by value
 };
 
 struct Signature {
@@ -29,7 +30,9 @@ struct Signature {
   std::vector<bool> lists;   // per return: a list of tensors
 };
 
-Signature parse(const c10::FunctionSchema& schema, const std::string& name, const std::vector<std::string>& slots) {
+Signature parse(
+    const c10::FunctionSchema& schema, const std::string& name, const std::vector<std::string>& slots,
+    const std::vector<std::string>& exact) {
   Signature s;
   s.id = op_id(name);
   for (const c10::Argument& a : schema.arguments()) {
@@ -48,7 +51,8 @@ Signature parse(const c10::FunctionSchema& schema, const std::string& name, cons
     const TypeKind kind = type->kind();
     const bool named = std::find(slots.begin(), slots.end(), a.name()) != slots.end();
     const bool slot = named || kind == TypeKind::FloatType || kind == TypeKind::NumberType;
-    s.arguments.push_back({kind, list, a.alias_info() && a.alias_info()->isWrite(), slot});
+    const bool by_size = std::find(exact.begin(), exact.end(), a.name()) != exact.end();
+    s.arguments.push_back({kind, list, a.alias_info() && a.alias_info()->isWrite(), slot, by_size});
   }
   for (const c10::Argument& r : schema.returns()) {
     int alias = -1;
@@ -91,6 +95,7 @@ void add(Call& call, const Argument& a, const IValue& v) {
     call.none();
   } else if (v.isTensor()) {
     a.written ? call.out(v.toTensor()) : call.tensor(v.toTensor());
+    if (a.exact) call.value(v.toTensor().sizes().slice(std::min<size_t>(2, v.toTensor().dim())));
   } else if (a.list && a.kind == TypeKind::TensorType) {
     const auto& list = v.toListRef();
     c10::SmallVector<at::Tensor, 8> tensors;
@@ -130,10 +135,11 @@ void add(Call& call, const Argument& a, const IValue& v) {
 
 class Boxed final : public c10::OperatorKernel {
  public:
-  Boxed(std::string name, std::vector<std::string> slots) : name_(std::move(name)), slots_(std::move(slots)) {}
+  Boxed(std::string name, std::vector<std::string> slots, std::vector<std::string> exact)
+      : name_(std::move(name)), slots_(std::move(slots)), exact_(std::move(exact)) {}
 
   void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    std::call_once(parsed_, [&] { signature_ = parse(handle.schema(), name_, slots_); });
+    std::call_once(parsed_, [&] { signature_ = parse(handle.schema(), name_, slots_, exact_); });
     const size_t count = signature_.arguments.size();
     const IValue* args = stack->data() + stack->size() - count;
     Call call(signature_.id, device_of(args, count));
@@ -160,17 +166,19 @@ class Boxed final : public c10::OperatorKernel {
 
  private:
   std::string name_;
-  std::vector<std::string> slots_;
+  std::vector<std::string> slots_, exact_;
   std::once_flag parsed_;
   Signature signature_;
 };
 
 }  // namespace
 
-void register_boxed(const std::string& name, const std::vector<std::string>& slots) {
-  // One library for all, never destroyed: the registrations live as long as the process.
-  static auto* library = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Boxed>(name, slots)));
+void register_boxed(const std::string& name, const std::vector<std::string>& slots, const std::vector<std::string>& exact) {
+  // One library per namespace, never destroyed: the registrations live as long as the process.
+  static auto* aten = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  static auto* own = new torch::Library(torch::Library::IMPL, "spiral", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  torch::Library* library = name.rfind("spiral::", 0) == 0 ? own : aten;
+  library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Boxed>(name, slots, exact)));
 }
 
 }  // namespace spiral

@@ -363,6 +363,12 @@ struct Replay {
   }
 
   static void run(Call& call) {
+    // Outputs are allocated on the current device.
+    struct Current {
+      c10::DeviceIndex previous;
+      explicit Current(c10::DeviceIndex d) : previous(exchange_device_unchecked(d)) {}
+      ~Current() { exchange_device_unchecked(previous); }
+    } current(call.device_);
     // A huge operand that the kernel sees through several windows is another signature.
     const auto limit = device_properties(call.device_).max_binding;
     for (size_t i = 0; i < call.operands_.size(); ++i) {

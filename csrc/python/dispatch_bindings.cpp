@@ -134,7 +134,7 @@ std::shared_ptr<Plan> record_plan(OpId id, c10::DeviceIndex device, const py::ob
 void bind_dispatch(py::module_& m) {
   m.def("op_id", [](const std::string& name) { return op_id(name); });
   m.def("set_coarse", &set_coarse);
-  m.def("register_boxed", &register_boxed, py::arg("name"), py::arg("slots"));
+  m.def("register_boxed", &register_boxed, py::arg("name"), py::arg("slots"), py::arg("exact"));
   m.def("set_recorder", [](py::object f) { recorder = new py::object(std::move(f)); });
   m.def("compile_kernel", [](int device, const py::dict& d) {
     KernelSource s;

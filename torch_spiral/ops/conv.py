@@ -1,0 +1,382 @@
+"""Convolution: forward, transposed, and gradients for input, weight and bias, in one to three dimensions.
+
+A forward convolution of x with w, and the gradient for its input, are each other's transpose: `_forward` and `_transposed` serve
+both directions of both. Filter extents are known to the plan (they unroll); all other sizes are run-time scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernels.kernel import DTYPES
+from ..kernels.simt import conv as simt
+from ..kernels.simt import gemm as simt_gemm
+from ..kernels.vector import conv as vector
+from ..kernels.vector.gemm import Epilogue
+from ..lowering import (
+    Tensor,
+    bucket,
+    build,
+    cdiv,
+    check,
+    empty,
+    is_one,
+    launch,
+    le,
+    lowering,
+    minimum,
+    packed,
+    product,
+    target,
+)
+from .common import contiguous
+from .contraction import _ordered, matrix
+from .contraction import product as matrix_product
+from .reduce import _sum, accumulator, reduce_rows
+
+FLOATS = ("f32", "f16", "bf16", "f64")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Three spatial dimensions always; missing ones have extent 1."""
+
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def volume(self) -> int:
+        return self.taps[0] * self.taps[1] * self.taps[2]
+
+    @property
+    def pointwise(self) -> bool:
+        """1x1, stride 1, no padding: a matrix product."""
+        return self.volume == 1 and self.stride == (1, 1, 1) and self.padding == (0, 0, 0) and self.groups == 1
+
+
+def _three(values: Sequence[int], fill: int, nd: int) -> tuple[int, ...]:
+    values = list(values) * (nd if len(values) == 1 else 1)
+    return (fill,) * (3 - nd) + tuple(values)
+
+
+def _geometry(taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+    nd = len(taps)
+    return Geometry(_three(taps, 1, nd), _three(stride, 1, nd), _three(padding, 0, nd), _three(dilation, 1, nd), groups)
+
+
+def _spatial(x: Tensor) -> list[Any]:
+    return [1] * (5 - x.ndim) + list(x.sizes[2:])
+
+
+def _strides(x: Tensor) -> list[Any]:
+    """Image, channel and three spatial strides."""
+    return [*x.strides[:2], *[0] * (5 - x.ndim), *x.strides[2:]]
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim >= 4 and is_one(x.strides[1]) and not is_one(x.sizes[1]) and not x.is_contiguous
+
+
+def _allocate(n: Any, c: Any, spatial: Sequence[Any], nd: int, dtype: str, channels_last: bool) -> Tensor:
+    sizes = [n, c, *spatial[3 - nd :]]
+    if not channels_last:
+        return empty(sizes, dtype)
+    strides: list[Any] = [0, 1]
+    dense: Any = c
+    inner: list[Any] = []
+    for s in reversed(sizes[2:]):
+        inner.append(dense)
+        dense = dense * s
+    strides[0] = dense
+    return empty(sizes, dtype, [*strides, *reversed(inner)])
+
+
+def _pixels(x: Tensor) -> Tensor | None:
+    """x as [N, C, pixels] where its spatial dimensions collapse into one."""
+    if x.is_contiguous:
+        return x.view([x.sizes[0], x.sizes[1], product(x.sizes[2:])])
+    if _channels_last(x):
+        n, c, p = x.sizes[0], x.sizes[1], product(x.sizes[2:])
+        return x.view([n, c, p], [p * c, 1, c])
+    return None
+
+
+# ---- forward ------------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
+    """out[n, oc] = bias + sum of w[oc, ic, tap] * x[n, ic, pixel * stride - padding + tap * dilation]."""
+    if out.is_empty:
+        return
+    if g.pointwise and _pixels(x) and _pixels(out) and w.is_contiguous:
+        _pointwise(_pixels(x), w.view([w.sizes[0], w.sizes[1]]), bias, _pixels(out))  # type: ignore[arg-type]
+    elif target().schedule_class == "vector":
+        _vector(x, w, bias, out, g, False)
+    else:
+        _simt("forward", x, w, out, g, bias)
+
+
+def _pointwise(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out[n] = w @ x[n] + bias for [N, C, pixels]; channels_last as one product of all pixels."""
+    n, c, p = x.sizes
+    co = w.sizes[0]
+    if is_one(x.strides[1]) and not x.is_contiguous and is_one(out.strides[1]):
+        rows = x.view([1, n * p, c], [0, c, 1])
+        add = [] if bias is None else [("add", bias.view([1, 1, co], [0, 0, bias.strides[0]]))]
+        matrix_product(rows, matrix(w, 1, 0), out.view([1, n * p, co], [0, co, 1]), terms=add)
+        return
+    a = w.view([n, co, c], [0, w.strides[0], w.strides[1]])
+    add = [] if bias is None else [("add", bias.view([1, co, 1], [0, bias.strides[0], 0]))]
+    matrix_product(a, x, out, terms=add)
+
+
+def _transposed(y: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
+    """The transpose of `_forward` in x: out[n, ic] = bias + sum of w[oc, ic, tap] * y[n, oc, …]. w is [oc, ic / groups, taps]."""
+    if out.is_empty:
+        return
+    if g.pointwise and _pixels(y) and _pixels(out) and w.is_contiguous:
+        _pointwise(_pixels(y), w.view([w.sizes[0], w.sizes[1]]).transpose(0, 1), bias, _pixels(out))  # type: ignore[arg-type]
+    elif target().schedule_class == "vector":
+        _vector(y, w, bias, out, g, True)
+    else:
+        _simt("input", y, w, out, g, bias)
+
+
+# ---- vector: OpenCL on CPUs ---------------------------------------------------------------------------------------------
+
+
+def _pad(x: Tensor, extents: Sequence[Any], up: Sequence[int], offset: Sequence[int]) -> Tensor:
+    """x with zeros around and `up - 1` zeros between its elements, contiguous, in the compute dtype."""
+    n, c = x.sizes[0], x.sizes[1]
+    compute = DTYPES[x.dtype].compute
+    out = empty([n * c * product(extents) + vector.SLACK], compute)
+    kernel = build(vector.pad, x.dtype)
+    rows = c * extents[0] * extents[1]
+    launch(
+        kernel, [x, out], [*_strides(x), c, *_spatial(x), *extents, *up, *offset], (minimum(cdiv(rows, 64), target().compute_units), n, 1)
+    )
+    return out
+
+
+def _weights(w: Tensor, m: Any, k_channels: Any, g: Geometry, flip: bool) -> Tensor:
+    """w packed for `conv`; flipped, with the two channel dimensions exchanged, for the transpose."""
+    kd, kh, kw = g.taps
+    volume, groups = g.volume, g.groups
+    k = k_channels * volume
+    s = vector.conv_schedule(DTYPES[w.dtype].compute)
+    panels = cdiv(m, s.mr)
+    w = contiguous(w)
+    with packed(w, [groups * k * panels * s.mr], DTYPES[w.dtype].compute, f"conv{'T' if flip else ''}{g.taps}g{groups}{s}") as p:
+        if flip:
+            strides = [volume - 1, k_channels * m * volume, volume, m * volume, -kh * kw, -kw, -1]
+        else:
+            strides = [0, m * k, k, volume, kh * kw, kw, 1]
+        kernel = build(vector.pack_weights, w.dtype)
+        launch(kernel, [w, p], [*strides, m, k, kd, kh, kw], (minimum(panels, 2), 2 if bucket(k) >= 8 else 1, groups))
+    return p
+
+
+def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool) -> None:
+    units = target().compute_units
+    n, c = x.sizes[0], x.sizes[1]
+    co = out.sizes[1]
+    o = _spatial(out)
+    if flip:
+        extents = [i + d * (k - 1) for i, d, k in zip(o, g.dilation, g.taps)]
+        offset = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.taps, g.padding)]
+        padded, step = _pad(x, extents, g.stride, offset), (1, 1, 1)
+    else:
+        extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
+        padded, step = _pad(x, extents, (1, 1, 1), g.padding), g.stride
+    epilogue = Epilogue((("add", bias.dtype, "m"),) if bias is not None else ())
+    operands = [bias] if bias is not None else []
+    bias_strides = [0, bias.strides[0]] if bias is not None else []
+    m, channels = co // g.groups, c // g.groups
+    kd, kh, kw = g.taps
+    depthwise = g.groups > 1 and is_one(w.sizes[1]) and kd == 1 and g.volume <= 49 and out.is_contiguous and out.ndim <= 4
+    if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
+        w = contiguous(w)
+        first, step_h, step_w = (g.volume - 1, -kw, -1) if flip else (0, kw, 1)
+        kernel = build(vector.depthwise, w.dtype, (kh, kw), epilogue)
+        launch(
+            kernel, [padded, w, out, *operands],
+            [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *bias_strides, co, co // g.groups, o[1], o[2],
+             extents[1], extents[2], step[1], step[2], g.dilation[1], g.dilation[2]],
+            (minimum(co, 2 * units), n, 1),
+        )  # fmt: skip
+        return
+    p = _weights(w, m, channels, g, flip)
+    s = vector.conv_schedule(DTYPES[w.dtype].compute)
+    kernel = build(vector.conv, out.dtype, out.is_contiguous, epilogue)
+    k = channels * g.volume
+    out_strides = _strides(out)
+    if out.is_contiguous:
+        out_strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
+    launch(
+        kernel, [padded, p, out, *operands],
+        [c * product(extents), *out_strides, *bias_strides, m, g.groups, *o, *g.taps, *extents, *step, *g.dilation, k, channels],
+        vector.conv_groups(m, product(o), n, g.groups, s, units),
+    )  # fmt: skip
+
+
+def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
+    """dw[oc, ic, tap] = sum over images and pixels of y[n, oc, pixel] * x[n, ic, pixel * stride - padding + tap * dilation]."""
+    n, c, co = x.sizes[0], x.sizes[1], y.sizes[1]
+    y = contiguous(y)
+    extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
+    padded = _pad(x, extents, (1, 1, 1), g.padding)
+    o = _spatial(y)
+    m, channels = co // g.groups, c // g.groups
+    pixels = product(o)
+    units = target().compute_units
+    if g.groups > 1 and is_one(dw.sizes[1]) and g.taps[0] == 1 and g.volume <= 49 and y.ndim <= 4:
+        kernel = build(vector.depthwise_backward_weight, y.dtype, g.taps[1:])
+        launch(
+            kernel, [padded, y, dw],
+            [co * pixels, pixels, o[2], n, co, m, o[1], o[2], extents[1], extents[2], g.stride[1], g.stride[2], g.dilation[1], g.dilation[2]],
+            (minimum(co, 2 * units), 1, 1),
+        )  # fmt: skip
+        return
+    kernel = build(vector.conv_backward_weight, y.dtype, dw.dtype)
+    k = channels * g.volume
+    launch(
+        kernel, [padded, y, dw],
+        [c * product(extents), co * pixels, pixels, m, g.groups, n, *o, *g.taps, *extents, *g.stride, *g.dilation, k, channels],
+        (2 * units if bucket(x.sizes[1]) + g.volume.bit_length() > 6 else 1, units, g.groups),
+    )  # fmt: skip
+
+
+# ---- simt: GPUs ---------------------------------------------------------------------------------------------------------
+
+
+def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None) -> None:
+    """mode "forward": x, w → y; "input": y, w → x; "weight": x, y → w (the arguments in that order)."""
+    t = target()
+    nd = 3 if gathered.ndim == 5 else 2
+    cut = slice(3 - nd, 3)
+    taps, stride, padding, dilation = g.taps[cut], g.stride[cut], g.padding[cut], g.dilation[cut]
+    weight = out if mode == "weight" else w
+    x, y = (out, gathered) if mode == "input" else (gathered, w if mode == "weight" else out)
+    ic, oc = x.sizes[1] // g.groups, y.sizes[1] // g.groups
+    xs, ys = _strides(x), _strides(y)
+    ws = _strides(weight)
+    xs, ys, ws = ([*s[:2], *s[2:][cut]] for s in (xs, ys, ws))
+    pixel = (_spatial(x) if mode == "input" else _spatial(y))[cut]
+    if mode == "input":
+        mul, add, tap_mul, div, size = [1] * nd, padding, [-d for d in dilation], stride, _spatial(y)[cut]
+        gs, cs, g_group, c_group, channels = ys, xs, oc * ys[1], ic * xs[1], oc
+        w_part = [ws[1], ws[0], *ws[2:], oc * ws[0]]
+    else:
+        mul, add, tap_mul, div, size = stride, [-p for p in padding], dilation, [1] * nd, _spatial(x)[cut]
+        gs, cs, g_group, c_group, channels = xs, ys, ic * xs[1], oc * ys[1], ic
+        w_part = [ws[0], ws[1], *ws[2:], oc * ws[0]]
+    c_part = [cs[1], cs[0], *cs[2:], c_group]
+    if mode == "weight":
+        c_part, w_part = w_part, [ys[1], ys[0], *ys[2:], oc * ys[1]]
+    pixels, reduced = x.sizes[0] * product(pixel), channels * g.volume
+    m = ic if mode == "input" else oc
+    n, k = (reduced, x.sizes[0] * product(pixel)) if mode == "weight" else (pixels, reduced)
+    scalars = [
+        g.groups, m, n, k, *pixel, *taps, channels, *mul, *add, *tap_mul, *div, *size, gs[0], gs[1], *gs[2:], g_group, *w_part, *c_part,
+    ]  # fmt: skip
+    epilogue = Epilogue((("add", bias.dtype, "m"),) if bias is not None else ())
+    operands = [bias] if bias is not None else []
+    if bias is not None:
+        scalars += [0, bias.strides[0], 0]
+    divided = mode == "input" and any(s != 1 for s in stride)
+    depthwise = g.groups > 1 and is_one(weight.sizes[1])
+    dtype = gathered.dtype
+    if depthwise and mode == "weight":
+        kernel = build(simt.direct_weight, dtype, out.dtype, nd)
+        launch(kernel, [gathered, w, out], scalars, (minimum(m * n * g.groups, 65535), 1, 1))
+        return
+    if depthwise:
+        kernel = build(simt.direct, mode, dtype, out.dtype, nd, divided, epilogue)
+        launch(kernel, [gathered, w, *operands, out], scalars, simt.direct_groups(m, n, g.groups, minimum))
+        return
+    last = _channels_last(gathered)
+    columns_first = _channels_last(out) and mode != "weight"
+    schedule = simt_gemm.default_schedule(t, dtype, bucket(out.sizes[1]), 10)
+    kernel = build(
+        simt.conv, schedule, mode, dtype, out.dtype, nd, divided, not last, "k" if last else "r", columns_first, False, epilogue
+    )
+    launch(kernel, [gathered, w, *operands, out], scalars, simt.conv_groups(schedule, m, n, g.groups, columns_first, 1, minimum))
+
+
+def _sum_channels(out: Tensor, grad: Tensor) -> None:
+    dims = [d for d in reversed(range(grad.ndim)) if d != 1]
+    sizes = [grad.sizes[d] for d in dims] + [grad.sizes[1]]
+    strides = [grad.strides[d] for d in dims] + [grad.strides[1]]
+    out_strides = [0] * len(dims) + [1]
+    reduce_rows("sum", _sum, [(out, out_strides)], [(grad, strides)], sizes, len(dims), key=(accumulator(out.dtype),))
+
+
+# ---- ops ----------------------------------------------------------------------------------------------------------------
+
+
+def _convolution(
+    x: Tensor, w: Tensor, taps: list[int], bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    for name, t in (("input", x), ("weight", w)):
+        check(t.dtype in FLOATS or DTYPES[t.dtype].kind == "complex", "NotImplementedError", f"convolution of {name} dtype {t.dtype} is not supported")
+    nd = len(taps)
+    g = _geometry(taps, stride, padding, dilation, groups)
+    last = _channels_last(x) or (_channels_last(w) and x.ndim == 4 and not is_one(x.sizes[1]))
+    spatial_in = list(x.sizes[2:])
+    s, p, d = g.stride[3 - nd :], g.padding[3 - nd :], g.dilation[3 - nd :]
+    if transposed:
+        op = list(output_padding) * (nd if len(output_padding) == 1 else 1)
+        spatial = [(i - 1) * s[j] - 2 * p[j] + d[j] * (taps[j] - 1) + op[j] + 1 for j, i in enumerate(spatial_in)]
+        channels = w.sizes[1] * groups
+    else:
+        spatial = [(i + (2 * p[j] - d[j] * (taps[j] - 1) - 1)) // s[j] + 1 for j, i in enumerate(spatial_in)]
+        channels = w.sizes[0]
+    for j, o in enumerate(spatial):
+        check(
+            le(1, o), "RuntimeError",
+            "Calculated padded input size per channel: ({}). Kernel size: ({}). Kernel size can't be greater than actual input size",
+            spatial_in[j] + 2 * p[j], d[j] * (taps[j] - 1) + 1,
+        )  # fmt: skip
+    out = _allocate(x.sizes[0], channels, [1] * (3 - nd) + spatial, nd, x.dtype, last)
+    (_transposed if transposed else _forward)(x, w, bias, out, g)
+    return out
+
+
+@lowering("convolution_overrideable", exact=("weight",))
+def convolution(
+    x: Tensor, w: Tensor, taps: list[int], bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """x [N, C, *S], w [Co, C / groups, *taps] (transposed: [C, Co / groups, *taps]), bias [Co] or None → [N, Co, *out]."""
+    return _convolution(x, w, taps, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+@lowering("convolution_backward_overrideable", exact=("weight",))
+def convolution_backward(
+    grad: Tensor, x: Tensor, w: Tensor, taps: list[int], stride: list[int], padding: list[int], dilation: list[int], transposed: bool,
+    output_padding: list[int], groups: int, mask: list[int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients for input, weight and bias, those that `mask` asks for."""
+    g = _geometry(taps, stride, padding, dilation, groups)
+    nd = len(taps)
+    dx = dw = db = None
+    if mask[0]:
+        dx = _allocate(x.sizes[0], x.sizes[1], _spatial(x), nd, x.dtype, _channels_last(x))
+        (_forward if transposed else _transposed)(grad, w, None, dx, g)
+    if mask[1]:
+        dw = empty(w.sizes, w.dtype)
+        a, b = (grad, x) if transposed else (x, grad)  # the side that taps gather from, and the other
+        if target().schedule_class == "vector":
+            _vector_weight(a, b, dw, g)
+        else:
+            _simt("weight", a, b, dw, g)
+    if mask[2]:
+        db = empty([grad.sizes[1]], grad.dtype)
+        _sum_channels(db, grad)
+    return dx, dw, db
