@@ -1,0 +1,398 @@
+"""Reductions: ATen's iterator stubs over reduced dimensions, and the whole-tensor and along-a-dimension stubs.
+
+A row is `name: (output dtypes, inputs, accumulation dtype) -> row expression`. Sums of floats accumulate in float32 (float64 in
+float64), integers in the output's dtype. Long rows that are too few for the device are reduced in two launches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..kernels import ir, nest
+from ..kernels.kernel import Target, compute_dtype
+from ..kernels.nest import Monoid
+from ..lowering import (
+    Iter,
+    Tensor,
+    bucket,
+    build,
+    empty,
+    eq,
+    is_zero,
+    launch,
+    minimum,
+    product,
+    stub,
+    target,
+    where,
+)
+from .elementwise import as_dtype, stride_classes
+
+SHORT_ROW = 4  # floor(log2) of rows so short that they go side by side
+LONG_ROW = 12  # of rows worth splitting, where there are few of them
+
+
+# ---- rows over strided tensors ----------------------------------------------------------------------------------------
+
+
+def reduce_rows(
+    name: str, function: Callable[..., Any], outs: Sequence[tuple[Tensor, Sequence[Any]]], ins: Sequence[tuple[Tensor, Sequence[Any]]],
+    sizes: Sequence[Any], reduced: int, key: tuple = (), values: Sequence[Any] = (), types: Sequence[str] = (), splits: bool = True,
+    enabled: Any = None, length: int | None = None, count: int | None = None,
+) -> None:  # fmt: skip
+    """outs = function(r, *ins, *values) of every row.
+
+    outs, ins: (tensor, strides per dimension); sizes: the `reduced` dimensions first, then those of the rows, fastest first.
+    function(key) is called with the static `key` first, and must be one of the module's; `name` says what it computes. splits:
+    it has one reduction and stores per row only, so a long row may be cut. enabled: a Sym, 0 on calls that skip the launch.
+    length, count: floor(log2) of a row's elements and of the number of rows, where sizes do not tell."""
+    sizes = list(sizes)
+    out_strides = [list(s) for _, s in outs]
+    in_strides = [list(s) for _, s in ins]
+    if reduced == 0:
+        sizes.insert(0, 1)
+        for s in (*out_strides, *in_strides):
+            s.insert(0, 0)
+        reduced = 1
+    t = target()
+    length = sum(bucket(s) for s in sizes[:reduced]) if length is None else length
+    count = sum(bucket(s) for s in sizes[reduced:]) if count is None else count
+    per_row = all(is_zero(s) for strides in out_strides for s in strides[:reduced])
+    vector = t.schedule_class == "vector"
+    schedule = None
+    if len(sizes) > reduced and length <= SHORT_ROW and count >= 4:
+        schedule = "lanes_r" if vector else "invocation"
+    few = count <= (2 if vector else 8)
+    cut = splits and per_row and few and length >= LONG_ROW and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
+    layout = (
+        tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(outs, out_strides)),
+        tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(ins, in_strides)),
+    )
+    built = build(_kernel, name, function, tuple(key), *layout, reduced, len(sizes), tuple(types), schedule, cut)
+
+    def when(grid: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(grid) if enabled is None else (where(enabled, grid[0], 0), *grid[1:])
+
+    out_tensors, in_tensors = [x for x, _ in outs], [x for x, _ in ins]
+    if not cut:
+        scalars = built.scalars(sizes, [*out_strides, *in_strides], values)
+        launch(built.kernel, [*out_tensors, *in_tensors], scalars, when(built.groups(sizes)))
+        return
+    n_splits = minimum(sizes[reduced - 1], 4 * t.compute_units if vector else 256 >> min(count, 8))
+    rows = product(sizes[reduced:])
+    partials = [empty([rows * n_splits], dtype) for dtype in built.partial_dtypes]
+    first, second = built.first, built.second
+    launch(
+        first.kernel, [*partials, *in_tensors], first.scalars(sizes, in_strides, values, n_splits), when(first.groups(sizes, n_splits)),
+    )  # fmt: skip
+    shape, strides = built.second_shape(sizes, n_splits, [s[reduced:] for s in out_strides])
+    launch(
+        second.kernel, [*out_tensors, *partials], second.scalars(shape, strides, [product(sizes[:reduced]), *values]),
+        when(second.groups(shape)),
+    )  # fmt: skip
+
+
+def _kernel(
+    target: Target, name: str, function: Callable[..., Any], key: tuple, outs: tuple, ins: tuple, reduced: int, ndim: int,
+    types: tuple, schedule: str | None, cut: bool,
+) -> Any:  # fmt: skip
+    def expression(r: Any, *args: Any) -> Any:
+        result = function(*key, r, *args)
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        results = [as_dtype(v, d) for v, (d, _) in zip(results, outs)]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    label = re.sub(r"\W+", "", "_".join([name, *(str(x) for x in key), *types]))
+    make: Any = nest.split_rows if cut else nest.rows
+    return make(
+        target, label,
+        [nest.Operand(f"o{i}", d, layout) for i, (d, layout) in enumerate(outs)],
+        [nest.Operand(f"i{i}", d, layout) for i, (d, layout) in enumerate(ins)],
+        expression, reduced=reduced, ndim=ndim, scalars=types, schedule=schedule,
+    )  # fmt: skip
+
+
+def reduce_iterator(name: str, it: Iter, function: Callable[..., Any], key: tuple, values: Sequence[Any] = (),
+                    types: Sequence[str] = (), splits: bool = True, enabled: Any = None) -> None:  # fmt: skip
+    """A reduction as ATen describes it: the output's strides are 0 along reduced dimensions, which come first."""
+    shape: Sequence[Any] = it.shape or (1,)
+
+    def operand(o: Any) -> tuple[Tensor, Sequence[Any]]:
+        return o.tensor, o.strides if it.ndim else (0,)
+
+    outs, ins = [operand(o) for o in it.outputs], [operand(o) for o in it.inputs]
+    reduced = 0
+    while reduced < len(shape) and is_zero(outs[0][1][reduced]):
+        reduced += 1
+    reduce_rows(name, function, outs, ins, shape, reduced, key, values, types, splits, enabled)
+
+
+def accumulator(dtype: str) -> str:
+    """The compute dtype that sums of results of `dtype` accumulate in."""
+    return compute_dtype(dtype)
+
+
+# ---- what is reduced --------------------------------------------------------------------------------------------------
+
+
+def truth(x: Any) -> Any:
+    """x != 0; NaN is true."""
+    if isinstance(x, ir.Complex):
+        return ir.or_(truth(x.re), truth(x.im))
+    return x if x.dtype == "bool" else ir.ne(x, 0)
+
+
+def _complex_sum(part: str) -> Monoid:
+    return Monoid("csum", (part, part), (0, 0), lambda a, b: (a[0] + b[0], a[1] + b[1]), blocked=True)
+
+
+def _complex_prod(part: str) -> Monoid:
+    return Monoid(
+        "cprod", (part, part), (1, 0), lambda a, b: (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]), blocked=True
+    )
+
+
+def add_up(r: Any, x: Any, dtype: str) -> Any:
+    """The sum of x over the row, in the compute dtype of `dtype`."""
+    x = as_dtype(x, dtype)
+    if isinstance(x, ir.Complex):
+        return ir.Complex(*r.reduce(_complex_sum(x.dtype), x.re, x.im))
+    return r.reduce(nest.ANY, x) if x.dtype == "bool" else r.sum(x)
+
+
+def _sum(dtype: str, r: Any, x: Any) -> Any:
+    return add_up(r, x, dtype)
+
+
+def _nansum(dtype: str, r: Any, x: Any) -> Any:
+    if isinstance(x, ir.Complex):
+        nan = ir.isnan(x)
+        return add_up(r, ir.Complex(ir.where(nan, 0.0, x.re), ir.where(nan, 0.0, x.im)), dtype)
+    return add_up(r, ir.where(ir.isnan(x), ir.const(0, x.dtype), x), dtype)
+
+
+def _mean(dtype: str, r: Any, x: Any) -> Any:
+    total = add_up(r, x, dtype)
+    n = ir.cast(r.count, total.dtype)
+    return ir.Complex(total.re / n, total.im / n) if isinstance(total, ir.Complex) else total / n
+
+
+def _prod(dtype: str, r: Any, x: Any) -> Any:
+    x = as_dtype(x, dtype)
+    if isinstance(x, ir.Complex):
+        return ir.Complex(*r.reduce(_complex_prod(x.dtype), x.re, x.im))
+    return r.reduce(nest.ALL, x) if x.dtype == "bool" else r.reduce(nest.PROD(x.dtype), x)
+
+
+def _all(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ALL, truth(x))
+
+
+def _any(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ANY, truth(x))
+
+
+def _max(r: Any, x: Any) -> Any:
+    return r.reduce(nest.MAX(x.dtype), x)
+
+
+def _min(r: Any, x: Any) -> Any:
+    return r.reduce(nest.MIN(x.dtype), x)
+
+
+def _argmax(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ARGMAX(x.dtype), x, r.index)[1]
+
+
+def _argmin(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ARGMIN(x.dtype), x, r.index)[1]
+
+
+def _max_dim(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ARGMAX(x.dtype), x, r.index)
+
+
+def _min_dim(r: Any, x: Any) -> Any:
+    return r.reduce(nest.ARGMIN(x.dtype), x, r.index)
+
+
+def _aminmax(r: Any, x: Any) -> Any:
+    both = Monoid(
+        "minmax", (x.dtype,) * 2, (nest.MIN(x.dtype).init[0], nest.MAX(x.dtype).init[0]),
+        lambda a, b: (ir.minimum(a[0], b[0]), ir.maximum(a[1], b[1])),
+    )  # fmt: skip
+    return r.reduce(both, x, x)
+
+
+def _xor_sum(r: Any, x: Any) -> Any:
+    """The bits of x as 64-bit integers (floats as float64), xor-ed."""
+    if x.dtype in ir.FLOATS:
+        x = ir.bitcast(ir.cast(x, "f64"), "i64")
+    x = ir.cast(x, "i64")
+    return r.reduce(Monoid("xor", ("i64",), (0,), lambda a, b: (ir.xor(a[0], b[0]),)), x)
+
+
+for _name, _function in {"sum": _sum, "nansum": _nansum, "mean": _mean, "prod": _prod}.items():
+
+    @stub(f"{_name}_stub", coarse=False)
+    def _stub(it: Iter, _name: str = _name, _function: Any = _function) -> None:
+        reduce_iterator(_name, it, _function, (it.outputs[0].dtype,))
+
+
+for _name, _function in {
+    "and": _all, "or": _any, "min_values": _min, "max_values": _max, "argmax": _argmax, "argmin": _argmin, "xor_sum": _xor_sum,
+}.items():  # fmt: skip
+
+    @stub(f"{_name}_stub", coarse=False)
+    def _stub_of_values(it: Iter, _name: str = _name, _function: Any = _function) -> None:
+        reduce_iterator(_name, it, _function, ())
+
+
+# ---- variances and norms ----------------------------------------------------------------------------------------------
+
+
+def _variance(dtype: str, root: bool, two: bool, welford: bool, r: Any, x: Any, correction: Any) -> Any:
+    x = as_dtype(x, dtype)
+    if welford:
+        mean, squares, n = r.reduce(nest.WELFORD(x.dtype), x, 0.0, 1.0)
+    else:
+        n = ir.cast(r.count, x.dtype)
+        mean = r.sum(x) / n
+        squares = r.sum(ir.square(x - mean))
+    n = n - ir.cast(correction, x.dtype)
+    var = squares / ir.where(ir.gt(n, 0.0), n, 0.0)
+    var = ir.sqrt(var) if root else var
+    return (var, mean) if two else var
+
+
+@stub("std_var_stub", coarse=False)
+def std_var(it: Iter, correction: Any, take_sqrt: bool) -> None:
+    compute = accumulator(it.inputs[0].dtype)
+    key = (compute, take_sqrt, len(it.outputs) == 2)
+    # Two passes over a row are exact and cheaper than Welford's divisions, but only a single reduction can be split.
+    long = sum(bucket(s) for s in it.shape) >= LONG_ROW + 4 and all(is_zero(s) for s in it.outputs[0].strides)
+    reduce_iterator("var", it, _variance, (*key, long), [correction], [compute], splits=long)
+
+
+def _absolute(x: Any, dtype: str) -> Any:
+    if isinstance(x, ir.Complex):
+        return ir.hypot(ir.cast(x.re, dtype), ir.cast(x.im, dtype))
+    return ir.abs(ir.cast(x, dtype))
+
+
+def _squares(dtype: str, x: Any) -> Any:
+    if isinstance(x, ir.Complex):
+        return ir.square(ir.cast(x.re, dtype)) + ir.square(ir.cast(x.im, dtype))
+    return ir.square(ir.cast(x, dtype))
+
+
+def _norm2(dtype: str, r: Any, x: Any) -> Any:
+    return ir.sqrt(r.sum(_squares(dtype, x)))
+
+
+def _squares_sum(dtype: str, r: Any, x: Any) -> Any:
+    return r.sum(_squares(dtype, x))
+
+
+def _norm_extreme(dtype: str, r: Any, x: Any, sign: Any) -> Any:
+    """The largest (sign 1) or the smallest (sign -1) magnitude."""
+    sign = ir.cast(sign, dtype)
+    return r.reduce(nest.MAX(dtype), _absolute(x, dtype) * sign) * sign
+
+
+def _powers(dtype: str, r: Any, x: Any, p: Any) -> Any:
+    a = _absolute(x, dtype)
+    power = ir.where(ir.eq(p, 1.0), a, ir.where(ir.eq(p, 0.0), ir.cast(ir.ne(a, 0.0), dtype), ir.pow(a, p)))
+    return r.sum(power)
+
+
+def _norm_power(dtype: str, r: Any, x: Any, p: Any) -> Any:
+    total = _powers(dtype, r, x, p)
+    return ir.where(ir.or_(ir.eq(p, 0.0), ir.eq(p, 1.0)), total, ir.pow(total, 1.0 / ir.where(ir.eq(p, 0.0), 1.0, p)))
+
+
+def _norm_dtype(it: Iter) -> str:
+    return "f64" if "f64" in (compute_dtype(it.outputs[0].dtype), compute_dtype(it.inputs[0].dtype)) else "f32"
+
+
+@stub("norm_stub", coarse=False)
+def norm(it: Iter, p: Any) -> None:
+    """One of three kernels runs: p is a number of the call, not of the plan."""
+    dtype = _norm_dtype(it)
+    two, positive, negative = eq(p, 2.0), eq(p, float("inf")), eq(p, float("-inf"))
+    reduce_iterator("norm2", it, _norm2, (dtype,), enabled=two)
+    sign = where(positive, 1.0, -1.0)
+    reduce_iterator("norm_extreme", it, _norm_extreme, (dtype,), [sign], [dtype], enabled=positive + negative)
+    reduce_iterator("norm_power", it, _norm_power, (dtype,), [p], [dtype], enabled=eq(two + positive + negative, 0))
+
+
+@stub("powsum_stub", coarse=False)
+def powsum(it: Iter, p: Any) -> None:
+    dtype = _norm_dtype(it)
+    two = eq(p, 2.0)
+    reduce_iterator("squares_sum", it, _squares_sum, (dtype,), enabled=two)
+    reduce_iterator("powers_sum", it, _powers, (dtype,), [p], [dtype], enabled=eq(two, 0))
+
+
+# ---- along a dimension, and over everything ---------------------------------------------------------------------------
+
+
+def _along(name: str, function: Callable[..., Any], x: Tensor, dim: int, keepdim: bool, outs: Sequence[Tensor], key: tuple = ()) -> None:
+    """Reduces dimension `dim` of x into outs, which have it with size 1 (keepdim) or not at all."""
+    if x.ndim == 0:
+        reduce_rows(name, function, [(o, (0,)) for o in outs], [(x, (0,))], (1,), 1, key)
+        return
+    order = [dim, *(d for d in reversed(range(x.ndim)) if d != dim)]
+
+    def strides(o: Tensor) -> list[Any]:
+        s = list(o.strides)
+        if not keepdim:
+            s.insert(dim, 0)
+        s[dim] = 0
+        return [s[d] for d in order]
+
+    reduce_rows(
+        name, function, [(o, strides(o)) for o in outs], [(x, [x.strides[d] for d in order])], [x.sizes[d] for d in order], 1, key
+    )
+
+
+@stub("max_stub", coarse=False)
+def max_dim(x: Tensor, dim: int, keepdim: bool, values: Tensor, indices: Tensor) -> None:
+    _along("max_dim", _max_dim, x, dim, keepdim, [values, indices])
+
+
+@stub("min_stub", coarse=False)
+def min_dim(x: Tensor, dim: int, keepdim: bool, values: Tensor, indices: Tensor) -> None:
+    _along("min_dim", _min_dim, x, dim, keepdim, [values, indices])
+
+
+@stub("aminmax_stub", coarse=False)
+def aminmax(x: Tensor, dim: int, keepdim: bool, low: Tensor, high: Tensor) -> None:
+    _along("aminmax", _aminmax, x, dim, keepdim, [low, high])
+
+
+def _everything(name: str, function: Callable[..., Any], x: Tensor, outs: Sequence[Tensor]) -> None:
+    length = sum(bucket(s) for s in x.sizes)
+    if x.is_contiguous:
+        sizes, strides = [x.numel], [1]
+    else:
+        sizes, strides = list(reversed(x.sizes)), list(reversed(x.strides))
+    outputs = [(o, [0] * len(sizes)) for o in outs]
+    reduce_rows(name, function, outputs, [(x, strides)], sizes, len(sizes), length=length)
+
+
+@stub("max_all_stub", coarse=False)
+def max_all(x: Tensor, out: Tensor) -> None:
+    _everything("max_values", _max, x, [out])
+
+
+@stub("min_all_stub", coarse=False)
+def min_all(x: Tensor, out: Tensor) -> None:
+    _everything("min_values", _min, x, [out])
+
+
+@stub("aminmax_allreduce_stub", coarse=False)
+def aminmax_all(x: Tensor, low: Tensor, high: Tensor) -> None:
+    _everything("aminmax", _aminmax, x, [low, high])
