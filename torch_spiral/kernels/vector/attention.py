@@ -311,7 +311,9 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
     )
 
 
-def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width: int | None, keys: bool) -> Kernel:
+def _backward(
+    target: Target, dtype: str, causal: bool, mask: str | None, width: int | None, keys: bool, mask_grad: bool = False
+) -> Kernel:
     s = schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
     groups = ROWS // mr
@@ -377,6 +379,7 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
             const V p = exp2v(load{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
             store{w}(p * (load{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"store{w}(p, 0, S_ + j);" if keys else ""}
           }}
+          {"if (g0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
         }}
         {_accumulate(s, "P", f"R1 + (ulong)n0 * NPd * {nr}", "D", f"X1 + i * {mr} * NPd * {nr}", "")}
         {_accumulate(s, "S", f"R2 + (ulong)n0 * NPv * {nr}", "Dv", f"X2 + i * {mr} * NPv * {nr}", "") if keys else ""}
@@ -409,6 +412,7 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
             dtype,
             "causal" if causal else "",
             f"mask{mask}" if mask else "",
+            "ds" if mask_grad else "",
             f"w{w}",
         )
         if x
@@ -422,6 +426,7 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
             *((p, "f32", "r") for p in packed),
             ("Dl", "f32", "r"),
             *((o, dtype, "w") for o in outs),
+            *((("dS", "f32", "w"),) if mask_grad else ()),
         ]
         + ([("mask_", mask, "r")] if mask else []),
         [(x, "i64") for x in strides]
@@ -434,15 +439,16 @@ def _backward(target: Target, dtype: str, causal: bool, mask: str | None, width:
 
 
 def attention_backward_q(
-    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None, mask_grad: bool = False
 ) -> Kernel:
-    """dQ, one pass over blocks of queries.
+    """dQ, one pass over blocks of queries; with mask_grad also the gradient of the scores, for the mask: dS[B, H, Tq, Tk] (f32,
+    contiguous; where causal, the caller fills it with zeros first).
 
-    Buffers: Q, G (dO), Kc, Vc (packed columns), Kr (packed rows), D (attention_delta), dQ, mask where given.
+    Buffers: Q, G (dO), Kc, Vc (packed columns), Kr (packed rows), D (attention_delta), dQ, dS with mask_grad, mask where given.
     Scalars: strides (i64) xb, xh, xt of Q; yb, yh, yt of G; dxb, dxh, dxt of dQ; with mask mb, mh, mq, mk; then as the forward.
     Grid: (cdiv(Tq, 48), B * H, 1).
     """
-    return _backward(target, dtype, causal, mask, width, False)
+    return _backward(target, dtype, causal, mask, width, False, mask_grad)
 
 
 def attention_backward_kv(

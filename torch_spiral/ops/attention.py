@@ -1,0 +1,181 @@
+"""Scaled dot product attention, forward and backward, by the fused kernels of the target's schedule class.
+
+csrc/aten/attention.cpp decides which calls come here, makes the outputs and hands over what kernels are chosen by:
+head_class, head_v_class (multiples of 32), vec (sizes and strides divisible by 4), rows (floor(log2(queries)), at most 6) and
+splits (1, or how many workgroups the keys of few queries are dealt to). Sizes are arguments of the kernels: no plan or kernel
+depends on how long a sequence is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kernels.simt import attention as simt
+from ..kernels.vector import attention as vector
+from ..kernels.vector.gemm import schedule
+from ..lowering import Tensor, build, cdiv, empty, fill_bytes, launch, maximum, minimum, structured, target
+
+
+def _bht(*tensors: Tensor) -> list[Any]:
+    """Batch, head and row strides of each tensor."""
+    return [s for x in tensors for s in x.strides[:3]]
+
+
+@structured("_scaled_dot_product_fused_attention_overrideable", coarse=True)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: bool,
+    rows: int, splits: int, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """out = softmax(scale * q k^T + mask) v, and the logsumexp of the scores (natural logarithm, float32).
+
+    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], out [B, H, Tq, Dv], lse [B, H, Tq] contiguous; mask [B, H, Tq, Tk]
+    (any strides), boolean (true: attend) or added. H is a multiple of Hk. causal: query i sees keys up to i."""
+    if target().schedule_class == "vector":
+        _vector_forward(q, k, v, mask, causal, scale, rows, out, lse)
+    else:
+        _simt_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
+
+
+@structured("_scaled_dot_product_fused_attention_overrideable_backward", coarse=True)
+def backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
+    head_class: int, head_v_class: int, vec: bool, rows: int, splits: int,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of forward() for g, the gradient of out. dk and dv come together; ds [B, H, Tq, Tk] (float32, contiguous), the
+    gradient of the scores, comes with dq. Deterministic."""
+    if ds is not None and causal:
+        fill_bytes(ds, 0)  # the kernels skip what no query sees
+    if target().schedule_class == "vector":
+        _vector_backward(g, q, k, v, mask, out, lse, causal, scale, dq, dk, dv, ds)
+    else:
+        _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
+
+
+# ---- vector: OpenCL on CPUs -------------------------------------------------------------------------------------------
+
+
+def _pack(x: Tensor, kind: str) -> Tensor:
+    """x [B, H, T, D] as the "columns" or "rows" that the vector kernels read, in float32."""
+    batch, heads, t, d = x.sizes
+    nr = schedule().nr
+    groups = (cdiv(2 * target().compute_units, batch * heads), 1, batch * heads)
+    sb, sh, st = x.strides[:3]
+    if kind == "columns":
+        p = empty((batch * heads, cdiv(t, nr), d, nr), "f32")
+        launch(build(vector.pack_columns, x.dtype), [x, p], [sb, sh, 1, st, heads, d, t], groups)
+    else:
+        p = empty((batch * heads, t, cdiv(d, nr), nr), "f32")
+        groups = (1, groups[0], groups[2])
+        launch(build(vector.pack_rows, x.dtype), [x, p], [sb, sh, st, 1, heads, t, d], groups)
+    return p
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Any) -> list[Any]:
+    _, heads, queries, d = q.sizes
+    return [heads, heads // k.sizes[1], queries, k.sizes[2], d, v.sizes[3], *([0] if causal else []), scale]
+
+
+def _vector_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, rows: int, out: Tensor, lse: Tensor
+) -> None:
+    batch, heads, queries, _ = q.sizes
+    masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
+    key = (q.dtype, causal, mask.dtype if mask is not None else None)
+    tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
+    if rows <= 2:  # packing would cost more than it saves
+        kernel = build(vector.attention_decode, *key)
+        launch(kernel, [q, k, v, out, lse, *masks], [*_bht(q, k, v, out), *tail], (queries, batch * heads, 1))
+    else:
+        kernel = build(vector.attention_forward, *key)
+        buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
+        launch(kernel, buffers, [*_bht(q, out), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1))
+
+
+def _vector_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+) -> None:  # fmt: skip
+    batch, heads, queries, _ = q.sizes
+    kv_heads, keys = k.sizes[1], k.sizes[2]
+    masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
+    key = (q.dtype, causal, mask.dtype if mask is not None else None)
+    tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
+    blocks = cdiv(queries, vector.BLOCK)
+    delta = empty((batch * heads, 2, blocks * vector.BLOCK), "f32")
+    kernel = build(vector.attention_delta, q.dtype)
+    launch(kernel, [out, g, lse, delta], [*_bht(out, g), heads, queries, v.sizes[3]], (blocks, batch * heads, 1))
+    if dq is not None:
+        kernel = build(vector.attention_backward_q, *key, None, ds is not None)
+        buffers = [q, g, _pack(k, "columns"), _pack(v, "columns"), _pack(k, "rows"), delta, dq]
+        buffers += [*([ds] if ds is not None else []), *masks]
+        launch(kernel, buffers, [*_bht(q, g, dq), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1))
+    if dk is not None and dv is not None:
+        kernel = build(vector.attention_backward_kv, *key)
+        buffers = [k, v, _pack(q, "columns"), _pack(g, "columns"), _pack(q, "rows"), _pack(g, "rows"), delta, dk, dv, *masks]
+        launch(kernel, buffers, [*_bht(k, v, dk, dv), *tail], (cdiv(keys, vector.ROWS), batch * kv_heads, 1))
+
+
+# ---- simt: GPUs -------------------------------------------------------------------------------------------------------
+
+
+def _common(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any) -> list[Any]:
+    batch, heads, queries, d = q.sizes
+    mask_strides = list(mask.strides) if mask is not None else []
+    sizes = [batch, heads, heads // k.sizes[1], queries, k.sizes[2], d, v.sizes[3]]
+    return [*sizes, *mask_strides, *([0] if causal else []), scale]
+
+
+def _simt_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: bool,
+    rows: int, splits: int, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    t = target()
+    batch, heads, queries, _ = q.sizes
+    keys, head_v = k.sizes[2], v.sizes[3]
+    s = simt.default_schedule(t, head_v_class, rows)
+    vec = vec and all(x.aligned(4) for x in (q, k, v))
+    masks = [mask] if mask is not None else []
+    key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
+    scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, out)]
+    if splits == 1 or t.compute_units <= 4:
+        kernel = build(simt.forward, *key)
+        groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
+        launch(kernel, [q, k, v, *masks, out, lse], scalars, groups)
+        return
+    span = maximum(cdiv(cdiv(keys, splits), s.block_k), 4) * s.block_k
+    parts = cdiv(keys, span)
+    partial, partial_lse = empty((parts, batch, heads, queries, head_v), "f32"), empty((parts, batch, heads, queries), "f32")
+    groups = simt.forward_groups(s, batch, heads, queries, parts, minimum)
+    launch(build(simt.forward, *key, True), [q, k, v, *masks, partial, partial_lse], [*scalars, parts, span], groups)
+    launch(
+        build(simt.merge, q.dtype), [partial, partial_lse, out, lse], [parts, batch, heads, queries, head_v, *_bht(out)],
+        simt.merge_groups(batch, heads, queries, head_v, minimum),
+    )  # fmt: skip
+
+
+def _simt_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
+    head_class: int, head_v_class: int, vec: bool, rows: int,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+) -> None:  # fmt: skip
+    t = target()
+    batch, heads, queries, _ = q.sizes
+    kv_heads, keys, head_v = k.sizes[1], k.sizes[2], v.sizes[3]
+    s = simt.default_schedule(t, max(head_class, head_v_class), rows)
+    vec = vec and all(x.aligned(4) for x in (q, k, v, g))
+    delta = empty((batch, heads, queries), "f32")
+    launch(
+        build(simt.delta, q.dtype), [g, out, delta], [batch, heads, queries, head_v, *_bht(g, out)],
+        (minimum(cdiv(batch * heads * queries, 64), simt.MAX_GROUPS), 1, 1),
+    )  # fmt: skip
+    key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
+    buffers = [q, k, v, g, *([mask] if mask is not None else []), lse, delta]
+    scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, g)]
+    if dq is not None:
+        kernel = build(simt.backward_query, *key, ds is not None)
+        groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
+        launch(kernel, [*buffers, dq, *([ds] if ds is not None else [])], [*scalars, *_bht(dq)], groups)
+    if dk is not None and dv is not None:
+        groups = simt.backward_key_groups(s, batch, kv_heads, keys, minimum)
+        launch(build(simt.backward_key, *key), [*buffers, dk, dv], [*scalars, *_bht(dk, dv)], groups)
