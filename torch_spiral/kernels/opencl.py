@@ -170,8 +170,13 @@ class OpenCL(Language):
         d, n, p = DTYPES[b.dtype], lanes if lanes > 1 else "", b.name
         if d.is_pair:
             return self._load_pair(k, b, index, lanes)
-        if b.dtype == "f16":
-            text = f"vload_half{n}(0, {p} + {index})"
+        if b.dtype == "f16" and n:
+            # PoCL compiles vload_half16 to aligned loads, which fault on odd rows: load the bits, convert a private copy.
+            bits = k.fresh()
+            k.line(f"const ushort{n} {bits} = vload{n}(0, (__global const ushort*)({p} + {index}));")
+            text = f"vload_half{n}(0, (const __private half*)&{bits})"
+        elif b.dtype == "f16":
+            text = f"vload_half(0, {p} + {index})"
         else:
             text = f"vload{n}(0, {p} + {index})" if n else f"{p}[{index}]"
             if b.dtype == "bf16":
@@ -230,8 +235,13 @@ class OpenCL(Language):
                 k.line(f"{store}{2 * width}{rounding}(({t}{2 * width})({c}), {i}, {pointer});")
             return
         value = v[0]
+        if b.dtype == "f16" and n:
+            bits = k.fresh()
+            k.line(f"ushort{n} {bits}; vstore_half{n}_rte({value}, 0, (__private half*)&{bits});")
+            k.line(f"vstore{n}({bits}, 0, (__global ushort*)({p} + {index}));")
+            return
         if b.dtype == "f16":
-            k.line(f"vstore_half{n}_rte({value}, 0, {p} + {index});")
+            k.line(f"vstore_half_rte({value}, 0, {p} + {index});")
             return
         if b.dtype == "bf16":
             bits = k.value(Node("bf16_encode", "u32", values[0]), lanes)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-FAMILIES = ("pointwise", "matmul", "reduce", "norms", "conv", "activation", "index", "attention", "random", "pooling")
+FAMILIES = ("pointwise", "matmul", "reduce", "norms", "conv", "activation", "index", "attention", "rnn", "random", "pooling")
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")
