@@ -328,6 +328,7 @@ class OpenCLEngine final : public Engine {
   }
 
   void free(Memory* memory) override {
+    if (!is_forked()) release_held();
     // OpenCL itself keeps the buffer until the commands that use it have finished.
     if (memory && !is_forked()) api_.clReleaseMemObject(static_cast<CLMemory*>(memory)->handle);
     delete memory;
@@ -440,13 +441,29 @@ class OpenCLEngine final : public Engine {
     const uint32_t most = std::max({groups[0], groups[1], groups[2]});
     TORCH_CHECK(most <= properties_.max_workgroups, "OpenCL: kernel ", kernel->name, ": ", most, " workgroups; ",
                 properties_.name, " takes ", properties_.max_workgroups, " per dimension");
+    // On a CPU device each command handed over wakes a thread: a run of tiny ones is handed over together.
+    if (groups[0] == 1 && groups[1] == 1 && groups[2] == 1 && count <= kHeldBindings && kernel->params_size <= kHeldParams &&
+        properties_.type == DeviceType::CPU) {
+      Held& h = held_[held_count_++];
+      h.kernel = kernel;
+      h.count = count;
+      for (uint32_t i = 0; i < count; i++) h.memories[i] = static_cast<CLMemory*>(bindings[i].memory);
+      std::memcpy(h.params, params, kernel->params_size);
+      if (held_count_ == kHeld) release_held();
+      return;
+    }
+    release_held();
+    const CLMemory* memories[kMaxBindings];
+    for (uint32_t i = 0; i < count; i++) memories[i] = static_cast<CLMemory*>(bindings[i].memory);
+    launch(kernel, memories, count, params, groups);
+  }
+
+  void launch(CLKernel* kernel, const CLMemory* const* memories, uint32_t count, const void* params, const uint32_t groups[3]) {
     cl_int code = CL_SUCCESS;
     for (uint32_t i = 0; i < count && code == CL_SUCCESS; i++) {
-      const auto* memory = static_cast<const CLMemory*>(bindings[i].memory);
-      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(bindings[i].offset == 0, "OpenCL buffers are bound whole");
-      if (kernel->bound[i] == memory->id) continue;
-      code = api_.clSetKernelArg(kernel->handle, i, sizeof(cl_mem), &memory->handle);
-      kernel->bound[i] = code == CL_SUCCESS ? memory->id : 0;
+      if (kernel->bound[i] == memories[i]->id) continue;
+      code = api_.clSetKernelArg(kernel->handle, i, sizeof(cl_mem), &memories[i]->handle);
+      kernel->bound[i] = code == CL_SUCCESS ? memories[i]->id : 0;
     }
     if (code == CL_SUCCESS && kernel->params_size > 0) {
       code = api_.clSetKernelArg(kernel->handle, count, kernel->params_size, params);
@@ -462,8 +479,17 @@ class OpenCLEngine final : public Engine {
     count_command();
   }
 
+  // Hands over the launches that were held back. Precedes every other command.
+  void release_held() {
+    const uint32_t n = held_count_;
+    held_count_ = 0;
+    constexpr uint32_t one[3] = {1, 1, 1};
+    for (uint32_t i = 0; i < n; i++) launch(held_[i].kernel, held_[i].memories, held_[i].count, held_[i].params, one);
+  }
+
   void flush() override {
     check_not_forked();
+    release_held();
     if (commands_ == 0) return;
     keep(api_.clFlush(queue_), "a flush");
     flushed();
@@ -471,6 +497,7 @@ class OpenCLEngine final : public Engine {
 
   void synchronize() override {
     check_not_forked();
+    release_held();
     keep(api_.clFinish(queue_), "waiting");
     finished();
     throw_kept();
@@ -478,6 +505,7 @@ class OpenCLEngine final : public Engine {
 
   std::unique_ptr<EventHandle> record(bool timed) override {
     check_not_forked();
+    release_held();
     TORCH_CHECK(!timed || properties_.timestamps, "OpenCL: ", properties_.name, " has no timestamps");
     cl_event handle = marker();
     commands_++;
@@ -516,10 +544,22 @@ class OpenCLEngine final : public Engine {
     cl_event busy_until = nullptr;
   };
 
+  static constexpr uint32_t kHeld = 32, kHeldBindings = 8, kHeldParams = 256, kMaxBindings = 256;
+  struct Held {
+    CLKernel* kernel;
+    uint32_t count;
+    const CLMemory* memories[kHeldBindings];
+    alignas(8) char params[kHeldParams];
+  };
+  Held held_[kHeld];
+  uint32_t held_count_ = 0;
+
   static cl_mem handle(Memory* memory) { return static_cast<CLMemory*>(memory)->handle; }
 
+  // Before every command on memory.
   void check_range(Memory* memory, uint64_t offset, uint64_t size, const char* what) {
     check_not_forked();
+    release_held();
     TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, "OpenCL: a ", what, " of ", size, " bytes at ", offset,
                 " exceeds an allocation of ", memory->size);
   }
