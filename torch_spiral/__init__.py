@@ -104,6 +104,8 @@ def _print_on_the_cpu() -> None:
 def _register() -> None:
     _C.set_engine_library("opencl", _opencl_library())
     _C.set_engine_library("wgpu", _wgpu_library())
+    if importlib.util.find_spec("triton") is None:
+        _C.refuse_engine("cuda", "its kernels are compiled by Triton, which is not installed (pip install triton)")
     torch.utils.rename_privateuse1_backend("spiral")
     from . import device
 

@@ -47,6 +47,7 @@ void bind_runtime(py::module_& m) {
   set_reclaimer([](Index index) { drop_packed(index, true); });
 
   m.def("set_engine_library", &set_engine_library, py::arg("engine"), py::arg("path"));
+  m.def("refuse_engine", &refuse_engine, py::arg("engine"), py::arg("why"));
   m.def("engine_reports", [] {
     std::vector<EngineReport> reports;
     {
@@ -107,6 +108,12 @@ void bind_runtime(py::module_& m) {
   m.def("set_fallback_mode", [](const std::string& mode) { set_fallback_mode(parse_fallback_mode(mode)); });
   m.def("fallbacks", &fallbacks);
   m.def("reset_fallbacks", &reset_fallbacks);
+  m.def("register_host", &register_host);
+  m.def("host_ops", [] {
+    std::vector<std::tuple<std::string, int64_t, int64_t>> out;
+    for (const HostOp& op : host_ops()) out.emplace_back(op.name, op.calls, op.bytes);
+    return out;
+  });
 }
 
 }  // namespace spiral

@@ -1,10 +1,510 @@
+// The CUDA and HIP engine: memory, one stream, events and launches through the driver API, found at run time. Kernels
+// arrive as the binaries that Triton made (torch_spiral/kernels/triton.py).
+//
+// The device's primary context is used, the one that torch.cuda has: addresses of either side are good on the other, and
+// their streams can wait for each other's events.
+#include "runtime/cuda_api.h"
 #include "runtime/engine.h"
+#include "runtime/fork.h"
+#include "runtime/kernel_cache.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <utility>
+
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
 
 namespace spiral {
+namespace {
+
+using namespace cuda;
+
+// Writes up to a segment's size go through a ring of pinned host memory, so that they neither wait for the stream nor need
+// their data to live on. Larger ones are dominated by the copy itself and wait.
+constexpr uint64_t kStagingSegment = 4 << 20;
+constexpr int kStagingSegments = 4;
+
+// Triton appends two pointers to a kernel's parameters, to scratch memory that none of ours asks for.
+constexpr size_t kScratchPointers = 2 * sizeof(void*);
+constexpr size_t kMaxParams = 4096;  // CUDA's limit for all devices, scratch pointers included
+
+constexpr uint32_t kMaxGridYZ = 65535;
+
+std::string describe(const Api& api, Result code) {
+  const char *name = nullptr, *text = nullptr;
+  if (api.error_name) api.error_name(code, &name);
+  if (api.error_text) api.error_text(code, &text);
+  return std::string(name ? name : "error ") + " (" + std::to_string(code) + ")" + (text ? std::string(": ") + text : "");
+}
+
+#define CUDA_CHECK(expression, ...)                                                                                   \
+  do {                                                                                                                \
+    const Result code_ = (expression);                                                                                \
+    TORCH_CHECK(code_ == kSuccess, api_.dialect->label, ": ", __VA_ARGS__, ": ", describe(api_, code_));              \
+  } while (false)
+
+void* open_library(const char* name) {
+#ifdef _WIN32
+  return reinterpret_cast<void*>(LoadLibraryA(name));
+#else
+  return dlopen(name, RTLD_NOW | RTLD_LOCAL);
+#endif
+}
+
+void* find_symbol(void* library, const char* name) {
+#ifdef _WIN32
+  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
+#else
+  return dlsym(library, name);
+#endif
+}
+
+// The functions of a driver, loaded once and never unloaded. Null, with `why`, where there is no driver.
+const Api* load_api(const Dialect& dialect, std::string& why) {
+  static std::mutex mutex;
+  static Api loaded[2];
+  std::lock_guard<std::mutex> lock(mutex);
+  Api& api = loaded[dialect.hip];
+  if (api.dialect) return &api;
+  void* library = nullptr;
+  for (const char* name : dialect.libraries) {
+    if (name && (library = open_library(name))) break;
+  }
+  if (!library) {
+    why = std::string("no ") + dialect.vendor + " driver (" + dialect.libraries[0] + ")";
+    return nullptr;
+  }
+#define SPIRAL_CUDA_LOAD(member, parameters, cuda_name, hip_name)                                                     \
+  api.member = reinterpret_cast<decltype(api.member)>(find_symbol(library, dialect.hip ? hip_name : cuda_name));     \
+  if (!api.member) {                                                                                                  \
+    why = std::string("the ") + dialect.vendor + " driver lacks " + (dialect.hip ? hip_name : cuda_name);             \
+    return nullptr;                                                                                                   \
+  }
+  SPIRAL_CUDA_FUNCTIONS(SPIRAL_CUDA_LOAD)
+#undef SPIRAL_CUDA_LOAD
+  if (!dialect.hip) {
+    api.function_param = reinterpret_cast<decltype(api.function_param)>(find_symbol(library, "cuFuncGetParamInfo"));
+  }
+  api.dialect = &dialect;
+  return &api;
+}
+
+int attribute(const Api& api, DeviceHandle device, int what) {
+  int value = 0;
+  api.device_attribute(&value, what, device);
+  return value;
+}
+
+DeviceProperties query_properties(const Api& api, DeviceHandle device) {
+  const Dialect& d = *api.dialect;
+  DeviceProperties p;
+  char name[256] = {};
+  int version = 0;
+  size_t memory = 0;
+  api.device_name(name, sizeof name - 1, device);
+  api.driver_version(&version);
+  api.device_memory(&memory, device);
+  p.engine = d.engine;
+  p.name = name;
+  p.vendor = d.vendor;
+  p.driver = std::to_string(version);
+  // The architecture that kernels are compiled for; HIP's is asked of Triton's driver.
+  p.api_version = d.hip ? "" : "sm_" + std::to_string(attribute(api, device, d.capability_major)) +
+                                   std::to_string(attribute(api, device, d.capability_minor));
+  p.type = attribute(api, device, d.integrated) ? DeviceType::IntegratedGPU : DeviceType::DiscreteGPU;
+  p.language = Language::Triton;
+  p.schedule_class = ScheduleClass::Block;
+  p.total_memory = static_cast<int64_t>(memory);
+  p.max_allocation = p.max_binding = p.total_memory;
+  p.max_params = kMaxParams - kScratchPointers;
+  p.max_bindings = p.max_params / static_cast<int64_t>(sizeof(void*)) / 2;
+  p.compute_units = attribute(api, device, d.multiprocessors);
+  p.max_workgroup_size = attribute(api, device, d.max_threads);
+  p.max_workgroup_memory = attribute(api, device, d.shared_memory);
+  p.max_workgroups = std::numeric_limits<int32_t>::max();
+  p.float16 = p.float64 = p.int64 = p.int64_atomics = p.float32_atomics = p.timestamps = true;
+  return p;  // subgroups: Triton's kernels have none
+}
+
+struct CudaMemory final : Memory {
+  Address address;
+};
+
+struct CudaKernel final : Kernel {
+  Module module;
+  Function function;
+  unsigned threads;
+  unsigned shared_memory;
+  size_t block;   // bytes of the parameter block
+  size_t params;  // bytes of all parameters: the block and Triton's scratch pointers
+};
+
+// The primary context, current in this thread while this lives.
+class Current {
+ public:
+  Current(const Api& api, Context context) : api_(api) {
+    Context now = nullptr;
+    if (api.context_current(&now) == kSuccess && now == context) return;
+    CUDA_CHECK(api.context_push(context), "making the device current");
+    pushed_ = true;
+  }
+  ~Current() {
+    Context popped;
+    if (pushed_) api_.context_pop(&popped);
+  }
+  Current(const Current&) = delete;
+
+ private:
+  const Api& api_;
+  bool pushed_ = false;
+};
+
+class CudaEngine;
+
+// Goes back to its engine's pool. An engine that closes outlives its events: engines of torch's devices never close, raw ones
+// are kept by whoever holds an event.
+struct CudaEvent final : EventHandle {
+  CudaEngine& engine;
+  Event handle;
+  bool timed;
+  CudaEvent(CudaEngine& engine, Event handle, bool timed) : engine(engine), handle(handle), timed(timed) {}
+  ~CudaEvent() override;
+};
+
+class CudaEngine final : public Engine {
+ public:
+  CudaEngine(const Api& api, DeviceHandle device, DeviceProperties properties)
+      : api_(api), device_(device), properties_(std::move(properties)) {
+    CUDA_CHECK(api_.context_retain(&context_, device_), "opening ", properties_.name);
+    const Current current(api_, context_);
+    CUDA_CHECK(api_.stream_create(&stream_, kStreamNonBlocking), "creating a stream on ", properties_.name);
+    objects_ = 2;
+  }
+
+  ~CudaEngine() override {
+    if (is_forked()) return;
+    {
+      Context popped;
+      if (api_.context_push(context_) != kSuccess) return;
+      api_.stream_synchronize(stream_);
+      for (auto& kernel : kernels_) api_.module_unload(kernel->module);
+      for (auto& pool : events_) {
+        for (Event event : pool) api_.event_destroy(event);
+      }
+      for (Event event : segment_events_) {
+        if (event) api_.event_destroy(event);
+      }
+      if (staging_) api_.host_free(staging_);
+      api_.stream_destroy(stream_);
+      api_.context_pop(&popped);
+    }
+    api_.context_release(device_);
+  }
+
+  const DeviceProperties& properties() const override { return properties_; }
+
+  Memory* allocate(uint64_t size) override {
+    TORCH_CHECK(size > 0, api_.dialect->label, ": an allocation has at least one byte");
+    const Current current = enter();
+    Address address = 0;
+    const Result code = api_.allocate(&address, size);
+    TORCH_CHECK_WITH(OutOfMemoryError, code != kOutOfMemory, api_.dialect->label, ": ", properties_.name, " has no ", size,
+                     " bytes left");
+    CUDA_CHECK(code, "allocating ", size, " bytes");
+    objects_++;
+    auto* memory = new CudaMemory;
+    memory->size = size;
+    memory->address = address;
+    return memory;
+  }
+
+  uint64_t address(Memory* memory) const override { return static_cast<CudaMemory*>(memory)->address; }
+
+  void free(Memory* memory) override {
+    if (memory && !is_forked()) {
+      Context popped;
+      if (api_.context_push(context_) == kSuccess) {
+        api_.stream_synchronize(stream_);
+        api_.free(static_cast<CudaMemory*>(memory)->address);
+        api_.context_pop(&popped);
+      }
+    }
+    delete memory;
+  }
+
+  void write(Memory* memory, uint64_t offset, const void* data, uint64_t size) override {
+    const Address to = range(memory, offset, size, "write");
+    if (size == 0) return;
+    const Current current = enter();
+    if (size > kStagingSegment) {
+      CUDA_CHECK(api_.copy_to_device(to, data, size, stream_), "writing ", size, " bytes");
+      keep(api_.stream_synchronize(stream_), "queued work");  // pinned data is read until then
+      return;
+    }
+    void* staged = stage(size);
+    std::memcpy(staged, data, size);
+    CUDA_CHECK(api_.copy_to_device(to, staged, size, stream_), "writing ", size, " bytes");
+  }
+
+  void read(Memory* memory, uint64_t offset, void* data, uint64_t size) override {
+    read_async(memory, offset, data, size);
+    synchronize();
+  }
+
+  void read_async(Memory* memory, uint64_t offset, void* data, uint64_t size) override {
+    const Address from = range(memory, offset, size, "read");
+    if (size == 0) return;
+    const Current current = enter();
+    keep(api_.copy_to_host(data, from, size, stream_), "a read");
+  }
+
+  void copy(Memory* src, uint64_t src_offset, Memory* dst, uint64_t dst_offset, uint64_t size) override {
+    const Address from = range(src, src_offset, size, "copy"), to = range(dst, dst_offset, size, "copy");
+    if (size == 0) return;
+    TORCH_CHECK(from + size <= to || to + size <= from, api_.dialect->label,
+                ": the source and the destination of a copy overlap");
+    const Current current = enter();
+    keep(api_.copy(to, from, size, stream_), "a copy");
+  }
+
+  void fill(Memory* memory, uint64_t offset, uint64_t size, uint8_t value) override {
+    const Address at = range(memory, offset, size, "fill");
+    if (size == 0) return;
+    const Current current = enter();
+    keep(api_.fill_bytes(at, value, size, stream_), "a fill");
+  }
+
+  Kernel* compile(const KernelSource& source) override {
+    TORCH_CHECK(source.params_size <= uint64_t(properties_.max_params), api_.dialect->label, ": the parameter block of ",
+                source.name, " has ", source.params_size, " bytes; a kernel takes ", properties_.max_params);
+    TORCH_CHECK(source.shared_memory <= uint64_t(properties_.max_workgroup_memory), api_.dialect->label, ": ", source.name,
+                " takes ", source.shared_memory, " bytes of shared memory; ", properties_.name, " has ",
+                properties_.max_workgroup_memory);
+    const Current current = enter();
+    auto kernel = std::make_unique<CudaKernel>();
+    kernel->name = source.name;
+    Result code = api_.module_load(&kernel->module, source.source.data());
+    TORCH_CHECK(code == kSuccess, api_.dialect->label, ": ", properties_.name, " does not load kernel ", source.name, ": ",
+                describe(api_, code));
+    objects_++;
+    code = api_.module_function(&kernel->function, kernel->module, source.entry.c_str());
+    if (code == kSuccess && source.shared_memory > 48 << 10 && !api_.dialect->hip) {
+      code = api_.function_set(kernel->function, kFunctionMaxDynamicSharedMemory, static_cast<int>(source.shared_memory));
+    }
+    if (code != kSuccess) api_.module_unload(kernel->module);
+    CUDA_CHECK(code, "kernel ", source.name, ": entry point ", source.entry);
+    kernel->threads = source.workgroup[0] * source.workgroup[1] * source.workgroup[2];
+    kernel->shared_memory = source.shared_memory;
+    kernel->block = source.params_size;
+    kernel->params = params_of(*kernel);
+    kernels_.push_back(std::move(kernel));
+    return kernels_.back().get();
+  }
+
+  // The block holds the addresses: bindings are for engines whose kernels take opaque buffers.
+  void enqueue(Kernel* base, const Binding*, uint32_t, const void* params, const uint32_t groups[3]) override {
+    auto* kernel = static_cast<CudaKernel*>(base);
+    if (groups[0] == 0 || groups[1] == 0 || groups[2] == 0) return;
+    TORCH_CHECK(groups[0] <= uint64_t(properties_.max_workgroups) && groups[1] <= kMaxGridYZ && groups[2] <= kMaxGridYZ,
+                api_.dialect->label, ": kernel ", kernel->name, ": a grid of ", groups[0], " x ", groups[1], " x ", groups[2],
+                " workgroups is too large");
+    const Current current = enter();
+    alignas(16) char block[kMaxParams];
+    std::memcpy(block, params, kernel->block);
+    if (kernel->params > kernel->block) std::memset(block + kernel->block, 0, kernel->params - kernel->block);
+    size_t size = kernel->params;
+    void* extra[] = {kParamBufferPointer, block, kParamBufferSize, &size, api_.dialect->param_end};
+    keep(api_.launch(kernel->function, groups[0], groups[1], groups[2], kernel->threads, 1, 1, kernel->shared_memory, stream_,
+                     nullptr, extra),
+         kernel->name.c_str());
+  }
+
+  void flush() override {}  // the driver hands work on at once
+
+  void synchronize() override {
+    const Current current = enter();
+    keep(api_.stream_synchronize(stream_), "queued work");
+    if (kept_.empty()) return;
+    const std::string text = std::exchange(kept_, {});
+    TORCH_CHECK(false, text);
+  }
+
+  std::unique_ptr<EventHandle> record(bool timed) override {
+    const Current current = enter();
+    Event event = take_event(timed);
+    const Result code = api_.event_record(event, stream_);
+    if (code != kSuccess) give_event(event, timed);
+    CUDA_CHECK(code, "recording an event");
+    return std::make_unique<CudaEvent>(*this, event, timed);
+  }
+
+  bool query(EventHandle& base) override {
+    const Current current = enter();
+    const Result code = api_.event_query(static_cast<CudaEvent&>(base).handle);
+    if (code != kSuccess && code != kNotReady) keep(code, "queued work");
+    return code != kNotReady;
+  }
+
+  void wait(EventHandle& base) override {
+    const Current current = enter();
+    keep(api_.event_synchronize(static_cast<CudaEvent&>(base).handle), "queued work");
+  }
+
+  double elapsed_ms(EventHandle& start, EventHandle& end) override {
+    auto &from = static_cast<CudaEvent&>(start), &to = static_cast<CudaEvent&>(end);
+    TORCH_CHECK(from.timed && to.timed, "elapsed_ms needs two events that were recorded with timing");
+    TORCH_CHECK(query(start) && query(end), "elapsed_ms needs two events that have completed");
+    const Current current = enter();
+    float milliseconds = 0;
+    CUDA_CHECK(api_.event_elapsed(&milliseconds, from.handle, to.handle), "reading timestamps");
+    return milliseconds;
+  }
+
+  uint64_t objects_created() const override { return objects_; }
+
+  void give_event(Event event, bool timed) {
+    std::lock_guard<std::mutex> lock(events_mutex_);
+    events_[timed].push_back(event);
+  }
+
+ private:
+  Current enter() const {
+    check_not_forked();
+    return Current(api_, context_);
+  }
+
+  Address range(Memory* memory, uint64_t offset, uint64_t size, const char* what) const {
+    TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, api_.dialect->label, ": a ", what, " of ", size,
+                " bytes at ", offset, " exceeds an allocation of ", memory->size);
+    return static_cast<CudaMemory*>(memory)->address + offset;
+  }
+
+  // Bytes of all parameters. The block is padded to 8 bytes; a last parameter of 4 ends before the padding.
+  size_t params_of(const CudaKernel& kernel) const {
+    if (!api_.function_param) return kernel.block + kScratchPointers;
+    size_t end = 0, offset = 0, size = 0;
+    for (size_t i = 0; api_.function_param(kernel.function, i, &offset, &size) == kSuccess; i++) {
+      end = std::max(end, offset + size);
+    }
+    TORCH_CHECK(end <= kernel.block + kScratchPointers && end + 4 >= kernel.block, api_.dialect->label, ": kernel ", kernel.name,
+                " takes ", end, " bytes of parameters, but is launched with a block of ", kernel.block);
+    return end;
+  }
+
+  // An error of queued work: the first one since the last synchronize() is what it throws.
+  void keep(Result code, const char* what) {
+    if (code != kSuccess && kept_.empty()) {
+      kept_ = std::string(api_.dialect->label) + ": " + what + " failed: " + describe(api_, code);
+    }
+  }
+
+  Event take_event(bool timed) {
+    {
+      std::lock_guard<std::mutex> lock(events_mutex_);
+      if (auto& pool = events_[timed]; !pool.empty()) {
+        Event event = pool.back();
+        pool.pop_back();
+        return event;
+      }
+    }
+    Event event = nullptr;
+    CUDA_CHECK(api_.event_create(&event, timed ? kEventDefault : kEventDisableTiming), "creating an event");
+    objects_++;
+    return event;
+  }
+
+  // Pinned memory for a write, free again when the stream has passed the work that is queued until its segment is full.
+  void* stage(uint64_t size) {
+    if (!staging_) {
+      void* data = nullptr;
+      CUDA_CHECK(api_.host_allocate(&data, kStagingSegment * kStagingSegments, 0), "allocating staging memory");
+      staging_ = static_cast<uint8_t*>(data);
+      objects_++;
+    }
+    if (staging_used_ + size > kStagingSegment) {
+      Event& full = segment_events_[staging_current_];
+      if (!full) full = take_event(false);
+      CUDA_CHECK(api_.event_record(full, stream_), "recording an event");
+      staging_current_ = (staging_current_ + 1) % kStagingSegments;
+      staging_used_ = 0;
+      if (Event busy = segment_events_[staging_current_]) keep(api_.event_synchronize(busy), "queued work");
+    }
+    uint8_t* place = staging_ + staging_current_ * kStagingSegment + staging_used_;
+    staging_used_ += (size + 63) / 64 * 64;
+    return place;
+  }
+
+  const Api& api_;
+  DeviceHandle device_;
+  DeviceProperties properties_;
+  Context context_ = nullptr;
+  Stream stream_ = nullptr;
+  std::vector<std::unique_ptr<CudaKernel>> kernels_;
+  std::string kept_;
+  uint64_t objects_ = 0;
+
+  std::mutex events_mutex_;  // handles are given back by whoever drops them
+  std::vector<Event> events_[2];
+
+  uint8_t* staging_ = nullptr;
+  Event segment_events_[kStagingSegments] = {};
+  int staging_current_ = 0;
+  uint64_t staging_used_ = 0;
+};
+
+CudaEvent::~CudaEvent() {
+  if (!is_forked()) engine.give_event(handle, timed);
+}
+
+struct CudaAdapter final : Adapter {
+  const Api* api;
+  DeviceHandle device;
+  std::unique_ptr<Engine> open() override {
+    check_not_forked();
+    return std::make_unique<CudaEngine>(*api, device, properties);
+  }
+};
+
+void find_adapters(const Dialect& dialect, std::vector<std::unique_ptr<Adapter>>& adapters, std::string& why) {
+  std::string reason;
+  const Api* api = load_api(dialect, reason);
+  int count = 0;
+  if (api) {
+    watch_fork();
+    Result code = api->init(0);
+    if (code == kSuccess) code = api->device_count(&count);
+    if (code != kSuccess) {
+      reason = std::string("the ") + dialect.vendor + " driver offers no device: " + describe(*api, code);
+    } else if (count == 0) {
+      reason = std::string("the ") + dialect.vendor + " driver finds no device";
+    }
+  }
+  if (!reason.empty()) why += (why.empty() ? "" : "; ") + reason;
+  for (int i = 0; i < count; i++) {
+    auto adapter = std::make_unique<CudaAdapter>();
+    adapter->api = api;
+    if (api->device_get(&adapter->device, i) != kSuccess) continue;
+    adapter->properties = query_properties(*api, adapter->device);
+    adapters.push_back(std::move(adapter));
+  }
+}
+
+}  // namespace
 
 std::vector<std::unique_ptr<Adapter>> cuda_adapters(std::string& why) {
-  why = "the CUDA/HIP engine is not built yet";
-  return {};
+  check_not_forked();
+  std::vector<std::unique_ptr<Adapter>> adapters;
+  find_adapters(kCuda, adapters, why);
+  find_adapters(kHip, adapters, why);
+  return adapters;
 }
 
 }  // namespace spiral

@@ -46,6 +46,12 @@ std::map<std::string, std::string>& libraries() {
   return *paths;
 }
 
+// Why an engine is not to be looked for, because a part of it that is not a library is missing.
+std::map<std::string, std::string>& refusals() {
+  static auto* reasons = new std::map<std::string, std::string>;
+  return *reasons;
+}
+
 std::atomic<bool> discovered{false};
 
 std::vector<std::string> split(const char* text) {
@@ -80,12 +86,16 @@ Registry* discover() {
       std::lock_guard<std::mutex> lock(configuration_mutex());
       auto path = libraries().find(engine);
       if (path != libraries().end()) report.library = path->second;
+      auto refused = refusals().find(engine);
+      if (refused != refusals().end()) report.why = refused->second;
     }
-    if (!engines.empty() && std::find(engines.begin(), engines.end(), engine) == engines.end()) {
+    const auto named = [&](const char* name) { return std::find(engines.begin(), engines.end(), name) != engines.end(); };
+    const bool wanted = engines.empty() || named(engine) || (std::string(engine) == "cuda" && named("hip"));
+    if (!wanted) {
       report.why = "left out by SPIRAL_ENGINE=" + std::string(std::getenv("SPIRAL_ENGINE"));
     } else if (!built) {
       report.why = "not part of this build";
-    } else {
+    } else if (report.why.empty()) {
       try {
         for (auto& adapter : adapters(report)) {
           ++report.devices;
@@ -258,6 +268,12 @@ void set_engine_library(const std::string& engine, const std::string& path) {
   TORCH_CHECK(!discovered.load(), "The library of an engine has to be set before the first look for devices");
   std::lock_guard<std::mutex> lock(configuration_mutex());
   libraries()[engine] = path;
+}
+
+void refuse_engine(const std::string& engine, const std::string& why) {
+  TORCH_CHECK(!discovered.load(), "An engine has to be refused before the first look for devices");
+  std::lock_guard<std::mutex> lock(configuration_mutex());
+  refusals()[engine] = why;
 }
 
 void synchronize(Device& device) {

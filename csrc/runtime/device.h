@@ -66,6 +66,9 @@ std::vector<EngineReport> engine_reports();
 // Where an engine's library is ("opencl", "wgpu"); before the first look for devices.
 void set_engine_library(const std::string& engine, const std::string& path);
 
+// Offers no device of an engine, and says why: something in Python that it needs is missing. Before the first look for devices.
+void refuse_engine(const std::string& engine, const std::string& why);
+
 // Waits for all queued work; throws what the engine kept, then what the kernels reported. The device stays usable.
 void synchronize(Device&);
 void synchronize_all();  // of the open devices
