@@ -323,7 +323,7 @@ class KernelBuilder:
             bounds[0] = ir.const(start, "i32")
         dtype, (first, last, by) = ir.same(*bounds)
         down = by.op == "const" and by.attr < 0
-        name = e.fresh("i")
+        name = e.fresh("loop")  # not "i": operands are often called i0, i1, ...
         texts = [e.value(x) for x in (first, last, by)]
         if dtype in ("i64", "u64") and not self.target.int64:
             raise Unsupported("64-bit loop counters without 64-bit integer arithmetic")

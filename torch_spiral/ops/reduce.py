@@ -108,8 +108,8 @@ def _kernel(
     make: Any = nest.split_rows if cut else nest.rows
     return make(
         target, label,
-        [nest.Operand(f"o{i}", d, layout) for i, (d, layout) in enumerate(outs)],
-        [nest.Operand(f"i{i}", d, layout) for i, (d, layout) in enumerate(ins)],
+        [nest.Operand(f"out{i}", d, layout) for i, (d, layout) in enumerate(outs)],
+        [nest.Operand(f"in{i}", d, layout) for i, (d, layout) in enumerate(ins)],
         expression, reduced=reduced, ndim=ndim, scalars=types, schedule=schedule,
     )  # fmt: skip
 
