@@ -71,11 +71,12 @@ class Operand:
     name: str
     dtype: str
     strides: str | tuple[str, ...] = "dense"
+    windows: int = 1  # bindings it takes (Tensor.windows)
 
     @property
     def key(self) -> str:
         s = "d" if self.strides == "dense" else "".join(self.strides)
-        return f"{self.dtype}{s}"
+        return f"{self.dtype}{s}" + (f"w{self.windows}" if self.windows > 1 else "")
 
 
 def stride_classes(strides: Sequence[Any]) -> tuple[str, ...]:
@@ -179,7 +180,8 @@ class _Pointwise:
         unit = 1 if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
         self.bufs = {
-            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)
+            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r", o.windows)
+            for i, o in enumerate(operands)
         }
         self.extra = tuple(k.buffer(*b) for b in buffers)
         self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
@@ -650,7 +652,8 @@ class _Rows:
             f"{'_split' if split else ''}{'_subgroups' if self.subgroups else ''}",
         )
         self.bufs = {
-            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r") for i, o in enumerate(operands)
+            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r", o.windows)
+            for i, o in enumerate(operands)
         }
         self.extra = tuple(k.buffer(*b) for b in buffers)
         self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]

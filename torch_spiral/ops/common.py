@@ -37,8 +37,8 @@ def map_tensors(name: str, function: Callable[..., Any], outs: Sequence[Tensor],
         ins_l = [layout_of(x, sizes) if x.sizes else ("0",) for x in ins]  # type: ignore[misc]
         strides = [tuple(reversed(x.strides)) if x.sizes else (0,) for x in (*outs, *ins)]
     built = build(
-        _map_kernel, name, function, len(shape), tuple((x.dtype, layout) for x, layout in zip(outs, outs_l)),
-        tuple((x.dtype, layout) for x, layout in zip(ins, ins_l)), tuple(types),
+        _map_kernel, name, function, len(shape), tuple((x.dtype, layout, x.windows) for x, layout in zip(outs, outs_l)),
+        tuple((x.dtype, layout, x.windows) for x, layout in zip(ins, ins_l)), tuple(types),
     )  # fmt: skip
     launch(built.kernel, [*outs, *ins], built.scalars(shape, strides, values), built.groups(shape))
 
@@ -47,14 +47,14 @@ def _map_kernel(target: Target, name: str, function: Callable[..., Any], ndim: i
     def expression(*args: Any) -> Any:
         result = function(*args)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        results = [as_dtype(ir.const(r, compute_dtype(d)) if isinstance(r, (int, float)) else r, d) for r, (d, _) in zip(results, outs)]
+        results = [as_dtype(ir.const(r, compute_dtype(d)) if isinstance(r, (int, float)) else r, d) for r, (d, _, _) in zip(results, outs)]
         return results[0] if len(results) == 1 else tuple(results)
 
     label = name + ("_" + "".join(types) if types else "")
     return nest.pointwise(
         target, label,
-        [nest.Operand(f"o{i}", d, layout) for i, (d, layout) in enumerate(outs)],
-        [nest.Operand(f"i{i}", d, layout) for i, (d, layout) in enumerate(ins)],
+        [nest.Operand(f"o{i}", *o) for i, o in enumerate(outs)],
+        [nest.Operand(f"i{i}", *o) for i, o in enumerate(ins)],
         expression, ndim, scalars=types,
     )  # fmt: skip
 

@@ -60,10 +60,10 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
     inputs: list[Any] = []
     for o in it.inputs:
         if o.is_scalar:
-            inputs.append(("value", o.dtype))
+            inputs.append(("value", o.dtype, 1))
             values += o.value if isinstance(o.value, tuple) else [o.value]
         else:
-            inputs.append((o.dtype, layout(o)))
+            inputs.append((o.dtype, layout(o), o.tensor.windows))  # type: ignore[union-attr]
     static: list[Any] = []
     for e in extras:
         if isinstance(e, tuple):
@@ -75,7 +75,7 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
         else:
             static.append(("is", e))
     built = build(
-        _kernel, name, function, dtype, bits, len(shape), tuple((o.dtype, layout(o)) for o in it.outputs), tuple(inputs),
+        _kernel, name, function, dtype, bits, len(shape), tuple((o.dtype, layout(o), o.tensor.windows) for o in it.outputs), tuple(inputs),
         tuple(static), it.common,
     )  # fmt: skip
     launch(
@@ -94,7 +94,7 @@ def _kernel(
     scalars: list[str] = []
     reads: list[Callable[[Any, Any], Any]] = []  # from (iterator of loads, iterator of values) to an argument
 
-    for kind, layout in inputs:
+    for kind, layout, _ in inputs:
         if kind != "value":
             reads.append(lambda loads, values: next(loads) if bits else as_dtype(next(loads), dtype))
             continue
@@ -122,7 +122,7 @@ def _kernel(
         else:
             reads.append(lambda loads, values, e=e: e[1])  # type: ignore[misc]
 
-    loads = [(k, layout) for k, layout in inputs if k != "value"]
+    loads = [i for i in inputs if i[0] != "value"]
 
     def expression(*args: Any) -> Any:
         of_loads, of_values = iter(args[: len(loads)]), iter(args[len(loads) :])
@@ -130,7 +130,7 @@ def _kernel(
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if bits:
             return result
-        for i, (r, (out, _)) in enumerate(zip(results, outputs)):
+        for i, (r, (out, *_)) in enumerate(zip(results, outputs)):
             if isinstance(r, (bool, int, float)):
                 r = ir.const(r, part)
             if common in ("f16", "bf16") and out in ("f32", "f64") and not isinstance(r, ir.Complex) and r.dtype == "f32":
@@ -141,13 +141,13 @@ def _kernel(
     storage = bits_dtype if bits else lambda d: d
     label = f"{name}_{dtype}" + "".join(f"_{e if isinstance(e, str) else e[1]}" for e in extras)
     if scalars:  # which inputs are numbers, and as what they travel
-        label += "_" + "".join("v" if kind == "value" else "t" for kind, _ in inputs) + "".join(scalars)
-        label += "".join(d for kind, d in inputs if kind == "value" and d != dtype)
+        label += "_" + "".join("v" if kind == "value" else "t" for kind, *_ in inputs) + "".join(scalars)
+        label += "".join(d for kind, d, _ in inputs if kind == "value" and d != dtype)
     if common in ("f16", "bf16"):
         label += f"_{common}"
     return nest.pointwise(
         target, label.replace(".", "_").replace("-", "m"),
-        [nest.Operand(f"o{i}", storage(d), layout) for i, (d, layout) in enumerate(outputs)],
-        [nest.Operand(f"i{i}", storage(d), layout) for i, (d, layout) in enumerate(loads)],
+        [nest.Operand(f"o{i}", storage(d), *rest) for i, (d, *rest) in enumerate(outputs)],
+        [nest.Operand(f"i{i}", storage(d), *rest) for i, (d, *rest) in enumerate(loads)],
         expression, ndim, scalars=scalars,
     )  # fmt: skip
