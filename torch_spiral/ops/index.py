@@ -16,6 +16,7 @@ from ..kernels.kernel import DTYPES, bits_dtype, compute_dtype
 from ..lowering import (
     Iter,
     IterOperand,
+    Sym,
     Tensor,
     cdiv,
     check,
@@ -60,6 +61,16 @@ def around(x: Tensor, dim: int) -> Tensor | None:
     if not x.is_contiguous:
         return None
     return x.view((product(x.sizes[:dim]), x.sizes[dim], product(x.sizes[dim + 1 :])))
+
+
+def narrow(x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+    """x's slices start .. start + length along dim."""
+
+    def plain(s: Any) -> Any:  # outer strides are no longer the product of the inner sizes
+        return s if not isinstance(s, Sym) or is_zero(s) or is_one(s) else Sym(s._ref, s.kind, s._recorder, s._hint)
+
+    strides = (*map(plain, x.strides[:dim]), *x.strides[dim:])
+    return x.view((*x.sizes[:dim], length, *x.sizes[dim + 1 :]), strides, start * x.strides[dim])
 
 
 def number(value: Any, dtype: str) -> dict[str, tuple[str, Any]]:
@@ -138,13 +149,8 @@ def cat(tensors: Sequence[Tensor], dim: int, valid: int, out: Tensor) -> None:
             else:
                 to = flat_out.view((outer, n * inner), (whole, 1), place * inner)
                 source = flat.view((outer, n * inner), (n * inner, 1))
-            source = Tensor(
-                *[getattr(source, f) for f in ("number", "dtype", "sizes", "strides", "offset", "written")],
-                x.flags,
-                x.windows,
-            )
         else:
-            to, source = out.view(x.sizes, out.strides, place * out.strides[dim]), x
+            to, source = narrow(out, dim, place, x.sizes[dim]), x
         copy_to(to, source)
         place = place + x.sizes[dim]
 
@@ -730,11 +736,68 @@ def index_fill(it: Iter, dim: Any, size: Any, stride: Any, value: Any) -> None:
     _put(it, value, it.inputs[:1], [size], [stride], False, "index_fill_")
 
 
+def _index_put_sorted(it: Item) -> None:
+    """static: dimensions before the indexed ones, which are indexed, accumulate, in order. The indices are vectors; of their
+    dimension, an item in order has coordinate 0."""
+    before, count, accumulate, in_order = it.static
+    k = it.k
+
+    def one(j: Any) -> None:
+        at = replace(it.at, before, j)
+        picked = []
+        for i in range(count):
+            picked.append(it.wrap(it.load(f"index{i}", (j,)), it[f"size{i}_of"]))
+        value = it.load("value", at)
+        place = k.let(it.offset("self", (*at[:before], *picked, *at[before + 1 :])))
+        if accumulate and in_order:
+            old = it.buffers["self"].load(place)
+            boolean = not isinstance(old, ir.Complex) and old.dtype == "bool"
+            it.buffers["self"].store(place, ir.or_(old, value) if boolean else old + value)
+        elif accumulate:
+            it.buffers["self"].atomic_add(place, value)
+        else:
+            it.buffers["self"].store(place, value)
+
+    if in_order:
+        with k.For(ir.const(0, "i32"), it["length"]) as j:
+            one(j)
+    else:
+        one(it.at[before])
+
+
 @stub("index_put_with_sort_stub")
-def index_put_with_sort(
-    indices: Sequence[Tensor | None], values: Tensor, accumulate: bool, unsafe: bool, self: Tensor
-) -> None:
-    raise NotImplementedError("index_put_ with sorted indices is ATen's CUDA path")
+def index_put_with_sort(indices: Sequence[Tensor | None], value: Tensor, accumulate: bool, self: Tensor) -> None:
+    """self[indices] += value (or = value: then the last of equal indices wins). The indices, int64 and of one shape, belong to
+    adjacent dimensions; value has the result's shape."""
+    given = [x for x in indices if x is not None]
+    before = next(d for d, x in enumerate(indices) if x is not None)
+    rank = given[0].ndim
+    length = given[0].numel
+    rows = value.sizes[:before] + (length,) + value.sizes[before + rank :]
+    if rank == 1:
+        flat = value
+    else:
+        flat = contiguous(value).view(rows)
+    in_order = not accumulate or not atomic(SUM, self.dtype)
+    operands = {"self": self, "value": flat}
+    scalars: dict[str, Any] = {"length": length}
+    for i, x in enumerate(given):
+        operands[f"index{i}"] = contiguous(x).view((length,))
+        scalars[f"size{i}_of"] = self.sizes[before + i]
+    if not accumulate:
+        operands["self"], operands["value"] = bits(self), bits(flat)
+    each(
+        "index_put_sorted",
+        _index_put_sorted,
+        replace(rows, before, 1) if in_order else rows,
+        operands,
+        scalars,
+        static=(before, len(given), accumulate, in_order),
+        modes={"self": "rw" if in_order else "a"},
+        lanes=in_order and before + rank < value.ndim,
+        cost=length if in_order else 1,
+        site="index_put_(): index {} is out of bounds",
+    )
 
 
 def _flat_place(it: Item, name: str, index: Any) -> Any:
