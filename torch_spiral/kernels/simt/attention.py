@@ -233,7 +233,9 @@ def _score(t: Text, mask: str, causal: bool, value: str, query: str, key: str, o
             t.add(f"{out} = {t_float(t, NEVER)};")
             t.end()
         else:
-            t.add(f"{out} = max({out} + {t.load('mask', 'mask_base', at)}, {t_float(t, NEVER)});")
+            t.add(f"{out} = {out} + {t.load('mask', 'mask_base', at)};")
+            # Not max(): it would drop NaN.
+            t.add(f"{out} = {t.select(out, t_float(t, NEVER), f'{out} < {t_float(t, NEVER)}')};")
     t.end()
 
 

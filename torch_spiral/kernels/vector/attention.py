@@ -25,7 +25,7 @@ V exp2v(V x) {  // relative error 2e-7; below -126 it is 0, NaN propagates
   V n = rint(max(x, (V)(-126.f))), f = x - n;
   V p = fma(f, (V)(1.5403530e-4f), (V)(1.3333558e-3f)); p = fma(p, f, (V)(9.6181291e-3f)); p = fma(p, f, (V)(5.5504109e-2f));
   p = fma(p, f, (V)(2.4022651e-1f)); p = fma(p, f, (V)(6.9314718e-1f)); p = fma(p, f, (V)(1.f));
-  return select(as_V(as_U(p) + (convert_U(n) << 23)), (V)(0.f), x < (V)(-126.f));
+  return select(p * as_V((convert_U(n) + 127) << 23), (V)(0.f), x < (V)(-126.f));
 }
 """
 

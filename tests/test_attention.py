@@ -1,0 +1,183 @@
+"""Scaled dot product attention against a float64 reference on the CPU: forward, gradients, layouts, which back end is chosen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+OVERRIDEABLE = SDPBackend.OVERRIDEABLE.value
+
+# batch, heads, kv heads, queries, keys, head, head of v, causal, mask, dtype
+CASES = {
+    "gpt2": (1, 3, 3, 70, 70, 64, 64, True, None, torch.float32),
+    "bool": (2, 4, 2, 33, 70, 24, 40, False, "bool", torch.float32),
+    "bias": (2, 4, 2, 33, 70, 24, 40, False, "bias", torch.float32),
+    "wide": (1, 2, 1, 20, 65, 256, 72, True, None, torch.float32),
+    "decode": (2, 4, 2, 1, 600, 64, 64, False, "bool", torch.float32),
+    "half": (1, 2, 2, 3, 5, 17, 17, False, None, torch.float16),
+    "bfloat16": (1, 4, 1, 50, 50, 80, 80, True, None, torch.bfloat16),
+}
+ON_WGPU = ("bias", "decode", "bfloat16")  # each kernel costs a software rasteriser seconds
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    error = (got.cpu().double() - want).norm() / want.norm().clamp(min=1e-30)
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def attention(leaves, mask, gradient, device, dtype, transform=lambda leaves: leaves, **kwargs):
+    """The output and all gradients, in float64 on the CPU."""
+    to = lambda x: x.to(dtype if x.is_floating_point() else x.dtype).to(device)  # noqa: E731
+    leaves = [to(x).requires_grad_() for x in leaves]
+    if mask is not None:
+        mask = to(mask)
+        if mask.is_floating_point():
+            leaves.append(mask.requires_grad_())
+    out = F.scaled_dot_product_attention(*transform(leaves[:3]), mask, **kwargs)
+    out.backward(to(gradient))
+    return [x.detach() for x in (out, *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(device, case):
+    b, h, hk, tq, tk, d, dv, causal, mask, dtype = CASES[case]
+    if torch.spiral.get_device_properties(device).engine != "opencl" and case not in ON_WGPU:
+        pytest.skip("covered by the other cases")
+    torch.manual_seed(tk)
+    leaves = [torch.randn(s).to(dtype) for s in ((b, h, tq, d), (b, hk, tk, d), (b, hk, tk, dv))]
+    # (batch, tokens, heads, head) in memory, as a model's next projection leaves it
+    gradient = torch.randn(b, tq, h, dv).to(dtype).transpose(1, 2)
+    masks = {
+        None: None,
+        "bool": (torch.rand(b, 1, tq, tk) > 0.4).index_fill(2, torch.tensor(0), tq == 1),
+        "bias": torch.randn(h, 1, tk).to(dtype),
+    }
+    kwargs = {"is_causal": causal, "scale": 0.2, "enable_gqa": h != hk}
+    want = attention(leaves, masks[mask], gradient, "cpu", torch.float64, **kwargs)
+    got = attention(leaves, masks[mask], gradient, device, dtype, **kwargs)
+    for x, y in zip(got, want, strict=True):
+        close(x, y, TOLERANCE[dtype])
+
+
+def test_views_of_a_fused_projection(device):
+    """q, k and v are slices of one tensor, transposed: not contiguous, at offsets."""
+    torch.manual_seed(1)
+    b, h, t, d = 2, 3, 37, 32
+    x, gradient = torch.randn(b, t, 3 * h * d), torch.randn(b, t, h, d).transpose(1, 2)
+    heads = lambda leaves: [y.view(b, t, h, d).transpose(1, 2) for y in leaves[0].split(h * d, 2)]  # noqa: E731
+    want = attention([x], None, gradient, "cpu", torch.float64, heads, is_causal=True)
+    got = attention([x], None, gradient, device, torch.float32, heads, is_causal=True)
+    assert got[0].transpose(1, 2).is_contiguous()  # the layout that torch's meta function promises
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 2e-6)
+
+
+def test_any_strides(device):
+    """No unit stride along the head, an expanded key, an expanded gradient."""
+    torch.manual_seed(2)
+    leaves = [torch.randn(1, 2, 24, 19), torch.randn(1, 1, 40, 24), torch.randn(1, 2, 40, 24)]
+    views = lambda x: (x[0].mT, x[1].expand(1, 2, 40, 24), x[2])  # noqa: E731
+    gradient = torch.tensor(0.5).expand(1, 2, 19, 24)
+    want = attention(leaves, None, gradient, "cpu", torch.float64, views)
+    got = attention(leaves, None, gradient, device, torch.float32, views)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 2e-6)
+
+
+def test_one_query_with_a_growing_cache(device):
+    torch.manual_seed(3)
+    for keys in (1, 2, 15, 64, 513):
+        q, k, v = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 520, 32)[:, :, :keys], torch.randn(1, 2, 520, 32)[:, :, :keys]
+        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+        got = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), enable_gqa=True)
+        close(got, want, 2e-6)
+
+
+def test_rows_that_see_nothing_are_zero(device):
+    q, k, v = (torch.randn(1, 1, 4, 8, device=device, requires_grad=True) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool, device=device)
+    mask[2] = False
+    out = F.scaled_dot_product_attention(q, k, v, mask)
+    out.sum().backward()
+    assert (out[0, 0, 2] == 0).all() and out[0, 0, 1].abs().sum() > 0
+    for x in (q, k, v):
+        assert torch.isfinite(x.grad.cpu()).all()
+    assert (q.grad[0, 0, 2] == 0).all()
+
+
+def test_nan_reaches_the_result(device):
+    q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
+    q[0, 0, 4, 3] = torch.nan
+    out = F.scaled_dot_product_attention(*(x.to(device) for x in (q, k, v))).cpu()
+    assert out[0, 0, 4].isnan().all() and not out[0, 0, [0, 3, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 2, 0, 4), (1, 2, 3, 0)], ids=str)
+def test_empty(device, sizes):
+    b, h, queries, keys = sizes
+    q, k, v = (torch.randn(b, h, n, 8, device=device, requires_grad=True) for n in (queries, keys, keys))
+    out = F.scaled_dot_product_attention(q, k, v)
+    out.sum().backward()
+    assert out.shape == (b, h, queries, 8) and (out == 0).all()
+    assert all(x.grad.shape == x.shape and (x.grad == 0).all() for x in (q, k, v))
+
+
+def test_choice(device):
+    def choice(q, k=None, v=None, mask=None, p=0.0, **kwargs):
+        k, v = q if k is None else k, q if v is None else v
+        return torch._fused_sdp_choice(q, k, v, mask, p, **kwargs)
+
+    make = lambda *s, **kw: torch.empty(*s, device=device, **kw)  # noqa: E731
+    q, math = make(2, 4, 8, 16), SDPBackend.MATH.value
+    assert choice(q) == OVERRIDEABLE
+    assert choice(q, mask=make(8, 8)) == choice(q, mask=make(2, 1, 1, 8, dtype=torch.bool)) == OVERRIDEABLE
+    assert choice(q, make(2, 2, 5, 16), make(2, 2, 5, 16), enable_gqa=True) == OVERRIDEABLE
+    assert choice(q, p=0.1) == math
+    assert choice(make(2, 4, 8, 257)) == math
+    assert choice(make(4, 8, 16)) == math
+    with sdpa_kernel(SDPBackend.MATH):
+        assert choice(q) == math
+
+
+def test_choice_of_fake_tensors(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 8, 16, device=device)
+        out = torch.ops.aten._scaled_dot_product_fused_attention_overrideable(q, q, q)[0]
+        assert F.scaled_dot_product_attention(q, q, q).shape == out.shape
+        assert out.stride() == q.stride() and out.device == q.device
+
+
+def test_dropout_keeps_the_expectation(device):
+    torch.manual_seed(0)
+    q, k = torch.zeros(1, 1, 64, 8, device=device), torch.zeros(1, 1, 256, 8, device=device)
+    out = F.scaled_dot_product_attention(q, k, torch.ones_like(k), dropout_p=0.5).cpu()
+    assert out.std() > 0 and abs(out.mean() - 1) < 0.1
+
+
+def test_multi_head_attention(device):
+    """Training and the inference fast path of torch.nn, against the CPU."""
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[1, 6:] = True
+    for training in (True, False):
+        layer.train(training)
+        layer.cpu()
+        with torch.set_grad_enabled(training):
+            want = layer.double()(x.double(), src_key_padding_mask=padding)
+            got = layer.float().to(device)(x.to(device), src_key_padding_mask=padding.to(device)).cpu()
+        keep = ~padding
+        close(got[keep], want[keep].detach(), 1e-5)
+        module = nn.MultiheadAttention(32, 4, batch_first=True).train(training)
+        with torch.set_grad_enabled(training):
+            want, weights = module.double()(x.double(), x.double(), x.double())
+            y = x.to(device)
+            got, got_weights = module.float().to(device)(y, y, y)
+        close(got, want.detach(), 1e-5)
+        close(got_weights, weights.detach(), 1e-5)
