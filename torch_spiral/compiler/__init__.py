@@ -1,0 +1,65 @@
+"""torch.compile for spiral: Dynamo, AOTAutograd and Inductor's scheduler in front, kernels of torch_spiral.kernels behind.
+
+    compiled = torch.compile(model.to("spiral"), backend="spiral")
+
+The default backend of torch.compile does the same for spiral tensors. docs/compiler.md says how."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def _devices(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
+    found = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor) and x.ndim}
+    for _, t in [*gm.named_parameters(), *gm.named_buffers()]:
+        found.add(t.device.type)
+    return found
+
+
+def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """The backend "spiral" of torch.compile. options: Inductor's configuration, as torch.compile's `options`.
+
+    RuntimeError for graphs over CPU tensors. A graph that cannot be compiled runs eagerly, with a warning that says why; under
+    fullgraph=True the error is raised."""
+    devices = _devices(gm, example_inputs)
+    if devices and "spiral" not in devices:
+        kinds = " and ".join(sorted(devices))
+        raise RuntimeError(
+            f'torch.compile(backend="spiral") compiles for spiral, but the inputs and parameters are on {kinds}: '
+            'move them with .to("spiral")'
+        )
+    from torch._inductor.compile_fx import compile_fx
+
+    from . import device
+
+    device.register()
+    try:
+        return compile_fx(gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)})
+    except Exception as error:
+        if _fullgraph():
+            raise
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"spiral runs a graph of {len(gm.graph.nodes)} nodes eagerly: {type(error).__name__}: {reason}", stacklevel=2)
+        return gm.forward
+
+
+def _fullgraph() -> bool:
+    """Whether the graph being compiled must not break."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return bool(InstructionTranslator.current_tx().one_graph)
+    except AttributeError:
+        return False
+
+
+# Asserts on sizes cost a microsecond an input and check Inductor, not the program; combined kernels and templates of
+# Inductor's own are Triton's.
+CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+
+
+__all__ = ["backend"]

@@ -1,0 +1,75 @@
+"""Every private name of Inductor and Dynamo that the compiler uses, for each supported version of torch (2.11 to 2.13).
+
+Importing this module imports Inductor (a second or two), so only what compiles does."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
+from torch._inductor import config, metrics
+from torch._inductor.codegen.common import (
+    CSE,
+    BackendFeature,
+    CSEVariable,
+    DeviceOpOverrides,
+    OpOverrides,
+    get_scheduling_for_device,
+    register_backend_for_device,
+    register_device_op_overrides,
+)
+from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.ir import ComputedBuffer, ExternKernel, TensorBox
+from torch._inductor.lowering import lowerings, make_fallback, register_lowering
+from torch._inductor.ops_handler import OpsHandler
+from torch._inductor.utils import get_kernel_metadata, sympy_index_symbol, sympy_subs
+from torch._inductor.virtualized import OpsValue, V, ops
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._sympy.functions import (
+    CeilDiv,
+    CleanDiv,
+    FloorDiv,
+    Identity,
+    Max,
+    Min,
+    ModularIndexing,
+    PythonMod,
+    Where,
+)
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+from torch.utils._sympy.value_ranges import ValueRanges
+
+VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def multiple_of(a: object, b: object) -> bool:
+    """Whether b is known to divide a."""
+    return V.graph.sizevars.statically_known_multiple_of(a, b)
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two sizes are known to be equal."""
+    return V.graph.sizevars.statically_known_equals(a, b)
+
+
+def hint(expr: object) -> int:
+    """An example of a size's value."""
+    sizes = V.graph.sizevars
+    return (sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint)(expr, fallback=64)
+
+
+def new_variable(kind: type, name: str, bounds: object, dtype: object, shape: object) -> object:
+    """A CSEVariable."""
+    return kind(name, bounds, dtype, shape)
+
+
+__all__ = [
+    "CSE", "VERSION", "BackendFeature", "CSEVariable", "CeilDiv", "CleanDiv", "ComputedBuffer", "DeviceInterface",
+    "DeviceOpOverrides", "ExternKernel", "FloorDiv", "Identity", "Max", "Min", "ModularIndexing", "OpOverrides",
+    "OpsHandler", "OpsValue", "OrderedSet", "PythonMod", "PythonWrapperCodegen", "SIMDKernel", "SIMDScheduling", "SymT",
+    "TensorBox", "V", "ValueRanges", "Where", "config", "equal", "get_interface_for_device", "get_kernel_metadata",
+    "get_scheduling_for_device", "hint", "lookup_backend", "lowerings", "make_fallback", "metrics", "multiple_of",
+    "new_variable", "ops", "register_backend_for_device", "register_device_op_overrides", "register_interface_for_device",
+    "register_lowering", "symbol_is_type", "sympy_index_symbol", "sympy_subs",
+]  # fmt: skip

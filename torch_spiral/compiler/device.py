@@ -1,0 +1,112 @@
+"""What Dynamo and Inductor ask about the device, and its registration with both."""
+
+from __future__ import annotations
+
+import functools
+from collections import namedtuple
+from typing import Any
+
+import torch
+
+from . import compat
+
+Properties = namedtuple("Properties", ["multi_processor_count", "name", "max_threads_per_multi_processor", "warp_size"])
+
+
+class Interface(compat.DeviceInterface):  # type: ignore[misc]
+    """torch.spiral, as Dynamo sees devices."""
+
+    device = torch.spiral.device
+    Event = torch.spiral.Event
+    Stream = torch.spiral.Stream
+    current_device = staticmethod(torch.spiral.current_device)
+    set_device = staticmethod(torch.spiral.set_device)
+    device_count = staticmethod(torch.spiral.device_count)
+    is_available = staticmethod(torch.spiral.is_available)
+    synchronize = staticmethod(torch.spiral.synchronize)
+    current_stream = staticmethod(torch.spiral.current_stream)
+    set_stream = staticmethod(torch.spiral.set_stream)
+    stream = staticmethod(torch.spiral.stream)
+    memory_allocated = staticmethod(torch.spiral.memory_allocated)
+
+    class Worker:
+        @staticmethod
+        def set_device(device: int) -> None:
+            torch.spiral.set_device(device)
+
+        @staticmethod
+        def current_device() -> int:
+            return torch.spiral.current_device()
+
+        @staticmethod
+        def get_device_properties(device: Any = None) -> Any:
+            from ..kernels.kernel import Target
+
+            t = Target.of(torch.spiral._get_device_index(device, optional=True) if device is not None else None)
+            return Properties(t.compute_units, t.engine, 1024, max(t.subgroup, 1))
+
+    get_device_properties = staticmethod(Worker.get_device_properties)
+
+    @staticmethod
+    def exchange_device(device: int) -> int:
+        before = torch.spiral.current_device()
+        torch.spiral.set_device(device)
+        return before
+
+    @staticmethod
+    def maybe_exchange_device(device: int) -> int:
+        return Interface.exchange_device(device) if device >= 0 else -1
+
+    @staticmethod
+    def get_raw_stream(device_idx: int) -> int:
+        return 0
+
+    @staticmethod
+    def get_compute_capability(device: Any = None) -> str:
+        """What Inductor's caches are keyed by besides source: kernels are built for a target."""
+        from ..kernels.kernel import Target
+
+        return repr(Target.of(None))
+
+    @staticmethod
+    def is_bf16_supported(including_emulation: bool = False) -> bool:
+        return True
+
+    @classmethod
+    def is_dtype_supported(cls, dtype: torch.dtype, including_emulation: bool = False) -> bool:
+        return True
+
+    @staticmethod
+    def is_triton_capable(device: Any = None) -> bool:
+        return False
+
+
+class Overrides(compat.DeviceOpOverrides):  # type: ignore[misc]
+    """Text that the wrapper needs for a device."""
+
+    def import_get_raw_stream_as(self, name: str) -> str:
+        return f"{name} = lambda index: 0"
+
+    def set_device(self, device_idx: int) -> str:
+        return f"torch.spiral.set_device({device_idx})"
+
+    def synchronize(self) -> str:
+        return "torch.spiral.synchronize()"
+
+    def device_guard(self, device_idx: int) -> str:
+        return f"torch.spiral.device({device_idx})"
+
+
+@functools.cache
+def register() -> None:
+    """Makes Dynamo and Inductor know the device; once."""
+    from .codegen import Scheduling
+    from .wrapper import Wrapper
+
+    for name in ["spiral", *(f"spiral:{i}" for i in range(torch.spiral.device_count()))]:
+        compat.register_interface_for_device(name, Interface)
+    compat.register_device_op_overrides("spiral", Overrides())
+    compat.register_backend_for_device("spiral", Scheduling, Wrapper)
+
+
+__all__ = ["Interface", "Overrides", "register"]

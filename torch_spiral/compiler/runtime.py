@@ -1,0 +1,137 @@
+"""What generated modules call: fused kernels, and graphs that C++ replays from one plan.
+
+The body of a graph is the text that Inductor's wrapper generated, run once per signature on the handles of lowering.py;
+what it launches, and what the lowerings of the external operators in between launch, is recorded as one plan."""
+
+from __future__ import annotations
+
+import functools
+import operator as python_operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import lowering as low
+from ..kernels.kernel import Kernel
+from ..kernels.nest import TASK_ELEMENTS, fold_groups
+from ..lowering import Size, Tensor, cdiv, error_site, launch, maximum, product
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A kernel of a generated module. Called, while a graph is recorded, with its buffers, scalars and sizes."""
+
+    kernel: Kernel
+    schedule: str
+    lanes: int = 1
+    sites: tuple[str, ...] = ()
+
+    def __call__(self, buffers: Sequence[Tensor], symbols: Sequence[Any], rows: Sequence[Any], reduced: Sequence[Any]) -> None:
+        scalars = [*symbols, *(error_site(text) for text in self.sites)]
+        if self.schedule in ("tasks", "lanes_d", "lanes_r"):
+            scalars.append(self._per_task(rows, reduced))
+        launch(self.kernel, list(buffers), scalars, self._groups(rows, reduced))
+
+    def _per_task(self, rows: Sequence[Any], reduced: Sequence[Any]) -> Any:
+        work = product(reduced) if self.schedule != "tasks" else rows[0] if rows else 1
+        if self.schedule == "lanes_r":
+            work = work * self.lanes
+        return maximum(TASK_ELEMENTS // maximum(work, 1), 1)
+
+    def _groups(self, rows: Sequence[Any], reduced: Sequence[Any]) -> tuple[Any, ...]:
+        if self.schedule == "tasks":
+            items = product([cdiv(rows[0], TASK_ELEMENTS), *rows[1:]]) if rows else 1
+            return (cdiv(items, self._per_task(rows, reduced)), 1, 1)
+        if self.schedule == "lanes_r":
+            items = cdiv(rows[0], self.lanes) * product(rows[1:])
+            return (cdiv(items, self._per_task(rows, reduced)), 1, 1)
+        n = product(rows)
+        if self.schedule == "lanes_d":
+            return (cdiv(n, self._per_task(rows, reduced)), 1, 1)
+        if self.schedule in ("invocation", "elements"):
+            n = cdiv(n, self.kernel.workgroup[0])
+        return fold_groups(low.target(), n)
+
+
+def empty(sizes: Sequence[Any], strides: Sequence[Any], dtype: str) -> Tensor:
+    """A buffer of a graph."""
+    dense = all(low.is_plain(a, 1) or _same(b, c) for a, b, c in zip(sizes, strides, low.contiguous_strides(sizes), strict=True))
+    return low.empty(sizes, dtype, None if dense else strides)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a._ref == b._ref if isinstance(a, low.Sym) and isinstance(b, low.Sym) else not isinstance(a, low.Sym) and not isinstance(b, low.Sym) and a == b
+
+
+def reinterpret(x: Tensor, sizes: Sequence[Any], strides: Sequence[Any], offset: Any = 0) -> Tensor:
+    """reinterpret_tensor on handles."""
+    return x.view(sizes, strides, None if low.is_plain(offset, 0) else offset)
+
+
+class Externs:
+    """The operators that Inductor calls through `extern_kernels`, on handles."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(_with_out, name)
+
+    @staticmethod
+    def convolution(x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (), dilation: Any = (),
+                    transposed: bool = False, output_padding: Any = (), groups: int = 1, out: Any = None) -> Any:  # fmt: skip
+        return _aten("convolution_overrideable", x, weight, bias, list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+
+
+def _number(v: Any) -> Any:
+    """Numbers of the text as the slots that lowerings expect."""
+    return low.recorder().lift(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v
+
+
+def _with_out(name: str, *args: Any, out: Tensor, alpha: Any = 1, beta: Any = 1) -> None:
+    if name in ("addmm", "baddbmm"):
+        low.lowerings[name](*args, _number(beta), _number(alpha), out)
+    else:
+        low.lowerings[name](*args, out)
+
+
+def _aten(name: str, *args: Any) -> Any:
+    return low.lowerings[name](*args)
+
+
+OUT_EXTERNS = ("mm", "bmm", "addmm", "baddbmm")
+GLOBALS = {
+    "empty": empty, "reinterpret_tensor": reinterpret, "extern_kernels": Externs(), "max": maximum, "min": low.minimum,
+}  # fmt: skip
+
+
+class Graph:
+    """A stretch of a compiled graph without anything but kernels of ours: one call, replayed from one plan.
+
+    name: by its content, so that equal graphs share plans. body(inputs, written, sizes) runs on handles and gives the handles
+    that leave the graph."""
+
+    def __init__(self, name: str, body: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Sequence[Tensor]], outputs: int):
+        self.name, self.body, self.outputs = name, body, outputs
+        if name not in low.registered:
+            low.operator(
+                f"{name}(Tensor[] inputs, Tensor(a!)[] written, int[] sizes, int[] classes) -> Tensor[]", slots=("sizes",)
+            )(self._record)
+        self._op = getattr(torch.ops.spiral, name).default
+
+    def _record(self, inputs: Any, written: Any, sizes: Any, classes: Any) -> Any:
+        r = low.recorder()
+        known = [Size(s._ref, r, s._hint, c) for s, c in zip(sizes, classes, strict=True)]
+        return tuple(self.body(inputs, written, known))
+
+    def __call__(self, inputs: Sequence[torch.Tensor], written: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
+        return self._op(inputs, written, sizes, [size_class(s) for s in sizes])
+
+
+def size_class(n: int) -> int:
+    """As Call::size_class in csrc/dispatch/call.cpp."""
+    if n < 2:
+        return max(n, 0)
+    return 2 + (n.bit_length() - 1) * 3 + (2 if n % 16 == 0 else 1 if n % 4 == 0 else 0)
+
+
+__all__ = ["GLOBALS", "OUT_EXTERNS", "Fused", "Graph", "Kernel", "empty", "python_operator", "reinterpret"]

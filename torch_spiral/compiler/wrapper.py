@@ -1,0 +1,309 @@
+"""The host side of a compiled graph: stretches of the wrapper that only launch kernels of ours become Graphs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import lowering as low
+from . import compat
+from .compat import V
+from .loops import Built
+from .ops import dtype_name
+from .runtime import OUT_EXTERNS
+
+SIZE = re.compile(r"^(s|u|ps|z)\d+$")
+
+
+def _loaded(tree: ast.AST) -> list[str]:
+    return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+
+
+def _stored(tree: ast.AST) -> list[str]:
+    return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
+def _call(node: ast.AST | None) -> tuple[str, ast.Call] | None:
+    """The dotted name of what is called, and the call."""
+    if not isinstance(node, ast.Call):
+        return None
+    return ast.unparse(node.func), node
+
+
+class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
+    """Inductor's Python wrapper; generate_return cuts its body into Graphs."""
+
+    def __init__(self) -> None:
+        self.fused: dict[str, tuple[str, tuple[int, ...]]] = {}  # name: definition, which buffers it writes
+        self.fused_origins: dict[str, str] = {}
+        self.graphs: list[str] = []
+        super().__init__()
+
+    @staticmethod
+    def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
+        if is_subgraph:
+            return compat.PythonWrapperCodegen.create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures)
+        return Wrapper()
+
+    def write_header(self) -> None:
+        super().write_header()
+        self.imports.splice(
+            """
+            from torch_spiral.compiler import runtime as spiral
+            from torch_spiral.kernels.kernel import Kernel
+            """,
+            strip=True,
+        )
+
+    def define_fused(self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], origins: str) -> None:
+        """Puts a kernel into the module."""
+        digest = hashlib.sha256(repr((built, tuple(sites))).encode()).hexdigest()[:16]
+        kernel = dataclasses.replace(built.kernel, name=f"fused_{digest}")
+        rest = ", ".join(
+            f"{f.name}={getattr(kernel, f.name)!r}" for f in dataclasses.fields(kernel) if f.name not in ("name", "source")
+        )
+        lines = [
+            f"{name} = spiral.Fused(Kernel(",
+            f"    name={kernel.name!r}, {rest},",
+            '    source="""',
+            *kernel.source.strip("\n").split("\n"),
+            f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r})',
+            "",
+        ]
+        for line in [*origins.split("\n"), *lines]:
+            self.header.writeline(line)
+        self.fused[name] = (kernel.name, tuple(launch["buffers"].index(b) for b in launch["written"]))
+        self.fused_origins[name] = origins
+
+    def make_allocation(self, name: str, device: torch.device, dtype: torch.dtype, shape: Any, stride: Any,
+                        allocation_shape: Any = None, is_pinned: bool = False) -> str:  # fmt: skip
+        if device.type != "spiral":
+            return super().make_allocation(name, device, dtype, shape, stride, allocation_shape, is_pinned)
+        sizes, strides = self.codegen_python_shape_tuple(shape), self.codegen_python_shape_tuple(stride)
+        if allocation_shape is not None and self.codegen_python_shape_tuple(allocation_shape) != sizes:
+            return super().make_allocation(name, device, dtype, shape, stride, allocation_shape)
+        return f"{name} = empty({sizes}, {strides}, {dtype_name(dtype)!r})"
+
+    def codegen_device_guard_enter(self, device_idx: int, *args: Any, **kwargs: Any) -> None:
+        """None: a Graph runs where its operands are, and so do operators."""
+        self._spiral_index = device_idx
+
+    def codegen_device_guard_exit(self) -> None:
+        pass
+
+    def generate_return(self, output_refs: list[str]) -> None:
+        super().generate_return(output_refs)
+        text = self.wrapper_call.getvalue()
+        lines = _Cutter(self, text).cut()
+        self.wrapper_call.clear()
+        with self.wrapper_call.indent():
+            for line in lines:
+                self.wrapper_call.writeline(line)
+
+
+class _Cutter:
+    """Cuts the body of the wrapper's call() into Graphs and what stays Python."""
+
+    def __init__(self, wrapper: Wrapper, text: str) -> None:
+        import textwrap
+
+        self.wrapper = wrapper
+        self.statements: list[ast.stmt] = []
+        body = ast.parse("def call():\n" + textwrap.indent(textwrap.dedent(text), "    ")).body[0]
+        assert isinstance(body, ast.FunctionDef)
+        for s in body.body:
+            if isinstance(s, ast.With) and "profiler" not in ast.unparse(s.items[0]):
+                self.statements += s.body
+            else:
+                self.statements.append(s)
+        self.outer: set[str] = set(V.graph.graph_input_names) | set(V.graph.constants) | set(map(str, V.graph.graph_inputs))
+        self.out: list[str] = []
+        self.base: dict[str, tuple[str, str]] = {}  # views and aliases: what they are of, how they are made
+
+    def cut(self) -> list[str]:
+        index = 0
+        while index < len(self.statements):
+            stretch: list[ast.stmt] = []
+            inside: set[str] = set()
+            while index < len(self.statements) and self._fits(self.statements[index], inside):
+                stretch.append(self.statements[index])
+                inside |= set(_stored(self.statements[index]))
+                index += 1
+            if stretch:
+                self._graph(stretch, self.statements[index:])
+            if index < len(self.statements):
+                self._keep(self.statements[index])
+                index += 1
+        return self.out
+
+    # ---- what a graph may hold ----------------------------------------------------------------------------------------
+
+    def _fits(self, s: ast.stmt, inside: set[str]) -> bool:
+        if isinstance(s, ast.Delete):
+            return True
+        if isinstance(s, ast.Expr):
+            if isinstance(s.value, ast.Constant):
+                return True
+            found = _call(s.value)
+            if found is None:
+                return False
+            name, node = found
+            if name in self.wrapper.fused:
+                return True
+            if name in ("assert_size_stride", "assert_alignment"):
+                return bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id in inside
+            function = name.removeprefix("extern_kernels.")
+            return function in OUT_EXTERNS and name != function and self._plain(node)
+        if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
+            if isinstance(s.value, ast.Name):
+                return not SIZE.match(s.targets[0].id)
+            found = _call(s.value)
+            if found is None:
+                return False
+            name, node = found
+            if name == "empty":
+                return True
+            if name == "reinterpret_tensor":
+                return True
+            if name == "extern_kernels.convolution":
+                return self._plain(node)
+        return False
+
+    def _plain(self, node: ast.Call) -> bool:
+        """Whether a product takes what its lowering takes: floats, on this device."""
+        return True
+
+    # ---- one graph ------------------------------------------------------------------------------------------------------
+
+    def _written(self, s: ast.stmt) -> list[str]:
+        """Names that a statement writes through."""
+        value = s.value if isinstance(s, (ast.Expr, ast.Assign)) else None
+        found = _call(value)
+        if found is None:
+            return []
+        name, node = found
+        if name in self.wrapper.fused:
+            buffers = node.args[0]
+            assert isinstance(buffers, ast.Tuple)
+            return [_root(buffers.elts[i]) for i in self.wrapper.fused[name][1]]
+        return [_root(k.value) for k in node.keywords if k.arg == "out"]
+
+    def _resolve(self, name: str) -> str:
+        while name in self.base:
+            name = self.base[name][0]
+        return name
+
+    def _graph(self, stretch: list[ast.stmt], rest: list[ast.stmt]) -> None:
+        body: list[str] = []
+        inside: set[str] = set()
+        uses: dict[str, None] = {}
+        written: set[str] = set()
+        sizes: dict[str, None] = {}
+        deleted: list[str] = []
+        for s in stretch:
+            if isinstance(s, ast.Delete):
+                deleted += [t.id for t in s.targets if isinstance(t, ast.Name)]
+                continue
+            found = _call(getattr(s, "value", None))
+            if (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) or (found and found[0].startswith("assert_")):
+                continue
+            for name in _loaded(s):
+                if SIZE.match(name):
+                    sizes[name] = None
+                elif name not in inside and name in self.outer:
+                    uses[name] = None
+            for name in self._written(s):
+                written.add(self._resolve(name))
+            for target in _stored(s):
+                inside.add(target)
+                view = found is not None and found[0] == "reinterpret_tensor"
+                if isinstance(s, ast.Assign) and (isinstance(s.value, ast.Name) or view):
+                    self.base[target] = (_root(s.value), ast.unparse(s))
+            body.append(ast.unparse(s))
+        if not body:
+            self._forget(deleted, set())
+            return
+        later = {name for s in rest for name in _loaded(s)}
+        live = [n for n in inside if n in later]
+        roots: dict[str, None] = {}
+        made: list[str] = []
+
+        def expose(name: str) -> None:
+            """Makes an inside name exist outside: the buffer that it is a view of leaves the graph."""
+            if name in self.base:
+                origin, text = self.base[name]
+                if origin in inside:
+                    expose(origin)
+                if text not in made:
+                    made.append(text)
+            else:
+                roots[name] = None
+
+        for n in sorted(live, key=_natural):
+            expose(n)
+        read = [n for n in uses if self._resolve(n) not in written and n not in written]
+        write = [n for n in uses if n not in read]
+        number = len(self.wrapper.graphs)
+        lines = [f"def graph_{number}(inputs, written, sizes):"]
+        if read:
+            lines.append(f"    ({', '.join(read)},) = inputs")
+        if write:
+            lines.append(f"    ({', '.join(write)},) = written")
+        if sizes:
+            lines.append(f"    ({', '.join(sizes)},) = sizes")
+        text = [re.sub(r"\b(empty|reinterpret_tensor|extern_kernels|max|min)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
+        lines += [f"    {line}" for line in text]
+        lines.append(f"    return ({''.join(f'{r}, ' for r in roots)})")
+        digest = hashlib.sha256("\n".join([*lines[1:], *(self.wrapper.fused[n][0] for n in self._kernels(stretch))]).encode())
+        self.wrapper.graphs.append("\n".join(lines))
+        for line in lines:
+            self.wrapper.header.writeline(line)
+        self.wrapper.header.writeline("")
+        self.wrapper.header.writeline(f'graph_{number} = spiral.Graph("graph_{digest.hexdigest()[:24]}", graph_{number}, {len(roots)})')
+        self.wrapper.header.writeline("")
+        call = f"graph_{number}([{', '.join(read)}], [{', '.join(write)}], [{', '.join(sizes)}])"
+        self.out.append(f"[{', '.join(roots)}] = {call}" if roots else call)
+        self.out += made
+        self.outer |= set(roots) | set(live)
+        self._forget(deleted, later)
+
+    def _kernels(self, stretch: list[ast.stmt]) -> list[str]:
+        return [n for s in stretch for n in _loaded(s) if n in self.wrapper.fused]
+
+    def _forget(self, names: list[str], later: set[str]) -> None:
+        """Deletions, of what exists outside the graphs."""
+        for n in names:
+            if n in self.outer and n not in V.graph.constants:
+                self.out.append(f"del {n}")
+                self.outer.discard(n)
+
+    def _keep(self, s: ast.stmt) -> None:
+        self.outer |= set(_stored(s))
+        found = _call(getattr(s, "value", None))
+        if isinstance(s, ast.Delete):
+            self._forget([t.id for t in s.targets if isinstance(t, ast.Name)], set())
+            return
+        del found
+        self.out += ast.unparse(s).split("\n")
+
+
+def _root(e: ast.AST) -> str:
+    """The name of the tensor in `x` or `reinterpret_tensor(x, …)`."""
+    if isinstance(e, ast.Name):
+        return e.id
+    assert isinstance(e, ast.Call), ast.dump(e)
+    return _root(e.args[0])
+
+
+def _natural(name: str) -> tuple[str, int]:
+    digits = re.search(r"\d+", name)
+    return (name.rstrip("0123456789"), int(digits.group()) if digits else 0)
+
+
+__all__ = ["Wrapper", "low"]
