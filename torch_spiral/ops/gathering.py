@@ -157,6 +157,19 @@ def planes(n: int, *tensors: Tensor) -> list[Tensor]:
     return result
 
 
+def channels_last_strides(x: Tensor, sizes: Sequence[Any]) -> list[Any] | None:
+    """Strides of an output [N, C, *sizes] that has channels last where x has."""
+    n = len(sizes)
+    if x.ndim != n + 2 or not is_one(x.strides[1]) or is_one(x.sizes[1]) or x.is_contiguous:
+        return None
+    strides: list[Any] = [None] * n
+    dense: Any = x.sizes[1]
+    for d in reversed(range(n)):
+        strides[d] = dense
+        dense = dense * sizes[d]
+    return [dense, 1, *strides]
+
+
 def out_variant(name: str, out_name: str) -> None:
     """Registers the overload `out_name` as the functional overload `name` written into given tensors."""
 

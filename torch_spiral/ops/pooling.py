@@ -17,7 +17,6 @@ from ..lowering import (
     eq,
     error_site,
     fill_bytes,
-    is_one,
     le,
     lowering,
     lt,
@@ -25,7 +24,7 @@ from ..lowering import (
     where,
 )
 from .common import contiguous, copy_to, fill
-from .gathering import Element, gather, named, out_variant, planes
+from .gathering import Element, channels_last_strides, gather, named, out_variant, planes
 
 LOWEST = {
     "f32": float("-inf"), "f64": float("-inf"), "i32": -(2**31), "i64": -(2**63),
@@ -243,31 +242,18 @@ def max_pool3d_with_indices(self: Tensor, kernel_size: list, stride: list, paddi
     sizes = [_pooled(i, k, s, p, d, ceil_mode) for i, k, s, p, d in zip(self.sizes[-3:], kernel, step, pad, dil)]
     text = "Given input size: ({}x{}x{}x{}). Calculated output size: ({}x{}x{}x{}). Output size is too small"
     check(all_of(*(le(1, s) for s in sizes)), "RuntimeError", text, *self.sizes[-4:], self.sizes[-4], *sizes)
-    strides = _like_input(self, sizes)
+    strides = channels_last_strides(self, sizes)
     out, indices = (empty((*self.sizes[:-3], *sizes), dtype, strides) for dtype in (self.dtype, "i64"))
     if not out.is_empty:
         _max(3, "fixed", self, out, indices, window_scalars(3, kernel, step, pad, dil))
     return out, indices
 
 
-def _like_input(x: Tensor, sizes: Sequence[Any]) -> list[Any] | None:
-    """Strides of an output [N, C, *sizes] that has channels last where x has."""
-    n = len(sizes)
-    if x.ndim != n + 2 or not is_one(x.strides[1]) or is_one(x.sizes[1]) or x.is_contiguous:
-        return None
-    strides: list[Any] = [None] * n
-    dense: Any = x.sizes[1]
-    for d in reversed(range(n)):
-        strides[d] = dense
-        dense = dense * sizes[d]
-    return [dense, 1, *strides]
-
-
 @lowering("max_pool3d_with_indices_backward", coarse=True)
 def max_pool3d_with_indices_backward(
     grad_output: Tensor, self: Tensor, kernel_size: list, stride: list, padding: list, dilation: list, ceil_mode: bool, indices: Tensor
 ) -> Tensor:
-    grad_input = empty(self.sizes, self.dtype, _like_input(self, self.sizes[-3:]))
+    grad_input = empty(self.sizes, self.dtype, channels_last_strides(self, self.sizes[-3:]))
     if not grad_input.is_empty:
         scalars = window_scalars(3, kernel_size, stride, padding, dilation)
         _max_backward(3, "fixed", grad_output, self, indices, grad_input, scalars)
@@ -388,7 +374,7 @@ def _adaptive_avg(n: int, self: Tensor, output_size: list) -> Tensor:
         text = f"adaptive_avg_pool{n}d(): Expected input to have non-zero size for non-batch dimensions, but input has dimension {{}} being empty"
         check(lt(0, self.sizes[-i]), "RuntimeError", text, self.ndim - i)
     check(all_of(*(le(0, s) for s in output_size)), "RuntimeError", "elements of output_size must be greater than or equal to 0")
-    out = empty((*self.sizes[:-n], *output_size), self.dtype, _like_input(self, output_size))
+    out = empty((*self.sizes[:-n], *output_size), self.dtype, channels_last_strides(self, output_size))
     if not out.is_empty:
         _avg(n, "adaptive", self, out, {}, "inside")
     return out
@@ -399,7 +385,7 @@ def _adaptive_avg_backward(n: int, grad_output: Tensor, self: Tensor) -> Tensor:
     text = f"adaptive_avg_pool{n}d_backward(): Expected {'3D or 4D' if n == 2 else '4D or 5D'} tensor, but got {grad_output.ndim}D"
     check(ok, "RuntimeError", text)
     check(grad_output.dtype == self.dtype, "RuntimeError", f"expected dtype {self.dtype} for `grad_output` but got dtype {grad_output.dtype}")
-    grad_input = empty(self.sizes, self.dtype, _like_input(self, self.sizes[-n:]))
+    grad_input = empty(self.sizes, self.dtype, channels_last_strides(self, self.sizes[-n:]))
     if not grad_input.is_empty:
         _avg_backward(n, "adaptive", grad_output, grad_input, {}, "inside")
     return grad_input
