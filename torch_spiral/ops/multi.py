@@ -45,13 +45,15 @@ def groups(rows: Sequence[Sequence[Operand]]) -> list[list[Sequence[Operand]]]:
 def map_rows(
     name: str, function: Callable[..., Any], rows: Sequence[Sequence[Operand]], dtype: str, values: Sequence[Any] = (), *,
     row_values: Sequence[Sequence[Any]] = (), shared: Sequence[Tensor] = (), prepare: Callable[..., Any] | None = None, guard: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Every element of every row: written operands = function(*read elements, *numbers).
 
     rows: operands of equal modes and dtypes; each row's tensors are of one shape (but mode "0"). Read elements arrive in the dtype
     `dtype` (a storage dtype's arithmetic). numbers: what prepare makes of (one-element operands, shared, values, row_values), or
     these themselves. values: numbers of all rows; row_values: for each row its own; pairs for complex ones. shared: tensors of one
-    element for all rows. guard: nothing is written where this tensor of one element is not 0. name must say what function and
+    element for all rows. guard: nothing is written where this tensor of one element is not 0. flag: a tensor of one element that becomes
+    1 where the last of function's results, a condition, holds for any element. name must say what function and
     prepare compute, and both must live as long as the module."""
     rows = [row for row in rows if not any(o.tensor.is_empty for o in row)]
     if not rows:
@@ -75,7 +77,7 @@ def map_rows(
     part = SCALAR_TYPES[compute_dtype(dtype)]
     value_types = tuple((part,) * (2 if isinstance(v, tuple) else 1) for v in values)
     row_types = tuple((part,) * (2 if isinstance(v, tuple) else 1) for v in (row_values[0] if row_values else ()))
-    shared_tensors = [*shared, *([guard] if guard is not None else [])]
+    shared_tensors = [*shared, *(t for t in (guard, flag) if t is not None)]
     most = _most_rows(target(), len(modes), len(shared_tensors), sum(map(len, value_types)), sum(map(len, row_types)), part)
     for start in range(0, len(rows), most):
         chunk = dense[start : start + most]
@@ -84,7 +86,7 @@ def map_rows(
         count = min(most, 1 << (len(chunk) - 1).bit_length())
         kernel = build(
             _kernel, name, function, prepare, count, dtype, modes, dtypes, tuple(s.dtype for s in shared_tensors), guard is not None,
-            value_types, row_types,
+            flag is not None, value_types, row_types,
         )  # fmt: skip
         sizes = [next(t for t, m in zip(row, modes) if m != "0").numel for row in chunk]
         sizes += [0] * (count - len(chunk))
@@ -122,17 +124,19 @@ def _most_rows(t: Target, operands: int, shared: int, values: int, row_values: i
 
 def _kernel(
     t: Target, name: str, function: Callable[..., Any], prepare: Callable[..., Any] | None, count: int, dtype: str, modes: tuple, dtypes: tuple,
-    shared: tuple, guarded: bool, value_types: tuple, row_types: tuple,
+    shared: tuple, guarded: bool, flagged: bool, value_types: tuple, row_types: tuple,
 ) -> Kernel:  # fmt: skip
     vector = t.schedule_class == "vector"
-    label = [name, dtype, str(count), *(m + d for m, d in zip(modes, dtypes)), *shared, "guard" if guarded else ""]
+    label = [name, dtype, str(count), *(m + d for m, d in zip(modes, dtypes)), *shared, "guard" * guarded, "flag" * flagged]
     label += [f"v{len(x)}" for x in value_types] + [f"r{len(x)}" for x in row_types]
     k = KernelBuilder(t, "multi_" + "_".join(x for x in label if x) + ("_vector" if vector else "_simt"))
     places = [
         [k.buffer(f"x{r}_{i}", d, {"0": "r", "w": "w"}.get(m, m)) for i, (m, d) in enumerate(zip(modes, dtypes))]
         for r in range(count)
     ]
-    common = [k.buffer(f"shared{i}", d) for i, d in enumerate(shared)]
+    common = [k.buffer(f"shared{i}", d, "w" if flagged and i == len(shared) - 1 else "r") for i, d in enumerate(shared)]
+    flag = common.pop() if flagged else None
+    guard = common.pop() if guarded else None
     values = [_number(k, f"value{i}", x) for i, x in enumerate(value_types)]
     of_rows = [[_number(k, f"row{r}_{i}", x) for i, x in enumerate(row_types)] for r in range(count)]
     sizes = [k.scalar(f"n{r}", "u32") for r in range(count)]
@@ -142,7 +146,7 @@ def _kernel(
 
     def row(buffers: Sequence[Buffer], n: Any, first: Any, own: Sequence[Any]) -> None:
         ones = [k.let(as_dtype(b[0], _wider(dtype, b.dtype))) for b, m in zip(buffers, modes) if m == "0"]
-        alls = [k.let(as_dtype(b[0], _wider(dtype, b.dtype))) for b in (common[:-1] if guarded else common)]
+        alls = [k.let(as_dtype(b[0], _wider(dtype, b.dtype))) for b in common]
         numbers = [*ones, *alls, *values, *own]
         if prepare is not None:
             numbers = [k.let(x) for x in prepare(*numbers)]
@@ -151,9 +155,17 @@ def _kernel(
             loaded = [as_dtype(b[index], dtype) for b, m in zip(buffers, modes) if m in ("r", "rw")]
             results = function(*loaded, *numbers)
             results = results if isinstance(results, tuple) else (results,)
-            outs = [b for b, m in zip(buffers, modes) if m in ("w", "rw")]
-            for b, v in zip(outs, [k.let(as_dtype(ir.as_node(v, compute_dtype(dtype)) if isinstance(v, (int, float)) else v, b.dtype)) for b, v in zip(outs, results)]):
+            outs = [b for b, m in zip(buffers, modes) if "w" in m]
+            values_of = [ir.as_node(v, compute_dtype(dtype)) if isinstance(v, (int, float)) else v for v in results]
+            stored = [k.let(as_dtype(v, b.dtype)) for b, v in zip(outs, values_of)]
+            for b, v in zip(outs, stored):
                 b[index] = v
+            if flag is not None:
+                any_ = k.let(results[-1])
+                while any_.lanes > 1:
+                    any_ = k.let(ir.or_(*k.halves(any_)))
+                with k.If(any_):
+                    flag[0] = 1.0
 
         if vector:
             last = k.let(ir.cast(ir.minimum(first + per, n), "i32"))
@@ -202,8 +214,8 @@ def _kernel(
         with k.If(n > 0):
             row(chosen, n.as_node(), first.as_node(), mine)
 
-    if guarded:
-        with k.If(ir.eq(common[-1][0], 0)):
+    if guard is not None:
+        with k.If(ir.eq(guard[0], 0)):
             run()
     else:
         run()

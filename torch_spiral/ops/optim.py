@@ -205,12 +205,15 @@ for _name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_")
 # ---- gradient scaling ------------------------------------------------------------------------------------------------
 
 
-def _nonfinite(x: Any) -> Any:
-    return where(ir.isfinite(x), 0.0, 1.0)
+def _unscale(x: Any, inverse: Any) -> tuple[Any, Any]:
+    return x * inverse, ir.logical_not(ir.isfinite(x))
 
 
-def _unscale(x: Any, inverse: Any) -> Any:
-    return x * inverse
+@lowering("_amp_foreach_non_finite_check_and_unscale_", coarse=True)
+def amp_unscale_(grads: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Multiplies every gradient by inverse_scale; found_inf becomes 1 where one has an element that is not finite."""
+    for group in groups([[Operand(g, "rw")] for g in grads]):
+        map_rows("amp_unscale", _unscale, group, group[0][0].tensor.dtype, shared=[inverse_scale], flag=found_inf)
 
 
 def _update_scale(scale: Any, tracker: Any, found: Any, growth: Any, backoff: Any, interval: Any) -> tuple[Any, Any]:
