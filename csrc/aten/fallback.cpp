@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <sstream>
 #include <unordered_map>
@@ -148,6 +149,52 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::native::cpu_fallback(op, stack);
 }
 
+// Declared host operators: registered by name, never warned about or refused, counted with the bytes that they copy.
+struct HostCounts {
+  std::mutex mutex;
+  std::vector<HostOp> ops;
+};
+
+HostCounts& host_counts() {
+  static auto* instance = new HostCounts;
+  return *instance;
+}
+
+int64_t bytes_on_device(c10::ArrayRef<c10::IValue> values) {
+  int64_t bytes = 0;
+  const auto add = [&](const at::Tensor& t) {
+    if (t.defined() && t.device().is_privateuseone()) bytes += static_cast<int64_t>(t.numel() * t.element_size());
+  };
+  for (const auto& value : values) {
+    if (value.isTensor()) add(value.toTensor());
+    if (value.isTensorList()) {
+      for (const at::Tensor& t : value.toTensorVector()) add(t);
+    }
+  }
+  return bytes;
+}
+
+class Host final : public c10::OperatorKernel {
+ public:
+  explicit Host(size_t index) : index_(index) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    const auto& schema = op.schema();
+    const auto arguments = torch::jit::last(*stack, schema.arguments().size());
+    int64_t bytes = bytes_on_device(arguments);
+    map_generators(schema, stack, device_of(arguments));
+    at::native::cpu_fallback(op, stack);
+    bytes += bytes_on_device(torch::jit::last(*stack, schema.returns().size()));
+    HostCounts& c = host_counts();
+    std::lock_guard<std::mutex> lock(c.mutex);
+    ++c.ops[index_].calls;
+    c.ops[index_].bytes += bytes;
+  }
+
+ private:
+  size_t index_;
+};
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 }  // namespace
@@ -173,6 +220,24 @@ void reset_fallbacks() {
   std::lock_guard<std::mutex> lock(c.mutex);
   c.ops.clear();
   c.index.clear();
+}
+
+void register_host(const std::string& name) {
+  static auto* library = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  HostCounts& c = host_counts();
+  size_t index;
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    index = c.ops.size();
+    c.ops.push_back({name, 0, 0});
+  }
+  library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Host>(index)));
+}
+
+std::vector<HostOp> host_ops() {
+  HostCounts& c = host_counts();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  return c.ops;
 }
 
 void set_caller_finder(std::string (*finder)()) { caller_finder.store(finder); }

@@ -25,7 +25,7 @@ from ._devices import (
     set_device,
     synchronize,
 )
-from ._fallback import fallback_mode, fallbacks, reset_fallbacks, set_fallback_mode
+from ._fallback import fallback_mode, fallbacks, host_ops, reset_fallbacks, set_fallback_mode
 from .amp import get_amp_supported_dtype
 from .memory import (
     empty_cache,
@@ -89,6 +89,7 @@ __all__ = [
     "get_per_process_memory_fraction",
     "get_rng_state",
     "get_rng_state_all",
+    "host_ops",
     "init",
     "initial_seed",
     "is_available",

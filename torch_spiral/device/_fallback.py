@@ -16,6 +16,12 @@ def reset_fallbacks() -> None:
     _C.reset_fallbacks()
 
 
+def host_ops() -> dict[str, tuple[int, int]]:
+    """Declared host operators, which are no fallback ("_linalg_svd.U"): how often each ran, and the bytes that were copied
+    for it in both directions."""
+    return {name: (calls, bytes_) for name, calls, bytes_ in _C.host_ops()}
+
+
 def fallback_mode() -> str:
     """ "warn" (once per operator), "error" (NotImplementedError) or "silent". SPIRAL_FALLBACK sets it at the start."""
     return _C.fallback_mode()
