@@ -260,8 +260,7 @@ def _margin_scalars(x: Tensor, p: Any, margin: Any) -> dict[str, Any]:
 @lowering("multi_margin_loss")
 def multi_margin_loss(x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int) -> Tensor:
     rows, targets = _rows(x), target if target.ndim else target.view((1,), (0,))
-    batched = x.ndim == 2
-    out = empty(target.sizes if reduction == 0 and batched else (), x.dtype)
+    out = empty(target.sizes if reduction == 0 else (), x.dtype)
     losses = out if reduction == 0 else empty(targets.sizes, WIDE[x.dtype])
     operands = {"self": rows, "target": targets, "out": losses.view(targets.sizes) if losses.ndim == 0 else losses}
     if weight is not None:
