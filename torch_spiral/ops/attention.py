@@ -13,7 +13,7 @@ from typing import Any
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
 from ..kernels.vector.gemm import schedule
-from ..lowering import Tensor, build, cdiv, empty, fill_bytes, launch, maximum, minimum, structured, target
+from ..lowering import Tensor, build, cdiv, composite, empty, fill_bytes, launch, maximum, minimum, structured, target
 
 
 def _bht(*tensors: Tensor) -> list[Any]:
@@ -179,3 +179,42 @@ def _simt_backward(
     if dk is not None and dv is not None:
         groups = simt.backward_key_groups(s, batch, kv_heads, keys, minimum)
         launch(build(simt.backward_key, *key), [*buffers, dk, dv], [*scalars, *_bht(dk, dv)], groups)
+
+
+# ---- what torch.nn's inference fast path calls --------------------------------------------------------------------------
+
+
+@composite("_native_multi_head_attention")
+def native_multi_head_attention(
+    query: Any, key: Any, value: Any, embed_dim: int, num_head: int, qkv_weight: Any, qkv_bias: Any, proj_weight: Any, proj_bias: Any,
+    mask: Any = None, need_weights: bool = True, average_attn_weights: bool = True, mask_type: int | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Projections, attention and output projection of [B, T, D] tensors; (result, weights or None). mask: true where nothing is
+    seen; mask_type 0: [T, T], 1: [B, T] padding, 2: [B, H, T, T]."""
+    import torch
+    from torch.nn.functional import linear, scaled_dot_product_attention
+
+    if query.dim() != 3 or embed_dim % num_head:
+        raise RuntimeError(f"expected a 3-D query and heads that divide {embed_dim}, got {query.dim()}-D and {num_head} heads")
+    if query is key and key is value:
+        parts = linear(query, qkv_weight, qkv_bias).chunk(3, -1)
+    else:
+        weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
+        parts = tuple(linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+    q, k, v = (x.unflatten(-1, (num_head, embed_dim // num_head)).transpose(1, 2) for x in parts)
+    keep = None
+    if mask is not None:
+        keep = mask.to(torch.bool).logical_not()
+        keep = keep[:, None, None, :] if mask_type == 1 else keep
+    scores = None
+    if need_weights:
+        scores = (q * (embed_dim // num_head) ** -0.5) @ k.transpose(-2, -1)
+        if keep is not None:
+            scores = scores.masked_fill(keep.logical_not(), float("-inf"))
+        scores = scores.softmax(-1)
+        out = scores @ v
+        if average_attn_weights:
+            scores = scores.mean(1)
+    else:
+        out = scaled_dot_product_attention(q, k, v, keep)
+    return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), scores
