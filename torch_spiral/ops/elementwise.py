@@ -29,12 +29,12 @@ def as_dtype(x: Any, dtype: str) -> Any:
     return ir.cast(x, part)
 
 
-def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, extras: Sequence[Any] = ()) -> None:
+def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, extras: Sequence[Any] = (), loops: bool = False) -> None:
     """outputs = function(*inputs, *extras) for every element.
 
     compute: "common", "in" or "out" as in pointwise.py, a dtype's name, or "copy": bits where the dtypes agree, else a
     conversion. extras: Syms (and pairs of them, for complex numbers) become scalars of the kernel; anything else is part
-    of it."""
+    of it. loops: function takes the KernelBuilder first, and emits statements; its values have one lane."""
     first = it.outputs[0].dtype
     dtype = {"common": it.common or first, "in": it.inputs[0].dtype if it.inputs else first, "out": first}.get(compute, compute)
     bits = False
@@ -76,7 +76,7 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
             static.append(("is", e))
     built = build(
         _kernel, name, function, dtype, bits, len(shape), tuple((o.dtype, layout(o), o.tensor.windows) for o in it.outputs), tuple(inputs),
-        tuple(static), it.common,
+        tuple(static), it.common, loops,
     )  # fmt: skip
     launch(
         built.kernel,
@@ -88,7 +88,7 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
 
 def _kernel(
     target: Target, name: str, function: Callable[..., Any], dtype: str, bits: bool, ndim: int, outputs: tuple, inputs: tuple,
-    extras: tuple, common: str | None,
+    extras: tuple, common: str | None, loops: bool,
 ) -> nest.Nest:  # fmt: skip
     part = compute_dtype(dtype)
     scalars: list[str] = []
@@ -125,8 +125,10 @@ def _kernel(
     loads = [i for i in inputs if i[0] != "value"]
 
     def expression(*args: Any) -> Any:
+        first = [args[0].k] if loops else []
+        args = args[len(first) :]
         of_loads, of_values = iter(args[: len(loads)]), iter(args[len(loads) :])
-        result = function(*[read(of_loads, of_values) for read in reads])
+        result = function(*first, *[read(of_loads, of_values) for read in reads])
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if bits:
             return result
@@ -149,5 +151,5 @@ def _kernel(
         target, label.replace(".", "_").replace("-", "m"),
         [nest.Operand(f"o{i}", storage(d), *rest) for i, (d, *rest) in enumerate(outputs)],
         [nest.Operand(f"i{i}", storage(d), *rest) for i, (d, *rest) in enumerate(loads)],
-        expression, ndim, scalars=scalars,
+        expression, ndim, scalars=scalars, context=loops, lanes=1 if loops else 0,
     )  # fmt: skip
