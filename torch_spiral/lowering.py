@@ -668,7 +668,19 @@ def _build(target: Target, builder: Callable[..., Any], key: tuple) -> Any:
 
 
 @functools.lru_cache(maxsize=None)
-def _compiled(device: int, kernel: Kernel) -> int:
+def _compiled(device: int, kernel: Kernel, divisible: tuple[int, ...] = ()) -> int:
+    if kernel.language == "triton":
+        from .kernels.triton_binary import compile_kernel, gpu_target
+
+        binary = compile_kernel(kernel, gpu_target(_C.device_properties(device)), divisible)
+        return _C.compile_kernel(
+            device,
+            {
+                "name": kernel.name, "source": binary.image, "entry": binary.entry, "workgroup": [binary.threads, 1, 1],
+                "bindings": sum(kernel.windows) + kernel.errors, "params_size": kernel.params_size, "immediate": True,
+                "trusted": True, "shared_memory": binary.shared,
+            },
+        )  # fmt: skip
     return _C.compile_kernel(
         device,
         {
@@ -744,6 +756,13 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     offset = {"opencl": "off64", "wgsl": "off32", "triton": "pointer"}[kernel.language]
     words: list[tuple[int, Any]] = [(WORDS[offset], i) for i in range(len(buffers))]
     wide = ("i64", "f64")
+    divisible: tuple[int, ...] = ()
+    if kernel.language == "triton":
+        if kernel.errors:
+            words.append((WORDS[offset], len(buffers)))
+        ordered = [v for types in (True, False) for k, v in zip(kernel.scalars, scalars) if (k in wide) == types]
+        divisible = tuple(i for i, b in enumerate(buffers) if b.offset is None and b.flags >> 27 & 1)
+        divisible += tuple(i for i, v in enumerate(ordered, len(words)) if isinstance(v, Sym) and divisible_by(v, 16))
     for types in (wide, ("i32", "u32", "f32")):
         for kind, value in zip(kernel.scalars, scalars):
             if kind in types:
@@ -751,7 +770,8 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     if kernel.errors:
         described.append((Tensor(NONE, "u32", (), ()), 4))
     grid = tuple(groups) + (1,) * (3 - len(groups))
-    r.steps.append([LAUNCH, r.when, described, _compiled(r.device, kernel), words, kernel.params_size, grid])
+    compiled = _compiled(r.device, kernel, divisible)
+    r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid])
 
 
 def fill_bytes(x: Tensor, value: int) -> None:

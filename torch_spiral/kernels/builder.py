@@ -44,9 +44,7 @@ class Var(Operators):
 
     def set(self, value: Any) -> None:
         """Assigns; the value is cast to the variable's dtype."""
-        v = ir.cast(ir.as_node(value, self.dtype), self.dtype)
-        text = self._k.emitter.value(v, self.lanes)
-        self._k.emitter.line(f"{self.name} = {text};")
+        self._k.assign(self.name, ir.cast(ir.as_node(value, self.dtype), self.dtype), self.lanes)
         self._read = None
 
     def to(self, dtype: str) -> Node:
@@ -189,6 +187,13 @@ class Shared:
 class KernelBuilder:
     """Builds one kernel. wide: indices may be 64-bit (OpenCL), for buffers of 2**31 elements and more."""
 
+    def __new__(cls, target: Target, *args: Any, **kwargs: Any) -> KernelBuilder:
+        if target.language == "triton":
+            from .triton import TritonBuilder
+
+            cls = TritonBuilder
+        return object.__new__(cls)
+
     def __init__(self, target: Target, name: str, wide: bool = False) -> None:
         self.target, self.name, self.wide = target, name, wide
         self.lang = language(target)
@@ -282,6 +287,10 @@ class KernelBuilder:
         name = self.emitter.fresh("v")
         self.emitter.line(self.lang.var(self.emitter.type(dtype, lanes), name, text))
         return Var(self, name, dtype, lanes)
+
+    def assign(self, name: str, value: Node, lanes: int = 1) -> None:
+        """name = value, of a variable."""
+        self.emitter.line(f"{name} = {self.emitter.value(value, lanes)};")
 
     def let(self, value: Any) -> Any:
         """Computes an expression here; gives its value."""

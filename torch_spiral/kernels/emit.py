@@ -213,6 +213,10 @@ def language(target: Target) -> Language:
         from .wgsl import WGSL
 
         return WGSL
+    if target.language == "triton":
+        from .triton import TRITON
+
+        return TRITON
     raise ValueError(f"no emitter for language {target.language!r}")
 
 

@@ -102,6 +102,8 @@ class Kernel:
         narrow = len(self.scalars) - wide
         if self.language == "wgsl":
             return 4 * len(self.dtypes) + 8 * wide + 4 * narrow
+        if self.language == "triton":  # the error buffer is a pointer like the others
+            return (8 * (len(self.dtypes) + self.errors) + 8 * wide + 4 * narrow + 7) // 8 * 8
         return (8 * len(self.dtypes) + 8 * wide + 4 * narrow + 7) // 8 * 8
 
 

@@ -23,6 +23,7 @@ from .ir import Complex, Node
 from .kernel import DTYPES, Kernel, Target
 
 SIMT_WORKGROUP = 256  # invocations; 64 on software rasterisers would do as well
+BLOCK_LANES = 1024  # of a Triton kernel: 16 bytes a thread and access for most dtypes
 TASK_ELEMENTS = 16384  # what one workgroup of a CPU device handles at least
 TILE_ROWS = 64
 
@@ -201,8 +202,9 @@ class _Pointwise:
             self._tiles()
             workgroup = (1, 1, 1)
         else:
-            workgroup = (min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
-            self._simt(workgroup[0])
+            block = target.schedule_class == "block"
+            workgroup = (BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
+            (self._block if block else self._simt)(workgroup[0])
         self.nest = Nest(
             kernel=k.finish(workgroup),
             target=target,
@@ -357,6 +359,21 @@ class _Pointwise:
             self.bufs[o.name].store(index(o), v)
 
         self.body(index, [ir.cast(c, "i32") for c in coordinates], position, store or plain)
+
+    def _block(self, lanes: int) -> None:
+        """Whole blocks without a mask, so that loads are wide; the last one with."""
+        k = self.k
+        k.num_warps = lanes // 256  # type: ignore[attr-defined]
+        n: Any = self.sizes[0]
+        for s in self.sizes[1:]:
+            n = n * s
+        n = k.let(n)
+        first = k.let(k.group_index() * lanes)
+        i = k.let(first + k.local_id())
+        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
+            self._element(i)
+        with k.Else(), k.If(i < n):
+            self._element(i)
 
     def _simt(self, workgroup: int) -> None:
         k = self.k
@@ -639,12 +656,13 @@ class _Rows:
             if len(o.strides) != ndim or o.strides == "dense":
                 raise ValueError(f"operand {o.name}: row kernels take a stride class for each of {ndim} dimensions")
         self.schedule = schedule or self._choose()
+        self.block = target.schedule_class == "block"
         self.lanes = _lanes_for([o.dtype for o in operands]) if target.schedule_class == "vector" else 1
         if split:  # evaluate fn once, to know the components of its reduction
             monoid = split_monoid(fn, ins, len(scalars), scalars)
             self.outs = [Operand(f"partial{i}", _storage(t), "dense") for i, t in enumerate(monoid.dtypes)]
             operands = [*self.outs, *ins]
-        self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0
+        self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0 and not self.block
         key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
         k = self.k = KernelBuilder(
             target,
@@ -717,7 +735,7 @@ class _Rows:
 
     def _workgroup(self) -> int:
         if self.schedule == "workgroup":
-            return min(256, self.target.max_workgroup_size)
+            return BLOCK_LANES if self.block else min(256, self.target.max_workgroup_size)
         return min(64, self.target.max_workgroup_size) if self.schedule == "invocation" else 1
 
     # ---- what is computed when --------------------------------------------------------------------------------------
@@ -997,7 +1015,16 @@ class _Rows:
             at[self.reduced - 1] = rest
             self._element(now, accs, stores, at, t)
 
-        if any(m.blocked for m, _ in now):
+        if self.block:  # whole blocks without a mask, then the rest
+            span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
+            whole = k.let(first + span - ir.irem(span, size))
+            with k.For(first, whole, size) as t:
+                body(k.let(t + lid), totals)
+            with k.If(ir.lt(whole, first + span)):
+                t = k.let(whole + lid)
+                with k.If(t < end):
+                    body(t, totals)
+        elif any(m.blocked for m, _ in now):
             j = k.var("u32", first + lid)
             with k.While(lambda: j < end):
                 accs = self._accumulators(now, 1)
@@ -1019,6 +1046,8 @@ class _Rows:
     def _tree(self, monoid: Monoid, acc: list[Any]) -> list[Node]:
         """Combines the invocations' accumulators; every invocation gets the result."""
         k, size = self.k, self.workgroup
+        if self.block:
+            return k.reduce(monoid.name, monoid.combine, monoid.dtypes, acc)  # type: ignore[attr-defined]
         if self.subgroups and all(t in ("f32", "i32", "u32") for t in monoid.dtypes):
             # Butterflies of the guaranteed subgroup size, then one slot for each group of that many lanes.
             step = 1

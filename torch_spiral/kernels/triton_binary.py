@@ -1,0 +1,145 @@
+"""From a Triton kernel's source to a binary that the CUDA and HIP engine loads, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import linecache
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .kernel import Kernel, Unsupported
+from .triton import signature
+
+FORMAT = 1  # of what is cached
+
+
+@dataclass(frozen=True)
+class Binary:
+    """image: the cubin or hsaco. shared: bytes of shared memory. threads: of a workgroup."""
+
+    image: bytes
+    entry: str
+    shared: int
+    threads: int
+
+
+def function(source: str, name: str) -> Any:
+    """The JITFunction `main_` of a kernel's source. Triton reads a function's text again: it is found under `name`."""
+    file = f"<spiral kernel {name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = {"__name__": "torch_spiral_kernel", "__file__": file}
+    exec(compile(source, file, "exec"), namespace)
+    return namespace["main_"]
+
+
+def options(source: str) -> dict[str, int]:
+    """num_warps and num_stages, from the first line."""
+    words = source[: source.index("\n")].replace(",", "").split()
+    return {"num_warps": int(words[2]), "num_stages": int(words[4])}
+
+
+def gpu_target(properties: Any) -> Any:
+    """Triton's target for a device, from its properties (as in _C.device_properties)."""
+    from triton.backends.compiler import GPUTarget
+
+    engine, arch = properties["engine"], properties["api_version"]
+    if engine == "cuda":
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    import triton
+
+    return triton.runtime.driver.active.get_current_target()
+
+
+def compile_kernel(kernel: Kernel, target: Any, divisible: tuple[int, ...] = ()) -> Binary:
+    """The kernel's binary for a GPUTarget. divisible: the parameters (by number) that 16 always divides: addresses and sizes."""
+    import triton
+
+    parts = [FORMAT, triton.__version__, str(target), kernel.source, signature(kernel), divisible]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    found = _load(key)
+    if found is None:
+        found = _compile(kernel, target, divisible)
+        _store(key, found)
+    return found
+
+
+def _compile(kernel: Kernel, target: Any, divisible: tuple[int, ...]) -> Binary:
+    import triton
+    from triton.compiler import ASTSource
+
+    main = function(kernel.source, kernel.name)
+    types = dict(zip(main.arg_names, signature(kernel), strict=True))
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    try:
+        compiled = triton.compile(ASTSource(main, types, {}, attributes), target=target, options=options(kernel.source))
+    except Exception as error:
+        path = _keep_failed(kernel)
+        raise RuntimeError(f"Triton does not compile kernel {kernel.name} (its source: {path}): {error}") from error
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
+        raise Unsupported(f"{kernel.name} needs scratch memory")
+    image = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size)
+
+
+def _keep_failed(kernel: Kernel) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="spiral_", suffix=".py", delete=False) as file:
+        file.write(kernel.source)
+    return file.name
+
+
+# ---- on disk: a line of JSON with the SHA-256 of the rest, then the image -----------------------------------------------
+
+
+@cache
+def _folder() -> Path | None:
+    if os.environ.get("SPIRAL_CACHE") == "0":
+        return None
+    base = os.environ.get("SPIRAL_CACHE_DIR")
+    if base is None:
+        home = os.environ.get("LOCALAPPDATA") if os.name == "nt" else str(Path.home() / ".cache")
+        base = str(Path(home or tempfile.gettempdir()) / "torch_spiral")
+    folder = Path(base) / "triton"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    status = folder.stat()
+    if os.name != "nt" and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        return None
+    return folder
+
+
+def _load(key: str) -> Binary | None:
+    folder = _folder()
+    try:
+        data = (folder / key).read_bytes() if folder else b""
+        head, _, image = data.partition(b"\n")
+        entry = json.loads(head) if head else {}
+    except (OSError, ValueError):
+        return None
+    if entry.get("key") != key or entry.get("sha256") != hashlib.sha256(image).hexdigest():
+        return None
+    return Binary(image, entry["entry"], entry["shared"], entry["threads"])
+
+
+def _store(key: str, binary: Binary) -> None:
+    folder = _folder()
+    if folder is None:
+        return
+    head = {
+        "key": key, "sha256": hashlib.sha256(binary.image).hexdigest(), "entry": binary.entry, "shared": binary.shared,
+        "threads": binary.threads,
+    }  # fmt: skip
+    try:
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(json.dumps(head).encode() + b"\n" + binary.image)
+        os.replace(name, folder / key)
+    except OSError:
+        pass
