@@ -624,3 +624,240 @@ def _randperm_kernel(target: Target, dtype: str) -> Kernel:
     with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, n))) as i:
         emit(i)
     return k.finish()
+
+
+# ---- gamma, Poisson, binomial ----------------------------------------------------------------------------------------
+
+
+def _unit(words: Sequence[Any], i: int, dtype: str) -> Any:
+    """A uniform number in (0, 1]: of word i, or of words i and i + 1 for f64."""
+    return 1.0 - _uniform53(words[i], words[i + 1]) if dtype == "f64" else _open_uniform(words[i])
+
+
+def _normal_of(stream: Stream, dtype: str) -> Any:
+    return stream.k.let(_normals(stream.words(), dtype)[0])
+
+
+def _gamma(stream: Stream, alpha: Any) -> Any:
+    """Marsaglia and Tsang, 2000; alpha < 1 by alpha + 1 and a power of a uniform number."""
+    k, dtype = stream.k, alpha.dtype
+    boost = k.let(ir.lt(alpha, 1.0))
+    scale = k.let(where(boost, ir.pow(_unit(stream.words(), 0, dtype), 1.0 / alpha), 1.0))
+    d = k.let(where(boost, alpha + 1.0, alpha) - 1.0 / 3.0)
+    c = k.let(1.0 / ir.sqrt(9.0 * d))
+    result = k.var(dtype, 0.0)
+    with k.While():
+        x = _normal_of(stream, dtype)
+        y = k.let(1.0 + c * x)
+        with k.If(ir.gt(y, 0.0)):
+            v = k.let(y * y * y)
+            u = k.let(_unit(stream.words(), 0, dtype))
+            accepted = ir.or_(ir.lt(u, 1.0 - 0.0331 * x * x * x * x), ir.lt(ir.log(u), 0.5 * x * x + d * (1.0 - v + ir.log(v))))
+            result.set(where(accepted, d * v, 0.0))
+        with k.If(ir.logical_not(ir.le(result.as_node(), 0.0))):  # NaN leaves too
+            k.Break()
+        with k.If(ir.or_(ir.isnan(d), stream.draws > 10000)):
+            result.set(math.nan)
+            k.Break()
+    least = 2.2250738585072014e-308 if dtype == "f64" else 1.1754943508222875e-38
+    y = result * scale
+    return where(ir.isnan(y), y, ir.maximum(y, least))
+
+
+def _poisson(stream: Stream, rate: Any) -> Any:
+    """Transformed rejection (Hörmann, 1993) for rates from 10, else by multiplying uniform numbers."""
+    k, dtype = stream.k, rate.dtype
+    result = k.var(dtype, 0.0)
+    with k.If(ir.ge(rate, 10.0)):
+        root, log_rate = k.let(ir.sqrt(rate)), k.let(ir.log(rate))
+        b = k.let(0.931 + 2.53 * root)
+        a = k.let(-0.059 + 0.02483 * b)
+        inverse_alpha = k.let(1.1239 + 1.1328 / (b - 3.4))
+        vr = k.let(0.9277 - 3.6224 / (b - 2.0))
+        with k.While(lambda: stream.draws < 10000):
+            words = stream.words()
+            u, v = k.let(_unit(words, 0, dtype) - 0.5), k.let(_unit(words, 2, dtype))
+            us = k.let(0.5 - ir.abs(u))
+            n = k.let(ir.floor((2.0 * a / us + b) * u + rate + 0.43))
+            quick = ir.and_(ir.ge(us, 0.07), ir.le(v, vr))
+            with k.If(quick):
+                result.set(n)
+                k.Break()
+            refused = ir.or_(ir.lt(n, 0.0), ir.and_(ir.lt(us, 0.013), ir.gt(v, us)))
+            with k.If(ir.logical_not(refused)):
+                left = ir.log(v) + ir.log(inverse_alpha) - ir.log(a / (us * us) + b)
+                with k.If(ir.le(left, -rate + n * log_rate - ir.lgamma(n + 1.0))):
+                    result.set(n)
+                    k.Break()
+    with k.Else(), k.If(ir.gt(rate, 0.0)):
+        limit = k.let(ir.exp(-rate))
+        product, n = k.var(dtype, 1.0), k.var(dtype, 0.0)
+        with k.While(lambda: n < 1000.0):
+            product.set(product * _unit(stream.words(), 0, dtype))
+            with k.If(ir.le(product.as_node(), limit)):
+                k.Break()
+            n.set(n + 1.0)
+        result.set(n)
+    return where(ir.isnan(rate), rate, result.as_node())
+
+
+def _stirling(n: Any) -> Any:
+    """log(n!) less Stirling's formula, n >= 0."""
+    table = (0.0810614667953272, 0.0413406959554092, 0.0276779256849983, 0.0207906721037650, 0.0166446911898211, 0.0138761288230707,
+             0.0118967099458917, 0.0104112652619720, 0.00925546218271273, 0.00833056343336287)  # fmt: skip
+    m = n + 1.0
+    square = m * m
+    y = (1.0 / 12 - (1.0 / 360 - 1.0 / 1260 / square) / square) / m
+    for i, v in enumerate(table):
+        y = where(ir.eq(n, float(i)), v, y)
+    return y
+
+
+def _binomial(stream: Stream, count: Any, p: Any) -> Any:
+    """Transformed rejection (Hörmann, 1993) where count * p is at least 10, else by geometric steps."""
+    k, dtype = stream.k, count.dtype
+    flip = k.let(ir.gt(p, 0.5))
+    q = k.let(where(flip, 1.0 - p, p))
+    result = k.var(dtype, 0.0)
+    usual = ir.and_(ir.gt(count, 0.0), ir.gt(q, 0.0))
+    with k.If(ir.and_(usual, ir.ge(count * q, 10.0))):
+        spread = k.let(ir.sqrt(count * q * (1.0 - q)))
+        b = k.let(1.15 + 2.53 * spread)
+        a = k.let(-0.0873 + 0.0248 * b + 0.01 * q)
+        c = k.let(count * q + 0.5)
+        vr = k.let(0.92 - 4.2 / b)
+        odds = k.let(q / (1.0 - q))
+        alpha = k.let((2.83 + 5.1 / b) * spread)
+        m = k.let(ir.floor((count + 1.0) * q))
+        with k.While(lambda: stream.draws < 10000):
+            words = stream.words()
+            u, v = k.let(_unit(words, 0, dtype) - 0.5), k.let(_unit(words, 2, dtype))
+            us = k.let(0.5 - ir.abs(u))
+            n = k.let(ir.floor((2.0 * a / us + b) * u + c))
+            with k.If(ir.and_(ir.ge(us, 0.07), ir.le(v, vr))):
+                result.set(n)
+                k.Break()
+            with k.If(ir.and_(ir.ge(n, 0.0), ir.le(n, count))):
+                left = ir.log(v * alpha / (a / (us * us) + b))
+                right = (m + 0.5) * ir.log((m + 1.0) / (odds * (count - m + 1.0))) + (count + 1.0) * ir.log((count - m + 1.0) / (count - n + 1.0))
+                right = right + (n + 0.5) * ir.log(odds * (count - n + 1.0) / (n + 1.0))
+                right = right + _stirling(m) + _stirling(count - m) - _stirling(n) - _stirling(count - n)
+                with k.If(ir.le(left, right)):
+                    result.set(n)
+                    k.Break()
+    with k.Else(), k.If(usual):
+        log1m = k.let(ir.log1p(-q))
+        total, n = k.var(dtype, 0.0), k.var(dtype, 0.0)
+        with k.While(lambda: stream.draws < 10000):
+            total.set(total + ir.ceil(ir.log(_unit(stream.words(), 0, dtype)) / log1m))
+            with k.If(ir.gt(total.as_node(), count)):
+                k.Break()
+            n.set(n + 1.0)
+        result.set(ir.minimum(n.as_node(), count))
+    y = where(flip, count - result.as_node(), result.as_node())
+    return where(ir.or_(ir.isnan(count), ir.isnan(p)), math.nan, y)
+
+
+@lowering("_standard_gamma", coarse=True)
+def standard_gamma(alpha: Tensor, generator: None = None) -> Tensor:
+    """Gamma-distributed with shape alpha and rate 1; at least the smallest normal number."""
+    out = empty(alpha.sizes, alpha.dtype)
+    draw_each("gamma", _gamma, out, [contiguous(alpha)])
+    return out
+
+
+@lowering("poisson", coarse=True)
+def poisson(rate: Tensor, generator: None = None) -> Tensor:
+    """Poisson-distributed with these rates."""
+    out = empty(rate.sizes, rate.dtype)
+    draw_each("poisson", _poisson, out, [contiguous(rate)])
+    return out
+
+
+@lowering("binomial", coarse=True)
+def binomial(count: Tensor, p: Tensor, generator: None = None) -> Tensor:
+    """Successes of count trials with probability p."""
+    out = empty(count.sizes, count.dtype)
+    draw_each("binomial", _binomial, out, [contiguous(count), contiguous(broadcast(p, count.sizes))])
+    return out
+
+
+@composite("_sample_dirichlet")
+def sample_dirichlet(alpha: torch.Tensor, generator: Any = None) -> torch.Tensor:
+    """Gamma numbers along the last dimension over their sum."""
+    gamma = torch.ops.aten._standard_gamma(alpha, generator)
+    return gamma / gamma.sum(-1, keepdim=True)
+
+
+# ---- multinomial -----------------------------------------------------------------------------------------------------
+
+
+@stub("multinomial_with_replacement_stub")
+def multinomial(p: Tensor, n: Any, out: Tensor) -> None:
+    """Indices drawn with the probabilities p, (categories) or (rows, categories), summing to anything; out: (..., n), int64."""
+    rows = p.sizes[0] if p.ndim == 2 else 1
+    categories = p.sizes[-1]
+    sums = empty((rows, categories), "f64" if p.dtype == "f64" else "f32")
+    p = contiguous(p)
+    vector = target().schedule_class == "vector"
+    scan = build(_row_sums_kernel, p.dtype, sums.dtype)
+    launch(scan, [p, sums], [rows, categories], fold_groups(target(), rows if vector else cdiv(rows, scan.workgroup[0])))
+    total = rows * n
+    seed, offset = philox(cdiv(total, LANES * 4) * LANES)
+    kernel = build(_multinomial_kernel, sums.dtype)
+    with _contiguous_out(out) as flat:
+        groups = cdiv(total, TASK_ELEMENTS if vector else kernel.workgroup[0])
+        launch(kernel, [sums, flat], [*_words(seed), *_words(offset), total, n, categories], fold_groups(target(), groups))
+
+
+def _row_sums_kernel(target: Target, dtype: str, sum_dtype: str) -> Kernel:
+    """Running sums of each row."""
+    k = KernelBuilder(target, f"multinomial_sums_{dtype}")
+    p, sums = k.buffer("p", dtype), k.buffer("sums", sum_dtype, "w")
+    rows, n = k.scalar("rows", "u32"), k.scalar("n", "u32")
+    size = 1 if target.schedule_class == "vector" else min(64, target.max_workgroup_size)
+    row = k.global_id(size)
+    with k.If(row < rows):
+        total, lost = k.var(sum_dtype, 0.0), k.var(sum_dtype, 0.0)
+        with k.For(ir.const(0, "u32"), n) as j:
+            y = k.let(p[row * n + j] - lost.as_node())  # Kahan's summation
+            new = k.let(total + y)
+            lost.set((new - total) - y)
+            total.set(new)
+            sums[row * n + j] = new
+    return k.finish((size, 1, 1))
+
+
+def _multinomial_kernel(target: Target, dtype: str) -> Kernel:
+    """Sample i takes the uniform number that element i of a uniform tensor of float32 would get."""
+    k = KernelBuilder(target, f"multinomial_{dtype}")
+    sums, out = k.buffer("sums", dtype), k.buffer("out", "i64", "w")
+    source = Source(k)
+    total, n, categories = k.scalar("total", "u32"), k.scalar("n", "u32"), k.scalar("categories", "u32")
+
+    def emit(i: Any) -> None:
+        block = k.let(ir.idiv(i, LANES * 4))
+        j = k.let(i - block * (LANES * 4))
+        words = source.words(block * LANES + ir.and_(j, LANES - 1))
+        which = k.let(ir.shr(j, 4))
+        word = where(ir.eq(which, 0), words[0], where(ir.eq(which, 1), words[1], where(ir.eq(which, 2), words[2], words[3])))
+        first = k.let(ir.idiv(i, n) * categories)
+        x = k.let(ir.cast(ir.cast(ir.shr(word, 8), "f32") * 2.0**-24, dtype) * sums[first + categories - 1])
+        low, high = k.var("u32", 0), k.var("u32", categories - 1)
+        with k.While(lambda: low < high):  # the first category whose sum is above x
+            middle = k.let(ir.shr(low + high, 1))
+            above = k.let(ir.gt(sums[first + middle], x))
+            high.set(where(above, middle, high.as_node()))
+            low.set(where(above, low.as_node(), middle + 1))
+        out[i] = ir.cast(low.as_node(), "i64")
+
+    if target.schedule_class != "vector":
+        size = min(SIMT_WORKGROUP, target.max_workgroup_size)
+        i = k.global_id(size)
+        with k.If(i < total):
+            emit(i)
+        return k.finish((size, 1, 1))
+    start = k.let(k.group_index() * TASK_ELEMENTS)
+    with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, total))) as i:
+        emit(i)
+    return k.finish()
