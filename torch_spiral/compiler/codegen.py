@@ -72,6 +72,10 @@ class FusedKernel(compat.SIMDKernel):  # type: ignore[misc]
     def codegen_body(self) -> None:
         pass
 
+    @property
+    def index_dtype(self) -> str:
+        return "tl.int32"  # in the words of Inductor's dtype propagation
+
     def range_symbols(self) -> Any:
         return self.range_tree_nodes
 

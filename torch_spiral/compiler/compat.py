@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
-from torch._inductor import config, metrics
+from torch._inductor import config, metrics, scheduler, utils
 from torch._inductor.codegen.common import (
     CSE,
     BackendFeature,
@@ -43,6 +43,21 @@ from torch.utils._sympy.value_ranges import ValueRanges
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
+def reorder_loops() -> None:
+    """Has the scheduler choose loop orders for spiral as it does for GPUs. (Listed in GPU_TYPES the device would be asked for
+    Triton in a dozen other places.)"""
+    create = scheduler.Scheduler.create_backend
+
+    def create_backend(self: object, device: torch.device) -> object:
+        if device.type != "spiral":
+            return create(self, device)
+        V.graph.add_device_info(device)
+        return get_scheduling_for_device("spiral")(self)
+
+    scheduler.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
+    scheduler.Scheduler.create_backend = create_backend
+
+
 def multiple_of(a: object, b: object) -> bool:
     """Whether b is known to divide a."""
     return V.graph.sizevars.statically_known_multiple_of(a, b)
@@ -70,6 +85,6 @@ __all__ = [
     "OpsHandler", "OpsValue", "OrderedSet", "PythonMod", "PythonWrapperCodegen", "SIMDKernel", "SIMDScheduling", "SymT",
     "TensorBox", "V", "ValueRanges", "Where", "config", "equal", "get_interface_for_device", "get_kernel_metadata",
     "get_scheduling_for_device", "hint", "lookup_backend", "lowerings", "make_fallback", "metrics", "multiple_of",
-    "new_variable", "ops", "register_backend_for_device", "register_device_op_overrides", "register_interface_for_device",
+    "new_variable", "ops", "reorder_loops", "register_backend_for_device", "register_device_op_overrides", "register_interface_for_device",
     "register_lowering", "symbol_is_type", "sympy_index_symbol", "sympy_subs",
 ]  # fmt: skip

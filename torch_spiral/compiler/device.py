@@ -107,6 +107,7 @@ def register() -> None:
         compat.register_interface_for_device(name, Interface)
     compat.register_device_op_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper)
+    compat.reorder_loops()
 
 
 __all__ = ["Interface", "Overrides", "register"]

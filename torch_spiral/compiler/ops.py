@@ -240,11 +240,14 @@ class Overrides(compat.OpOverrides):
 
     @staticmethod
     def index_expr(expr: sympy.Expr, dtype: torch.dtype) -> ir.Node:
-        name = compute_dtype(dtype_name(dtype))
-        e = V.kernel.prepare_indexing(expr)
-        return ir.cast(index_node(e), name)
+        """An index: 32 bits, as FusedKernel.index_dtype says."""
+        n = index_node(V.kernel.prepare_indexing(expr))
+        return n if dtype in (torch.int32, torch.int64) else ir.cast(n, dtype_name(dtype))
 
-    value_expr = index_expr
+    @staticmethod
+    def value_expr(expr: sympy.Expr, dtype: torch.dtype) -> ir.Node:
+        """An index used as a number of its dtype."""
+        return ir.cast(index_node(V.kernel.prepare_indexing(expr)), dtype_name(dtype))
 
     @staticmethod
     def to_dtype(x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, use_compute_types: bool = True) -> ir.Node:

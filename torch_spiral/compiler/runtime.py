@@ -78,8 +78,11 @@ class Externs:
 
     @staticmethod
     def convolution(x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (), dilation: Any = (),
-                    transposed: bool = False, output_padding: Any = (), groups: int = 1, out: Any = None) -> Any:  # fmt: skip
-        return _aten("convolution_overrideable", x, weight, bias, list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+                    transposed: bool = False, output_padding: Any = (), groups: int = 1, taps: Any = ()) -> Any:  # fmt: skip
+        return _aten(
+            "convolution_overrideable", x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed,
+            list(output_padding), groups,
+        )  # fmt: skip
 
 
 def _number(v: Any) -> Any:

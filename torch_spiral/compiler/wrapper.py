@@ -172,8 +172,21 @@ class _Cutter:
             if name == "reinterpret_tensor":
                 return True
             if name == "extern_kernels.convolution":
-                return self._plain(node)
+                return self._convolution(node)
         return False
+
+    def _convolution(self, node: ast.Call) -> bool:
+        """Kernels are built for filter taps, which must be known: they become an argument."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        if isinstance(weight, ast.Call):
+            sizes: Any = ast.literal_eval(weight.args[1]) if _literal(weight.args[1]) else None
+        else:
+            sizes = _sizes(weight.id) if isinstance(weight, ast.Name) else None
+        if sizes is None:
+            return False
+        if not any(k.arg == "taps" for k in node.keywords):
+            node.keywords.append(ast.keyword("taps", ast.parse(repr(list(sizes[2:])), mode="eval").body))
+        return True
 
     def _plain(self, node: ast.Call) -> bool:
         """Whether a product takes what its lowering takes: floats, on this device."""
@@ -299,6 +312,23 @@ def _root(e: ast.AST) -> str:
         return e.id
     assert isinstance(e, ast.Call), ast.dump(e)
     return _root(e.args[0])
+
+
+def _literal(e: ast.AST) -> bool:
+    try:
+        ast.literal_eval(e)
+    except ValueError:
+        return False
+    return True
+
+
+def _sizes(name: str) -> list[int] | None:
+    """The sizes of a buffer or an input of the graph, where they are numbers."""
+    buffer = V.graph.try_get_buffer(name)
+    if buffer is None:
+        return None
+    sizes = buffer.get_size()
+    return [int(s) for s in sizes] if all(getattr(s, "is_Integer", isinstance(s, int)) for s in sizes) else None
 
 
 def _natural(name: str) -> tuple[str, int]:
