@@ -521,80 +521,6 @@ def count_indices(name: str, index: Tensor, counts: Tensor) -> None:
     )
 
 
-# ---- embedding --------------------------------------------------------------------------------------------------------
-
-
-def _embedding_backward(it: Item) -> None:
-    dtype, in_order, scaled = it.static
-    k = it.k
-
-    def one(j: Any) -> None:
-        index = it.check(it.load("index", (j,)), 0, it["n"])
-        with k.If(ir.ne(index, it["padding"])):
-            value = it.load("grad", (j, it.at[1]))
-            if scaled:
-                value = value / ir.cast(it.load("counts", (index,)), compute_dtype(dtype))
-            place = it.offset("weight", (index, it.at[1]))
-            if in_order:
-                it.buffers["weight"].store(place, it.buffers["weight"].load(place) + value)
-            else:
-                it.buffers["weight"].atomic_add(place, value)
-
-    if in_order:
-        with k.For(ir.const(0, "i32"), it["length"]) as j:
-            one(j)
-    else:
-        one(it.at[0])
-
-
-@lowering("embedding_dense_backward", slots=("num_weights", "padding_idx"))
-def embedding_dense_backward(
-    grad: Tensor, indices: Tensor, num_weights: Any, padding_idx: Any, scale_grad_by_freq: bool
-) -> Tensor:
-    """The gradient of the weight: rows of grad added up by index, those of padding_idx left out."""
-    width = grad.sizes[-1]
-    out = empty((num_weights, width), grad.dtype)
-    fill(out, 0)
-    index = contiguous(indices)
-    index = index.view((index.numel,))
-    grad = contiguous(grad)
-    grad = grad.view((index.numel, width))
-    in_order = not atomic(SUM, grad.dtype)
-    operands = {"weight": out, "index": index, "grad": grad}
-    if scale_grad_by_freq:
-        counts = empty((num_weights,), "i32")
-        fill(counts, 0)
-        count_indices("embedding_dense_backward", index, counts)
-        operands["counts"] = counts
-    each(
-        "embedding_backward",
-        _embedding_backward,
-        (1 if in_order else index.numel, width),
-        operands,
-        {"n": num_weights, "length": index.numel, "padding": padding_idx},
-        static=(grad.dtype, in_order, scale_grad_by_freq),
-        modes={"weight": "rw" if in_order else "a"},
-        lanes=in_order,
-        cost=index.numel if in_order else 1,
-        site="embedding_dense_backward(): index {} is out of range",
-    )
-    return out
-
-
-@composite("embedding_renorm_")
-def embedding_renorm_(self: Any, indices: Any, max_norm: float, norm_type: float) -> Any:
-    """Scales the rows of self that indices name down to a norm of at most max_norm."""
-    if indices.dim() == 0 or indices.numel() == 0:
-        indices = indices.reshape(-1)
-    rows = indices.reshape(-1)
-    picked = self.detach().index_select(0, rows)
-    norms = torch.linalg.vector_norm(picked.flatten(1), norm_type, dim=1)
-    scale = torch.where(norms > max_norm, max_norm / (norms + 1e-7), torch.ones_like(norms))
-    shape = [-1] + [1] * (self.dim() - 1)
-    self.index_copy_(0, rows, picked * scale.view(shape).to(self.dtype))  # equal rows are written with equal values
-    return self
-
-
 # ---- index, index_put and their kin over iterators --------------------------------------------------------------------
 
 
@@ -744,9 +670,7 @@ def _index_put_sorted(it: Item) -> None:
 
     def one(j: Any) -> None:
         at = replace(it.at, before, j)
-        picked = []
-        for i in range(count):
-            picked.append(it.wrap(it.load(f"index{i}", (j,)), it[f"size{i}_of"]))
+        picked = [it.wrap(it.load(f"index{i}", (j,)), it[f"size{i}_of"]) for i in range(count)]
         value = it.load("value", at)
         place = k.let(it.offset("self", (*at[:before], *picked, *at[before + 1 :])))
         if accumulate and in_order:
@@ -773,7 +697,7 @@ def index_put_with_sort(indices: Sequence[Tensor | None], value: Tensor, accumul
     before = next(d for d, x in enumerate(indices) if x is not None)
     rank = given[0].ndim
     length = given[0].numel
-    rows = value.sizes[:before] + (length,) + value.sizes[before + rank :]
+    rows = (*value.sizes[:before], length, *value.sizes[before + rank :])
     if rank == 1:
         flat = value
     else:
@@ -1245,3 +1169,12 @@ def masked_scatter_(self: Tensor, mask: Tensor, source: Tensor) -> None:
     )
     if x is not self:
         copy_to(self, x)
+
+
+# ---- counting ---------------------------------------------------------------------------------------------------------
+
+
+@composite("count_nonzero.dim_IntList")
+def count_nonzero(self: Any, dim: Sequence[int]) -> Any:
+    """int64 count of elements that are not 0, along dims."""
+    return (self != 0).sum(list(dim)) if dim else (self != 0).sum()

@@ -102,7 +102,16 @@ def each(
         named[key] = v if isinstance(v, tuple) else ("f32" if floating else "i32", v)
     types = tuple((key, t) for key, (t, _) in named.items())
     kernel, simt, lane_count = build(
-        _build, name, body, len(sizes), tuple(buffers), tuple(layouts), types, static, site is not None, lanes
+        _build,
+        name,
+        body,
+        len(sizes),
+        tuple(buffers),
+        tuple(layouts),
+        types,
+        static,
+        site is not None,
+        lanes and not is_one(sizes[-1]),
     )
     values: list[Any] = []
     if simt:

@@ -29,7 +29,7 @@ from ..lowering import (
     target,
 )
 from .common import contiguous, copy_to
-from .index import at_least_1d, bits, number, value_of
+from .index import at_least_1d, bits, number, replace, value_of
 from .items import Item, each
 
 RUN = 32  # elements sorted by insertion
@@ -318,6 +318,35 @@ def median(self: Any) -> Any:
 def nanmedian(self: Any) -> Any:
     """The lower median of all elements that are not NaN."""
     return _median_all(self, True)
+
+
+def _longest_run(it: Item) -> None:
+    """The first of the longest runs of a sorted row, and the last place where its value stood."""
+    (dim,) = it.static
+    k = it.k
+
+    def at(i: Any) -> tuple[Any, ...]:
+        return replace(it.at, dim, i)
+
+    length = k.var("i32", 0)
+    longest = k.var("i32", 0)
+    best = k.var("i32", 0)
+    with k.For(ir.const(0, "i32"), it["n"]) as i:
+        before = it.load("x", at(ir.maximum(i - 1, 0)))
+        length.set(ir.where(ir.eq(it.load("x", at(i)), before), length + 1, 1))
+        with k.If(ir.gt(length, longest)):
+            longest.set(length)
+            best.set(i)
+    it.store("out", it.load("x", at(best)))
+    it.store("out_indices", it.load("order", at(best)))
+
+
+@stub("mode_stub")
+def mode(sorted_: Tensor, order: Tensor, dim: int, values: Tensor, indices: Tensor) -> None:
+    """The most frequent element along dim, the smallest of equally frequent ones. sorted_, order: of a stable sort."""
+    operands = {"out": values, "out_indices": indices, "x": sorted_, "order": order}
+    n = sorted_.sizes[dim]
+    each("mode", _longest_run, values.sizes, operands, {"n": n}, static=(dim,), cost=n)
 
 
 # ---- searching --------------------------------------------------------------------------------------------------------
