@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels import ir, nest
 from ..kernels.kernel import Target, bits_dtype, compute_dtype
-from ..lowering import Tensor, build, empty, is_one, is_zero, launch
+from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch
 from .elementwise import as_dtype
 
 
@@ -112,3 +112,21 @@ _constants: dict[Any, Callable[..., Any]] = {}
 
 def _constant(value: Any) -> Callable[..., Any]:
     return _constants.setdefault((type(value), value), lambda: value)
+
+
+def out_variant(name: str, function: str, *outs: str) -> None:
+    """Registers the out= overload `name` of an aten op by its functional overload `function`: the results are copied into the
+    arguments `outs`, resized as out= arguments are."""
+    import torch
+
+    base, _, overload = function.partition(".")
+
+    def body(*args: Any, **kwargs: Any) -> Any:
+        targets = [kwargs.pop(o) for o in outs]
+        results = getattr(getattr(torch.ops.aten, base), overload or "default")(*args, **kwargs)
+        for out, result in zip(targets, results if isinstance(results, (tuple, list)) else (results,)):
+            torch._prims_common.wrappers._maybe_resize_out(out, result.shape)
+            out.copy_(result)
+        return targets[0] if len(targets) == 1 else tuple(targets)
+
+    composite(name)(body)

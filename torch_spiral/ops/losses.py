@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..kernels import ir
-from ..lowering import Tensor, composite, empty, is_zero, lowering, product, structured
-from .common import broadcast, contiguous, copy_to, fill, map_tensors
+from ..lowering import Tensor, all_of, check, empty, eq, le, lowering, lt, maximum, structured
+from .common import broadcast, contiguous, fill, map_tensors, out_variant
 from .items import Item, each
 from .norms import sum_all
 from .reduce import reduce_rows
@@ -375,3 +373,181 @@ def multilabel_margin_loss_backward(grad: Tensor, x: Tensor, target: Tensor, red
         cost=rows.sizes[1] * rows.sizes[1],
     )  # fmt: skip
     return out
+
+
+# ---- CTC --------------------------------------------------------------------------------------------------------------
+
+_PIECE = 16  # numbers that one launch carries
+
+
+def _numbers_body(it: Item) -> None:
+    for i in range(_PIECE):
+        with it.k.If(i < it["count"]):
+            it.buffers["out"].store(it["first"] + i, it[f"v{i}"])
+
+
+def _numbers(values: Sequence[Any]) -> Tensor:
+    """Integers of the call as an i32 tensor."""
+    out = empty((max(len(values), 1),), "i32")
+    for first in range(0, len(values), _PIECE):
+        part = list(values[first : first + _PIECE])
+        scalars = {"first": first, "count": len(part), **{f"v{i}": v for i, v in enumerate(part + [0] * (_PIECE - len(part)))}}
+        each("numbers", _numbers_body, (1,), {"out": out}, scalars)
+    return out
+
+
+def _log_add(a: Any, b: Any) -> Any:
+    high, low = ir.maximum(a, b), ir.minimum(a, b)
+    at = ir.where(ir.eq(high, float("-inf")), ir.const(0.0, a.dtype), high)
+    return ir.where(ir.eq(high, float("-inf")), high, at + ir.log1p(ir.exp(low - at)))
+
+
+class _Sample:
+    """One sample of CTC: labels of the extended target (blanks between and around)."""
+
+    def __init__(self, it: Item) -> None:
+        self.it, self.k, self.n = it, it.k, it.at[0]
+        self.kind = it.static[0]
+        self.time = self.k.let(it.load("input_lengths", (self.n,)))
+        self.length = self.k.let(it.load("target_lengths", (self.n,)))
+        self.start = self.k.let(it.load("starts", (self.n,)))
+        self.states = self.k.let(2 * self.length + 1)
+
+    def label(self, s: Any) -> Any:
+        """Of state s, which is in range."""
+        label = self.k.var("i32", self.it["blank"])
+        with self.k.If(ir.eq(ir.and_(s, 1), 1)):
+            label.set(self.it.load("targets", (self.start + ir.idiv(s, 2) * self.it["step"],)))
+        return self.k.let(ir.clamp(label.as_node(), 0, self.it["classes"] - 1))
+
+    def skips(self, s: Any, label: Any, to: int) -> Any:
+        """Whether state s + to, two away, may be skipped to."""
+        inside = self.k.let(ir.ge(s + to, 0) & ir.lt(s + to, self.states))
+        other = self.label(self.k.let(ir.where(inside, s + to, s)))
+        return self.k.let(inside & ir.ne(other, label))
+
+    def sum_before(self, name: str, t: Any, s: Any, label: Any, sign: int) -> Any:
+        """log of the sum over the states that lead to s (sign -1), or that s leads to (sign 1), at time t."""
+        value = self.k.var(self.kind, self.it.load(name, (self.n, t, s)))
+        with self.k.If(ir.ge(s + sign, 0) & ir.lt(s + sign, self.states)):
+            value.set(_log_add(value.as_node(), self.it.load(name, (self.n, t, s + sign))))
+        with self.k.If(self.skips(s, label, 2 * sign)):
+            value.set(_log_add(value.as_node(), self.it.load(name, (self.n, t, s + 2 * sign))))
+        return value.as_node()
+
+
+def _ctc_forward_body(it: Item) -> None:
+    x = _Sample(it)
+    k, low = it.k, ir.const(float("-inf"), x.kind)
+    with k.If(x.time > 0):
+        with k.For(0, x.states) as s:
+            label = x.label(s)
+            first = it.load("log_probs", (0, x.n, label))
+            it.store("out_alpha", ir.where(s < 2, first, low), (x.n, 0, s))
+        with k.For(1, x.time) as t, k.For(0, x.states) as s:
+            label = x.label(s)
+            value = x.sum_before("out_alpha", t - 1, s, label, -1)
+            it.store("out_alpha", value + it.load("log_probs", (t, x.n, label)), (x.n, t, s))
+        last = k.var(x.kind, it.load("out_alpha", (x.n, x.time - 1, x.states - 1)))
+        with k.If(x.length > 0):
+            last.set(_log_add(last.as_node(), it.load("out_alpha", (x.n, x.time - 1, x.states - 2))))
+        it.store("out", ir.neg(last.as_node()), (x.n,))
+    with k.Else():
+        it.store("out", ir.where(ir.eq(x.length, 0), ir.const(0.0, x.kind), ir.const(float("inf"), x.kind)), (x.n,))
+
+
+def _ctc_backward_body(it: Item) -> None:
+    x = _Sample(it)
+    k, kind, n = it.k, x.kind, x.n
+    low, zero = ir.const(float("-inf"), kind), ir.const(0.0, kind)
+    with k.For(0, it["times"]) as t, k.For(0, it["classes"]) as c:
+        it.store("out", ir.where(t < x.time, low, zero), (t, n, c))
+    nll, grad = k.let(it.load("nll", (n,))), k.let(it.load("grad", (n,)))
+    with k.For(0, x.time) as back:
+        t = k.let(x.time - 1 - back)
+        with k.For(0, x.states) as s:
+            label = x.label(s)
+            value = k.var(kind, ir.where(ir.ge(s, x.states - 2), zero, low))
+            with k.If(back > 0):
+                value.set(x.sum_before("out_beta", t + 1, s, label, 1))
+            beta = k.let(value.as_node() + it.load("log_probs", (t, n, label)))
+            it.store("out_beta", beta, (n, t, s))
+            both = _log_add(it.load("out", (t, n, label)), it.load("alpha", (n, t, s)) + beta)
+            it.store("out", both, (t, n, label))
+    with k.For(0, x.time) as t, k.For(0, it["classes"]) as c:
+        p = k.let(it.load("log_probs", (t, n, c)))
+        g = (ir.exp(p) - ir.exp(it.load("out", (t, n, c)) + nll - p)) * grad
+        if it.static[1]:
+            g = ir.where(ir.eq(nll, float("inf")), zero, g)
+        it.store("out", g, (t, n, c))
+
+
+def _ctc_operands(log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any]) -> tuple[dict, Any, Any]:
+    """(operands, distance of a sample's targets, the longest target)."""
+    n = log_probs.sizes[1]
+    text = "input_lengths must be of size batch_size"
+    check(eq(n, len(input_lengths)), "RuntimeError", text)
+    check(eq(n, len(target_lengths)), "RuntimeError", text.replace("input", "target"))
+    starts, total, longest = [], 0, 0
+    for i, length in enumerate(target_lengths):
+        starts.append(targets.strides[0] * i if targets.ndim == 2 else total)
+        total, longest = total + length, maximum(longest, length)
+    for length in input_lengths:
+        check(
+            le(length, log_probs.sizes[0]), "RuntimeError",
+            "Expected input_lengths to have value at most {}, but got value {} (while checking arguments for ctc_loss_cpu)",
+            log_probs.sizes[0], length,
+        )  # fmt: skip
+    if targets.ndim == 2:
+        check(le(longest, targets.sizes[1]), "RuntimeError", "Expected tensor to have size at least {} at dimension 1, but got size {}",
+              longest, targets.sizes[1])  # fmt: skip
+    flat = targets.view([targets.numel], [1])
+    operands = {
+        "log_probs": log_probs, "targets": flat, "starts": _numbers(starts), "input_lengths": _numbers(list(input_lengths)),
+        "target_lengths": _numbers(list(target_lengths)),
+    }  # fmt: skip
+    return operands, targets.strides[-1], longest
+
+
+@lowering("_ctc_loss", slots=("input_lengths", "target_lengths", "blank"))
+def ctc_loss(log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any], blank: Any,
+             zero_infinity: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check(all_of(le(0, blank), lt(blank, log_probs.sizes[2])), "RuntimeError", "blank must be in label range")
+    operands, step, longest = _ctc_operands(log_probs, targets, input_lengths, target_lengths)
+    times, n = log_probs.sizes[0], log_probs.sizes[1]
+    out, alpha = empty((n,), log_probs.dtype), empty((n, times, 2 * longest + 1), log_probs.dtype)
+    scalars = {"blank": blank, "step": step, "classes": log_probs.sizes[2]}
+    each(
+        "ctc", _ctc_forward_body, (n,), {**operands, "out": out, "out_alpha": alpha}, scalars, static=(WIDE[log_probs.dtype],),
+        modes={"out_alpha": "rw"}, cost=times * 32,
+    )  # fmt: skip
+    return out, alpha
+
+
+@lowering("_ctc_loss_backward", slots=("input_lengths", "target_lengths", "blank"))
+def ctc_loss_backward(
+    grad: Tensor, log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any], nll: Tensor,
+    alpha: Tensor, blank: Any, zero_infinity: bool,
+) -> Tensor:  # fmt: skip
+    operands, step, _ = _ctc_operands(log_probs, targets, input_lengths, target_lengths)
+    out, beta = empty(log_probs.sizes, log_probs.dtype), empty(alpha.sizes, log_probs.dtype)
+    scalars = {"blank": blank, "step": step, "classes": log_probs.sizes[2], "times": log_probs.sizes[0]}
+    each(
+        "ctc_backward", _ctc_backward_body, (log_probs.sizes[1],),
+        {**operands, "nll": nll, "grad": grad, "alpha": alpha, "out": out, "out_beta": beta}, scalars,
+        static=(WIDE[log_probs.dtype], zero_infinity), modes={"out": "rw", "out_beta": "rw"}, cost=log_probs.sizes[0] * 32,
+    )  # fmt: skip
+    return out
+
+
+for _out, _function, _names in (
+    ("binary_cross_entropy.out", "binary_cross_entropy", ("out",)),
+    ("binary_cross_entropy_backward.grad_input", "binary_cross_entropy_backward", ("grad_input",)),
+    ("multi_margin_loss.out", "multi_margin_loss", ("out",)),
+    ("multi_margin_loss_backward.grad_input", "multi_margin_loss_backward", ("grad_input",)),
+    ("multilabel_margin_loss_forward.output", "multilabel_margin_loss_forward", ("output", "is_target")),
+    ("multilabel_margin_loss_backward.grad_input", "multilabel_margin_loss_backward", ("grad_input",)),
+    ("nll_loss2d_forward.output", "nll_loss2d_forward", ("output", "total_weight")),
+    ("nll_loss2d_backward.grad_input", "nll_loss2d_backward", ("grad_input",)),
+):
+    out_variant(_out, _function, *_names)

@@ -23,7 +23,7 @@ from ..lowering import (
     structured,
     stub,
 )
-from .common import contiguous, map_tensors
+from .common import contiguous, map_tensors, out_variant
 from .reduce import reduce_rows
 
 STATISTICS = {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
@@ -500,3 +500,53 @@ def batch_norm_backward(
     rstd: Tensor | None, update: bool, eps: Any, mask: Sequence[int], reserve: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     return native_batch_norm_backward(grad, x, weight, running_mean, running_var, mean, rstd, update, eps, mask)
+
+
+for _out, _function, _names in (
+    ("native_batch_norm.out", "native_batch_norm", ("out", "save_mean", "save_invstd")),
+    ("_native_batch_norm_legit.out", "_native_batch_norm_legit", ("out", "save_mean", "save_invstd")),
+    ("_native_batch_norm_legit.no_stats_out", "_native_batch_norm_legit.no_stats", ("out", "save_mean", "save_invstd")),
+    ("_batch_norm_with_update.out", "_batch_norm_with_update", ("out", "save_mean", "save_invstd", "reserve")),
+):
+    out_variant(_out, _function, *_names)
+
+
+# ---- weight normalisation ---------------------------------------------------------------------------------------------
+
+
+def _weight_norm(r: Any, v: Any, g: Any) -> Any:
+    norm = ir.sqrt(r.sum(ir.square(v)))
+    return v * (g / norm), norm
+
+
+def _weight_norm_backward(r: Any, grad: Any, v: Any, g: Any, norm: Any) -> Any:
+    dot = r.sum(grad * v)
+    return (g / norm) * (grad - v * (dot / (norm * norm))), dot / norm
+
+
+def _weight_rows(v: Tensor, dim: int) -> tuple[list[Any], Any]:
+    """Sizes of the rows of v (contiguous) for each index of its first or last dimension, and their strides by tensor kind."""
+    check(dim in (0, v.ndim - 1), "RuntimeError", "fused kernels can only be applied for first or last dim")
+    last = v.sizes[dim]
+    rest = product(v.sizes[1:] if dim == 0 else v.sizes[:-1])
+    return [rest, last], ((1, rest) if dim == 0 else (last, 1))
+
+
+@lowering("_weight_norm_interface")
+def weight_norm(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    v, g = contiguous(v), contiguous(g)
+    out, norm = empty(v.sizes, v.dtype), empty(g.sizes, STATISTICS[g.dtype])
+    sizes, strides = _weight_rows(v, dim)
+    outs = [(out, strides), (norm, (0, 1))]
+    reduce_rows("weight_norm", _weight_norm, outs, [(v, strides), (g, (0, 1))], sizes, 1, splits=False, length=8, count=8)
+    return out, norm
+
+
+@lowering("_weight_norm_interface_backward")
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    grad, v, g, norm = contiguous(grad), contiguous(v), contiguous(g), contiguous(norm)
+    dv, dg = empty(v.sizes, v.dtype), empty(g.sizes, g.dtype)
+    sizes, strides = _weight_rows(v, dim)
+    ins = [(grad, strides), (v, strides), (g, (0, 1)), (norm, (0, 1))]
+    reduce_rows("weight_norm_backward", _weight_norm_backward, [(dv, strides), (dg, (0, 1))], ins, sizes, 1, splits=False, length=8, count=8)
+    return dv, dg

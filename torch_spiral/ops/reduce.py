@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernels import ir, nest
-from ..kernels.kernel import Target, compute_dtype
+from ..kernels.kernel import DTYPES, Target, compute_dtype
 from ..kernels.nest import Monoid
 from ..lowering import (
     Iter,
     Tensor,
     bucket,
     build,
+    check,
+    composite,
     empty,
     eq,
     is_zero,
     launch,
+    lowering,
     minimum,
     product,
     stub,
@@ -396,3 +399,26 @@ def min_all(x: Tensor, out: Tensor) -> None:
 @stub("aminmax_allreduce_stub", coarse=False)
 def aminmax_all(x: Tensor, low: Tensor, high: Tensor) -> None:
     _everything("aminmax", _aminmax, x, [low, high])
+
+
+# ---- single ops -------------------------------------------------------------------------------------------------------
+
+
+@lowering("trace")
+def trace(x: Tensor) -> Tensor:
+    check(x.ndim == 2, "RuntimeError", "trace: expected a matrix, but got tensor with dim " + str(x.ndim))
+    integral = DTYPES[x.dtype].kind not in ("float", "complex")
+    out = empty((), "i64" if integral else x.dtype)
+    size = minimum(x.sizes[0], x.sizes[1])
+    reduce_rows("sum", _sum, [(out, (0,))], [(x, (x.strides[0] + x.strides[1],))], [size], 1, (out.dtype,))
+    return out
+
+
+@composite("equal")
+def equal(a: Any, b: Any) -> bool:
+    """Whether sizes and elements are equal; waits for the device."""
+    if a.device != b.device:
+        raise RuntimeError(f"Cannot compare two tensors on different devices. Got: {a.device} and {b.device}")
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"Expected object of data type {a.dtype} but got data type {b.dtype} for argument 'other' in call to equal")
+    return a.shape == b.shape and bool((a == b).all().item())

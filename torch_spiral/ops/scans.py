@@ -11,7 +11,7 @@ from typing import Any
 from ..kernels import ir, nest
 from ..kernels.kernel import DTYPES, compute_dtype
 from ..lowering import Tensor, bucket, cdiv, empty, lowering, maximum, stub, target
-from .common import contiguous, copy_to
+from .common import contiguous, copy_to, out_variant
 from .elementwise import as_dtype
 from .items import Item, each
 
@@ -196,6 +196,9 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     out = empty(x.sizes, x.dtype)
     scan("logcumsumexp", x, dim % max(x.ndim, 1), out)
     return out
+
+
+out_variant("_logcumsumexp.out", "_logcumsumexp", "out")
 
 
 # ---- distances --------------------------------------------------------------------------------------------------------
