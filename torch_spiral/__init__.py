@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils.dlpack
@@ -101,6 +102,30 @@ def _print_on_the_cpu() -> None:
     torch._tensor_str._tensor_str = _tensor_str
 
 
+def _keep_parameters() -> None:
+    """Lets a module that moves to or from spiral keep its Parameter objects, as on CUDA: tied weights stay tied and optimizers keep
+    what they hold. Between devices that are not known to be alike, Module._apply makes new Parameters unless it may swap."""
+    apply = torch.nn.Module._apply
+
+    def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            return apply(self, fn, recurse)
+        here = {p.device.type for p in self.parameters(recurse)}
+        try:
+            there = fn(torch.empty(0)).device.type
+        except Exception:  # whatever fn is, it is not a move
+            there = ""
+        if ("spiral" in here | {there}) and here | {there} != {"spiral"}:
+            torch.__future__.set_swap_module_params_on_conversion(True)
+            try:
+                return apply(self, fn, recurse)
+            finally:
+                torch.__future__.set_swap_module_params_on_conversion(False)
+        return apply(self, fn, recurse)
+
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
 def _register() -> None:
     _C.set_engine_library("opencl", _opencl_library())
     _C.set_engine_library("wgpu", _wgpu_library())
@@ -111,6 +136,7 @@ def _register() -> None:
 
     torch._register_device_module("spiral", device)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    _keep_parameters()
     _refuse_dlpack()
     _print_on_the_cpu()
 
