@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-FAMILIES = ("pointwise", "matmul", "reduce", "norms", "losses", "scans", "conv", "activation", "index", "embedding", "segment", "shape", "factory", "sort", "attention", "rnn", "random", "pooling", "padding", "resample", "sliding", "special", "optim", "foreach", "linalg", "host")
+FAMILIES = ("pointwise", "matmul", "reduce", "norms", "losses", "scans", "conv", "activation", "index", "embedding", "segment", "shape", "factory", "sort", "attention", "rnn", "random", "pooling", "padding", "resample", "sliding", "special", "optim", "foreach", "linalg", "host", "fft")
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")
