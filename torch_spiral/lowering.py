@@ -222,6 +222,7 @@ class Tensor:
     def is_contiguous(self) -> bool:
         """Whether the key says that it is contiguous in C order."""
         inner = True
+        dense: Any = 1  # the product of the later sizes, where those are plain numbers
         for size, stride in zip(reversed(self.sizes), reversed(self.strides)):
             if is_zero(size):
                 return True
@@ -232,9 +233,10 @@ class Tensor:
                     return False
             elif inner and not is_one(stride):
                 return False
-            elif not inner and not isinstance(stride, _Dense):
+            elif not inner and not isinstance(stride, _Dense) and (dense is None or not is_plain(stride, dense)):
                 return False
             inner = False
+            dense = dense * size if dense is not None and isinstance(size, int) else None
         return True
 
     @property
@@ -668,7 +670,7 @@ def _build(target: Target, builder: Callable[..., Any], key: tuple) -> Any:
 
 
 @functools.lru_cache(maxsize=None)
-def _compiled(device: int, kernel: Kernel, divisible: tuple[int, ...] = ()) -> int:
+def _compiled(device: int, kernel: Kernel, divisible: tuple[tuple[int, int], ...] = ()) -> int:
     if kernel.language == "triton":
         from .kernels.triton_binary import compile_kernel, gpu_target
 
@@ -756,13 +758,13 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     offset = {"opencl": "off64", "wgsl": "off32", "triton": "pointer"}[kernel.language]
     words: list[tuple[int, Any]] = [(WORDS[offset], i) for i in range(len(buffers))]
     wide = ("i64", "f64")
-    divisible: tuple[int, ...] = ()
+    divisible: tuple[tuple[int, int], ...] = ()
     if kernel.language == "triton":
         if kernel.errors:
             words.append((WORDS[offset], len(buffers)))
         ordered = [v for types in (True, False) for k, v in zip(kernel.scalars, scalars) if (k in wide) == types]
-        divisible = tuple(i for i, b in enumerate(buffers) if b.offset is None and b.flags >> 27 & 1)
-        divisible += tuple(i for i, v in enumerate(ordered, len(words)) if isinstance(v, Sym) and divisible_by(v, 16))
+        divisible = tuple((i, 16) for i, b in enumerate(buffers) if b.offset is None and b.flags >> 27 & 1)
+        divisible += tuple((i, by) for i, v in enumerate(ordered, len(words)) for by in (16, 4) if _multiple(v, by))
     for types in (wide, ("i32", "u32", "f32")):
         for kind, value in zip(kernel.scalars, scalars):
             if kind in types:
@@ -772,6 +774,13 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     grid = tuple(groups) + (1,) * (3 - len(groups))
     compiled = _compiled(r.device, kernel, divisible)
     r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid])
+
+
+def _multiple(n: Number, by: int) -> bool:
+    """Whether 16 divides n, or for by = 4, whether 4 does and 16 is not known to; from the key, so of sizes and strides only."""
+    if not isinstance(n, Size | Stride):
+        return False
+    return divisible_by(n, by) and (by == 16 or not divisible_by(n, 16))
 
 
 def fill_bytes(x: Tensor, value: int) -> None:
@@ -818,6 +827,7 @@ def call(name: str, *args: Any) -> Any:
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 lowerings: dict[str, Callable[..., Any]] = {}
+exact_arguments: dict[str, tuple[str, ...]] = {}  # of lowerings that take some
 registered: dict[str, str] = {}  # name: "lowering", "structured", "stub" or "composite"
 
 
@@ -843,6 +853,8 @@ def lowering(
     def decorate(function: Callable) -> Callable:
         for name in names:
             _register(name, "lowering", function, coarse)
+            if exact:
+                exact_arguments[name] = exact
             _C.register_boxed(name, list(slots), list(exact))
         return function
 

@@ -263,6 +263,7 @@ class FusedKernel(compat.SIMDKernel):  # type: ignore[misc]
             along_rows=self._along_rows(sizes),
             sites=len(self.sites),
         )
+        self.program = program
         built = build(program, Target.of(V.graph.get_current_device_or_throw().index))
         launch = {
             "buffers": list(names), "written": [b for b, m in modes.items() if m != "r"], "symbols": symbols,
@@ -370,7 +371,7 @@ class Scheduling(compat.SIMDScheduling):  # type: ignore[misc]
         name = f"fused_{wrapper.next_kernel_suffix()}"
         wrapper.src_to_kernel[src_code] = name
         origins, detailed = compat.get_kernel_metadata(node_schedule, wrapper)
-        wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, origins)
+        wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, kernel.program, origins)
         return name
 
     def codegen_sync(self) -> None:

@@ -12,13 +12,9 @@ import torch
 from ..kernels import ir
 from ..kernels.kernel import compute_dtype
 from . import compat
+from .dtypes import DTYPES
 from .compat import V
 
-DTYPES = {
-    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.uint16: "u16",
-    torch.uint32: "u32", torch.uint64: "u64", torch.bool: "bool",
-}  # fmt: skip
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SMALL = ("i8", "i16", "u8", "u16")
 MAX_INDEX = 2**31 - 1

@@ -16,6 +16,7 @@ import torch
 from .. import lowering as low
 from ..kernels.kernel import Kernel
 from ..kernels.nest import TASK_ELEMENTS, fold_groups
+from .dtypes import DTYPES
 from ..lowering import Size, Tensor, cdiv, error_site, launch, maximum, product
 
 
@@ -85,6 +86,41 @@ class Externs:
         )  # fmt: skip
 
 
+def matrix_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], alpha: Any = 1, beta: Any = 1) -> None:
+    """A matrix product ("mm", "bmm", "addmm", "baddbmm") with an epilogue. out takes the result [batch, rows, columns],
+    contiguous. steps: names of activations, and (kind, tensor, strides, offset) as in epilogue.Operand."""
+    from ..ops import contraction
+
+    bias, (a, b) = (args[0], args[1:3]) if kind in ("addmm", "baddbmm") else (None, args[:2])
+    if kind in ("mm", "addmm"):
+        a, b = contraction.matrix(a, 0, 1), contraction.matrix(b, 0, 1)
+    terms = [
+        (s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps
+    ]
+    contraction.product(
+        a, b, out.view(shape), None if alpha == 1 else _number(alpha), None if bias is None else (_number(float(beta)), bias), terms
+    )
+
+
+def aten(name: str) -> Callable[..., Any]:
+    """The lowering of an aten overload, called as the operator is."""
+    base, _, overload = name.partition(".")
+    schema = getattr(getattr(torch.ops.aten, base), overload or "default")._schema
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = []
+        for i, a in enumerate(schema.arguments):
+            v = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+            if isinstance(v, torch.dtype):
+                v = DTYPES[v]
+            elif str(a.type) in ("float", "Scalar", "Optional[float]", "number", "Optional[number]"):
+                v = _number(float(v) if str(a.type) in ("float", "Optional[float]") and v is not None else v)
+            values.append(list(v) if isinstance(v, tuple) else v)
+        return low.lowerings[name](*values)
+
+    return call
+
+
 def _number(v: Any) -> Any:
     """Numbers of the text as the slots that lowerings expect."""
     return low.recorder().lift(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v
@@ -104,6 +140,7 @@ def _aten(name: str, *args: Any) -> Any:
 OUT_EXTERNS = ("mm", "bmm", "addmm", "baddbmm")
 GLOBALS = {
     "empty": empty, "reinterpret_tensor": reinterpret, "extern_kernels": Externs(), "max": maximum, "min": low.minimum,
+    "product": matrix_product, "aten": aten,
 }  # fmt: skip
 
 
@@ -115,7 +152,7 @@ class Graph:
 
     def __init__(self, name: str, body: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Sequence[Tensor]], outputs: int):
         self.name, self.body, self.outputs = name, body, outputs
-        if name not in low.registered:
+        if f"spiral::{name}" not in low.registered:
             low.operator(
                 f"{name}(Tensor[] inputs, Tensor(a!)[] written, int[] sizes, int[] classes) -> Tensor[]", slots=("sizes",)
             )(self._record)

@@ -14,7 +14,8 @@ import torch
 from .. import lowering as low
 from . import compat
 from .compat import V
-from .loops import Built
+from .epilogue import Operand, match
+from .loops import Built, Program
 from .ops import dtype_name
 from .runtime import OUT_EXTERNS
 
@@ -42,6 +43,7 @@ class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
     def __init__(self) -> None:
         self.fused: dict[str, tuple[str, tuple[int, ...]]] = {}  # name: definition, which buffers it writes
         self.fused_origins: dict[str, str] = {}
+        self.programs: dict[str, Program] = {}
         self.graphs: list[str] = []
         super().__init__()
 
@@ -61,7 +63,7 @@ class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
             strip=True,
         )
 
-    def define_fused(self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], origins: str) -> None:
+    def define_fused(self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], program: Program, origins: str) -> None:
         """Puts a kernel into the module."""
         digest = hashlib.sha256(repr((built, tuple(sites))).encode()).hexdigest()[:16]
         kernel = dataclasses.replace(built.kernel, name=f"fused_{digest}")
@@ -80,6 +82,7 @@ class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
             self.header.writeline(line)
         self.fused[name] = (kernel.name, tuple(launch["buffers"].index(b) for b in launch["written"]))
         self.fused_origins[name] = origins
+        self.programs[name] = program
 
     def make_allocation(self, name: str, device: torch.device, dtype: torch.dtype, shape: Any, stride: Any,
                         allocation_shape: Any = None, is_pinned: bool = False) -> str:  # fmt: skip
@@ -127,6 +130,7 @@ class _Cutter:
         self.base: dict[str, tuple[str, str]] = {}  # views and aliases: what they are of, how they are made
 
     def cut(self) -> list[str]:
+        self._epilogues()
         index = 0
         while index < len(self.statements):
             stretch: list[ast.stmt] = []
@@ -142,6 +146,68 @@ class _Cutter:
                 index += 1
         return self.out
 
+    # ---- epilogues ------------------------------------------------------------------------------------------------------
+
+    def _epilogues(self) -> None:
+        """Pointwise kernels that only finish a matrix product become part of its kernel."""
+        index = 0
+        while index < len(self.statements):
+            found = _call(getattr(self.statements[index], "value", None))
+            if found and found[0].removeprefix("extern_kernels.") in OUT_EXTERNS and found[0].startswith("extern_kernels."):
+                self._epilogue(index, found[0].removeprefix("extern_kernels."), found[1])
+            index += 1
+
+    def _epilogue(self, index: int, kind: str, call: ast.Call) -> None:
+        out = next(k.value for k in call.keywords if k.arg == "out")
+        if not isinstance(out, ast.Name) or any(k.arg not in ("out", "alpha", "beta") for k in call.keywords):
+            return
+        shape = _sizes(out.id)
+        if shape is None or not _contiguous(out.id):
+            return
+        names = {out.id}  # of the product's memory
+        for at in range(index + 1, len(self.statements)):
+            s = self.statements[at]
+            if isinstance(s, ast.Delete):
+                continue
+            found = _call(getattr(s, "value", None))
+            if isinstance(s, ast.Assign) and (isinstance(s.value, ast.Name) or (found and found[0] in ("empty", "reinterpret_tensor"))):
+                if not (found and found[0] == "empty") and _root(s.value) in names:
+                    names |= set(_stored(s))
+                continue
+            break
+        else:
+            return
+        if found is None or found[0] not in self.wrapper.programs:
+            return
+        buffers = [_root(b) for b in found[1].args[0].elts]  # type: ignore[attr-defined]
+        reads = [i for i, b in enumerate(buffers) if b in names]
+        program = self.wrapper.programs[found[0]]
+        written = program.stores[0].buffer if len(program.stores) == 1 else ""
+        products = [i for i in reads if program.buffers[i][0] != written]
+        if len(products) != 1:
+            return
+        three = [1] * (3 - len(shape)) + shape
+        matched = match(program, products[0], three)
+        if matched is None:
+            return
+        target, steps = matched
+        later = {n for s in self.statements[at + 1 :] if not isinstance(s, ast.Delete) for n in _loaded(s)}
+        if later & (names - {buffers[target]}):
+            return
+        text = []
+        for step in steps:
+            if isinstance(step, Operand):
+                if step.buffer == products[0] or buffers[step.buffer] in names:
+                    return
+                text.append(f"({step.kind!r}, {buffers[step.buffer]}, {step.strides}, {step.offset})")
+            else:
+                text.append(repr(step))
+        scale = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
+        args = ", ".join(ast.unparse(a) for a in call.args)
+        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){scale})"
+        self.statements[at] = ast.parse(fused).body[0]
+        self.statements[index] = ast.parse("None").body[0]
+
     # ---- what a graph may hold ----------------------------------------------------------------------------------------
 
     def _fits(self, s: ast.stmt, inside: set[str]) -> bool:
@@ -154,26 +220,49 @@ class _Cutter:
             if found is None:
                 return False
             name, node = found
-            if name in self.wrapper.fused:
+            if name in self.wrapper.fused or name == "product":
                 return True
             if name in ("assert_size_stride", "assert_alignment"):
                 return bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id in inside
             function = name.removeprefix("extern_kernels.")
             return function in OUT_EXTERNS and name != function and self._plain(node)
         if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
+            if isinstance(s.value, ast.Subscript):
+                return isinstance(s.value.value, ast.Name) and s.value.value.id in inside
             if isinstance(s.value, ast.Name):
                 return not SIZE.match(s.targets[0].id)
             found = _call(s.value)
             if found is None:
                 return False
             name, node = found
+            if name.startswith("aten("):
+                return True
             if name == "empty":
                 return True
             if name == "reinterpret_tensor":
                 return True
             if name == "extern_kernels.convolution":
                 return self._convolution(node)
+            return self._operator(name, node)
         return False
+
+    def _operator(self, name: str, node: ast.Call) -> bool:
+        """Whether a call of torch.ops.aten is to an operator that a lowering defines, on arguments that it takes."""
+        dotted = re.fullmatch(r"(?:torch\.ops\.)?aten\.(\w+)\.(\w+)", name)
+        if dotted is None:
+            return False
+        full = dotted[1] if dotted[2] == "default" else f"{dotted[1]}.{dotted[2]}"
+        if low.registered.get(full) != "lowering" or full in low.exact_arguments:
+            return False
+        schema = getattr(getattr(torch.ops.aten, dotted[1]), dotted[2])._schema
+        if any(a.alias_info for a in schema.arguments) or len(_tensors(schema)) != len(schema.returns):
+            return False
+        for a in [*node.args, *(k.value for k in node.keywords)]:
+            for n in ast.walk(a):
+                if isinstance(n, ast.Call) and ast.unparse(n.func) != "reinterpret_tensor":
+                    return False
+        node.func = ast.parse(f"aten({full!r})", mode="eval").body
+        return True
 
     def _convolution(self, node: ast.Call) -> bool:
         """Kernels are built for filter taps, which must be known: they become an argument."""
@@ -205,6 +294,8 @@ class _Cutter:
             buffers = node.args[0]
             assert isinstance(buffers, ast.Tuple)
             return [_root(buffers.elts[i]) for i in self.wrapper.fused[name][1]]
+        if name == "product":
+            return [_root(node.args[2])]
         return [_root(k.value) for k in node.keywords if k.arg == "out"]
 
     def _resolve(self, name: str) -> str:
@@ -270,7 +361,7 @@ class _Cutter:
             lines.append(f"    ({', '.join(write)},) = written")
         if sizes:
             lines.append(f"    ({', '.join(sizes)},) = sizes")
-        text = [re.sub(r"\b(empty|reinterpret_tensor|extern_kernels|max|min)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
+        text = [re.sub(r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
         lines += [f"    {line}" for line in text]
         lines.append(f"    return ({''.join(f'{r}, ' for r in roots)})")
         digest = hashlib.sha256("\n".join([*lines[1:], *(self.wrapper.fused[n][0] for n in self._kernels(stretch))]).encode())
@@ -312,6 +403,16 @@ def _root(e: ast.AST) -> str:
         return e.id
     assert isinstance(e, ast.Call), ast.dump(e)
     return _root(e.args[0])
+
+
+def _tensors(schema: Any) -> list[Any]:
+    return [r for r in schema.returns if str(r.type) == "Tensor"]
+
+
+def _contiguous(name: str) -> bool:
+    buffer = V.graph.try_get_buffer(name)
+    layout = getattr(buffer, "layout", None)
+    return layout is not None and layout.is_contiguous() and layout.offset == 0
 
 
 def _literal(e: ast.AST) -> bool:

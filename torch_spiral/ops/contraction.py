@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels import ir
+from ..kernels.block import gemm as block
 from ..kernels.kernel import DTYPES
 from ..kernels.simt import gemm as simt
 from ..kernels.vector import gemm as vector
@@ -47,12 +48,12 @@ def _batch_stride(x: Tensor) -> Any:
 
 def product(
     a: Tensor, b: Tensor, out: Tensor, alpha: Any = None, add: tuple[Any, Tensor] | None = None,
-    terms: Sequence[tuple[str, Tensor]] = (), activation: str | None = None,
+    terms: Sequence[tuple[str, Tensor | None]] = (), activation: str | None = None,
 ) -> None:  # fmt: skip
     """out = activation(alpha * (a @ b) + beta * bias, then terms in order).
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
-    ("add" or "mul", tensor) broadcast to out. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
+    ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
     their parts. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
@@ -80,6 +81,9 @@ def product(
         steps.append("alpha")
         factors.append(alpha)
     for kind, x in [*([("beta", add[1])] if add else []), *terms]:
+        if x is None:
+            steps.append(kind)
+            continue
         x = broadcast(x, out.sizes)
         if x.is_conj or x.is_neg:
             x = contiguous(x)
@@ -96,7 +100,8 @@ def product(
     if activation is not None:
         steps.append(activation)
     epilogue = Epilogue(tuple(steps))
-    (_vector_product if target().schedule_class == "vector" else _simt_product)(a, b, out, epilogue, operands, factors)
+    by_class = {"vector": _vector_product, "simt": _simt_product, "block": _block_product}
+    by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
 
 
 def _no_products(out: Tensor, add: Any, terms: Any, activation: str | None) -> None:
@@ -244,6 +249,56 @@ def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, opera
     kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue)
     groups = vector.gemm_groups(s, m, n, batch, units)
     launch(kernel, [a, p, out, *operands], scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]), groups)
+
+
+# ---- block: Triton ------------------------------------------------------------------------------------------------------
+
+
+def allow_tf32() -> bool:
+    """PyTorch's switch for float32 products on tensor cores; it is in the key of the plans of Triton devices."""
+    import torch
+
+    return bool(torch._C._get_cublas_allow_tf32())
+
+
+def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+    t = target()
+    batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
+    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
+    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
+    c_layout = "n" if _unit(out, 2) else "s"
+    compute = DTYPES[a.dtype].compute
+    precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
+    about = [1 if is_one(x) else 3 << bucket(x) >> 1 for x in (m, n, k, batch)]  # the middle of a bucket
+    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3])
+    count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
+
+    def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
+        own = [
+            _batch_stride(a), _batch_stride(b), c[0], *([a.strides[1]] if a_layout != "t" else []),
+            *([a.strides[2]] if a_layout != "n" else []), *([b.strides[1]] if b_layout != "t" else []),
+            *([b.strides[2]] if b_layout != "n" else []), c[1], *([c[2]] if layout != "n" else []), *c[3:],
+        ]  # fmt: skip
+        return [("i64", v) for v in own]
+
+    extra = [("i64", v) for v in _epilogue_strides(epilogue, operands)]
+    extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
+    own = [_batch_stride(out), out.strides[1], out.strides[2]]
+    if count == 1:
+        kernel = build(block.gemm, s, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, precision, False, epilogue)
+        named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
+        launch(kernel, [a, b, *operands, out], _ordered(None, named), block.groups(s, m, n, batch))
+        return
+    partial = empty((count, batch, m, n), compute)
+    total = batch * m * n
+    kernel = build(block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue())
+    span = cdiv(cdiv(k, count), s.k) * s.k
+    named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
+    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count))
+    finish = build(block.reduce_splits, compute, out.dtype, c_layout, epilogue)
+    named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
+    named += [*(("i32", v) for v in (m, n, count)), *extra]
+    launch(finish, [partial, *operands, out], _ordered(None, named), block.reduce_groups(m, n, batch))
 
 
 # ---- simt: GPUs ---------------------------------------------------------------------------------------------------------

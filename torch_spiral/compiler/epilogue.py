@@ -1,0 +1,155 @@
+"""Which pointwise kernels after a matrix product are epilogues that the product's own kernel can apply.
+
+Decided on the fused kernel's expression: from the product's result, a chain of additions and multiplications by operands that are
+affine in row and column, and of activations. An activation is recognised by its values, not by how it was written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..kernels import ir
+from ..kernels.ir import Node
+from .loops import Program
+
+LIMIT = 1 << 23  # elements of a product whose operands' indices are checked one by one
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+    return np.vectorize(math.erf)(x)
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda x: np.maximum(x, 0.0),
+    "gelu": lambda x: 0.5 * x * (1.0 + _erf(x * math.sqrt(0.5))),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+    "sigmoid": lambda x: 1.0 / (1.0 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+_POINTS = np.concatenate([np.linspace(-9.0, 9.0, 145), [-0.01, 0.01, 30.0, -30.0]])
+
+_NUMERIC: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
+    "neg": lambda a: -a, "abs": np.abs, "exp": np.exp, "tanh": np.tanh, "erf": _erf, "sqrt": np.sqrt, "log": np.log,
+    "fma": lambda a, b, c: a * b + c, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "where": np.where, "isnan": np.isnan,
+    "or": np.logical_or, "and": np.logical_and, "not": np.logical_not, "max": np.maximum, "min": np.minimum,
+    "pow": lambda a, b: a**b,
+}  # fmt: skip
+_INTEGER: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "idiv": lambda a, b: a // b,
+    "irem": lambda a, b: a % b,
+}  # fmt: skip
+
+
+def _evaluate(n: Node, known: dict[Node, Any], table: dict[str, Callable[..., Any]]) -> Any:
+    """A node's value by NumPy; KeyError for what the table lacks. Only non-negative integers are divided."""
+    memo = dict(known)
+
+    def value(n: Node) -> Any:
+        if n not in memo:
+            memo[n] = ir.const_value(n) if n.op == "const" else table[n.op](*(value(a) for a in n.args))
+        return memo[n]
+
+    with np.errstate(all="ignore"):
+        return value(n)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor read by an epilogue: a buffer of the fused kernel, with strides along (batch, row, column) and an offset."""
+
+    kind: str  # "add" | "mul"
+    buffer: int
+    strides: tuple[int, int, int]
+    offset: int
+
+
+def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, list[str | Operand]] | None:
+    """(the buffer that the program writes, steps), or None. product: the buffer that holds the product [batch, rows, columns],
+    contiguous; every size must be known."""
+    names = [name for name, _, _ in program.buffers]
+    if program.reduced or len(program.stores) != 1 or program.sites:
+        return None
+    (store,) = program.stores
+    if store.mode or not all(s.op == "const" for s in program.rows) or program.scalars:
+        return None
+    nodes = ir.walk(store.value)
+    loads = [n for n in nodes if n.op == "load"]
+    accumulators = [n for n in loads if n.attr == names[product]]
+    if len(accumulators) != 1 or len(accumulators[0].args) != 1 or any(len(n.args) != 1 for n in loads):
+        return None
+    acc = accumulators[0]
+    sizes = [s.attr for s in program.rows]
+    count = math.prod(sizes)
+    if store.index is not acc.args[0] or count != math.prod(shape) or count > LIMIT or acc.dtype != "f32":
+        return None
+    grid = np.indices(list(reversed(sizes)), dtype=np.int64).reshape(len(sizes), -1)[::-1] if sizes else np.zeros((0, 1), np.int64)
+    leaves = {Node("leaf", "i32", attr=f"x{d}"): grid[d] for d in range(len(sizes))}
+    steps: list[str | Operand] = []
+    try:
+        place = np.broadcast_to(_evaluate(acc.args[0], leaves, _INTEGER), (count,))
+        if not np.array_equal(np.sort(place), np.arange(count)):
+            return None
+        current = acc
+        while current is not store.value:
+            found = _next(store.value, current, names)
+            if found is None:
+                return None
+            current, step = found
+            if isinstance(step, str):
+                steps.append(step)
+                continue
+            kind, load = step
+            index = np.empty(count, np.int64)
+            index[place] = np.broadcast_to(_evaluate(load.args[0], leaves, _INTEGER), (count,))
+            strides = _strides(index.reshape(shape))
+            if strides is None or load.dtype != "f32":
+                return None
+            steps.append(Operand(kind, names.index(load.attr), strides, int(index[0])))
+    except KeyError:
+        return None
+    return names.index(store.buffer), steps
+
+
+def _strides(index: np.ndarray) -> tuple[int, int, int] | None:
+    """Strides of an affine index of three dimensions."""
+    first = index[0, 0, 0]
+    strides = tuple(int(index[tuple(int(d == e) for e in range(3))] - first) if index.shape[d] > 1 else 0 for d in range(3))
+    b, m, n = (np.arange(s) * t for s, t in zip(index.shape, strides, strict=True))
+    return strides if np.array_equal(index, first + b[:, None, None] + m[:, None] + n) else None
+
+
+def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | None:
+    """The furthest node that one step makes of `current`, such that nothing else needs `current`."""
+    nodes = ir.walk(value)
+    depends = {current}
+    for n in nodes:
+        if any(a in depends for a in n.args):
+            depends.add(n)
+    for n in reversed(nodes):
+        if n not in depends or n is current:
+            continue
+        rest = ir.substitute(value, lambda x, n=n: ir.Node("leaf", n.dtype, attr="done") if x is n else None)
+        if any(x is current for x in ir.walk(rest)):
+            continue
+        if n.op in ("add", "mul") and current in n.args:
+            other = n.args[1] if n.args[0] is current else n.args[0]
+            if other.op == "load" and other is not current:
+                return n, (n.op, other)
+        below = [x for x in ir.walk(ir.substitute(n, lambda x: ir.leaf("acc", current.dtype) if x is current else None))]
+        if any(x.op == "load" or (x.op == "leaf" and x.attr != "acc") for x in below):
+            continue
+        try:
+            got = np.broadcast_to(_evaluate(n, {current: _POINTS}, _NUMERIC), _POINTS.shape)
+        except (KeyError, TypeError):
+            continue
+        for name, f in ACTIVATIONS.items():
+            if np.allclose(got, f(_POINTS), rtol=1e-6, atol=1e-7):
+                return n, name
+    return None
