@@ -250,6 +250,30 @@ def swap_rows(target: Target, dtype: str, backward: bool) -> Kernel:
     return k.finish((TEAM, 1, 1))
 
 
+def permutation(target: Target, ndim: int) -> Kernel:
+    """Swaps entries i and pivots[i] - 1 of a permutation, for each of `count` pivots in turn; both are dense in i.
+
+    Buffers: permutation (i64), pivots (i32). Scalars: batches, count, batch sizes, strides of both by batch dimension."""
+    k = KernelBuilder(target, f"permutation_{ndim}d")
+    out, pivots = k.buffer("permutation", "i64", "rw"), k.buffer("pivots", "i32")
+    batches, count = k.scalar("batches", "i32"), k.scalar("count", "i32")
+    sizes, to, of = ([k.scalar(f"{name}{d}", "i32") for d in range(ndim)] for name in ("size", "out", "pivot"))
+    item = k.let(ir.cast(k.global_id(TEAM), "i32"))
+    with k.If(item < batches):
+        start, source, rest = ir.const(0, "i32"), ir.const(0, "i32"), item
+        for d in range(ndim):
+            quotient = k.let(ir.idiv(rest, sizes[d]))
+            i = k.let(rest - quotient * sizes[d])
+            start, source, rest = start + i * to[d], source + i * of[d], quotient
+        start, source = k.let(start), k.let(source)
+        with k.For(0, count) as i:
+            p = k.let(pivots[source + i] - 1)
+            x, y = out[start + i], out[start + p]
+            out[start + i] = y
+            out[start + p] = x
+    return k.finish((TEAM, 1, 1))
+
+
 # ---- substitution -----------------------------------------------------------------------------------------------------
 
 

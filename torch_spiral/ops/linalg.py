@@ -7,6 +7,7 @@ the matrix launch nothing. Eigenvalues, singular values and least squares are in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..kernels import ir, nest
 from ..kernels import linalg as kernels
 from ..kernels.kernel import DTYPES, compute_dtype
 from ..lowering import (
+    Iter,
     Size,
     Sym,
     Tensor,
@@ -192,9 +194,13 @@ def _solve_op(a: Tensor, b: Tensor, upper: bool, trans: int, unit: bool = False)
 
 @stub("triangular_solve_stub", coarse=False)
 def triangular_solve(a: Tensor, left: bool, upper: bool, trans: int, unit: bool, b: Tensor) -> None:
-    """op(a) x = b, or x op(a) = b; x in place of b."""
+    """op(a) x = b, or x op(a) = b; x in place of b. As LAPACK, ATen means by `a` its memory read in columns, whatever strides
+    and the conjugate bit say."""
     if b.is_empty:
         return
+    if is_one(a.strides[-1]) and not is_one(a.strides[-2]):
+        a = a.transpose(-2, -1)
+    a = dataclasses.replace(a, flags=a.flags & ~(3 << 25))
     with _in_place(b) as x:
         a = _input(a, b.sizes[:-2])
         if left:
@@ -317,6 +323,16 @@ def lu_factor(pivoting: bool, a: Tensor, pivots: Tensor, info: Tensor) -> None:
             top = _block(x, first, count, last, right)
             _substitute(_block(x, first, count, first, count), top, False, True, False)
             _subtract_product(_block(x, last, below, first, count), top, _block(x, last, below, last, right))
+
+
+@stub("unpack_pivots_stub")
+def unpack_pivots(it: Iter, size: Any, count: Any) -> None:
+    """Permutations (i64) from the swaps that pivots (i32, from 1) list: entry i and entry pivots[i] - 1 change places."""
+    kernel = build(kernels.permutation, it.ndim)
+    permutation, pivots = it.outputs[0], it.inputs[0]
+    scalars = [it.numel, count, *it.shape, *permutation.strides, *pivots.strides]
+    assert permutation.tensor is not None and pivots.tensor is not None
+    launch(kernel, [permutation.tensor, pivots.tensor], scalars, kernels.item_groups(target(), it.numel))
 
 
 @stub("lu_solve_stub", coarse=False)
