@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernels import ir, nest
+from ..kernels.builder import KernelBuilder
 from ..kernels.kernel import DTYPES, Target, compute_dtype
 from ..kernels.nest import Monoid
 from ..lowering import (
@@ -18,13 +19,16 @@ from ..lowering import (
     Tensor,
     bucket,
     build,
+    cdiv,
     check,
     composite,
     empty,
     eq,
+    is_one,
     is_zero,
     launch,
     lowering,
+    maximum,
     minimum,
     product,
     stub,
@@ -67,6 +71,10 @@ def reduce_rows(
     schedule = None
     if len(sizes) > reduced and length <= SHORT_ROW and count >= 4:
         schedule = "lanes_r" if vector else "invocation"
+    columns = vector and splits and per_row and reduced == 1 and len(sizes) == 2 and length > SHORT_ROW and count > SHORT_ROW
+    if columns and is_one(in_strides[0][1]) and not is_one(in_strides[0][0]):
+        _reduce_columns(name, function, outs, ins, sizes, key, values, types, enabled)
+        return
     few = count <= (2 if vector else 8)
     cut = splits and per_row and few and length >= LONG_ROW and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
     layout = (
@@ -95,6 +103,127 @@ def reduce_rows(
         second.kernel, [*out_tensors, *partials], second.scalars(shape, strides, [product(sizes[:reduced]), *values]),
         when(second.groups(shape)),
     )  # fmt: skip
+
+
+COLUMN_BLOCK = 2048  # columns whose running totals stay in the first-level cache
+ROW_BLOCK = 512  # rows that are added one after the other at most
+
+
+def _reduce_columns(name: str, function: Callable[..., Any], outs: Sequence[Any], ins: Sequence[Any], sizes: Sequence[Any], key: tuple,
+                    values: Sequence[Any], types: Sequence[str], enabled: Any) -> None:  # fmt: skip
+    """Reductions over the slow dimension on CPU devices: blocks of rows are read in order, four at a time, into running totals of
+    every column; then the blocks' totals are combined."""
+    m, n = sizes
+    layout = [tuple((x.dtype, stride_classes(s)) for x, s in tensors) for tensors in (outs, ins)]
+    first, second, dtypes = build(_column_kernels, name, function, tuple(key), *layout, tuple(types))
+    rows = maximum(minimum(cdiv(m, 2 * target().compute_units), ROW_BLOCK), 4)
+    splits = cdiv(m, rows)
+    partials = [empty([splits, n], dtype) for dtype in dtypes]
+    strides = [s for (_, given), (_, classes) in zip(ins, layout[1]) for s, c in zip(given, classes) if c == "s"]
+    wide = [v for v, t in zip(values, types) if t in ("i64", "f64")]
+    narrow = [v for v, t in zip(values, types) if t not in ("i64", "f64")]
+    blocks = cdiv(n, COLUMN_BLOCK)
+    on = (lambda g: g) if enabled is None else (lambda g: where(enabled, g, 0))
+    launch(first, [*partials, *(x for x, _ in ins)], [*wide, m, n, rows, *strides, *narrow], (on(splits), blocks, 1))
+    shape, partial = [splits, n], (n, 1)
+    out_strides = [(0, s[1]) for _, s in outs]
+    scalars = second.scalars(shape, [*out_strides, *[partial] * len(dtypes)], [m, *values])
+    grid = second.groups(shape)
+    launch(second.kernel, [*(x for x, _ in outs), *partials], scalars, (on(grid[0]), *grid[1:]))
+
+
+def _column_kernels(target: Target, name: str, function: Callable[..., Any], key: tuple, outs: tuple, ins: tuple, types: tuple) -> Any:
+    """(the kernel of blocks' totals, the nest that combines them, the dtypes of totals)."""
+    in_operands = [nest.Operand(f"in{i}", d, layout) for i, (d, layout) in enumerate(ins)]
+    label = re.sub(r"\W+", "", "_".join([name, *(str(x) for x in key), *types]))
+
+    def expression(r: Any, *args: Any) -> list[Any]:
+        result = function(*key, r, *args)
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        return [as_dtype(v, d) for v, (d, _) in zip(results, outs)]
+
+    k = KernelBuilder(target, f"{label}_columns_" + "_".join(o.key for o in in_operands))
+    monoid = nest.split_monoid(expression, in_operands, len(types), types)
+    dtypes = tuple("i32" if t == "bool" else t for t in monoid.dtypes)
+    totals = [k.buffer(f"total{i}", t, "rw") for i, t in enumerate(dtypes)]
+    buffers = {o.name: k.buffer(o.name, o.dtype) for o in in_operands}
+    m, n, per = (k.scalar(s, "u32") for s in ("rows", "columns", "rows_per_block"))
+    strides = {
+        o.name: [k.scalar(f"{o.name}_stride{d}", "i32") if c == "s" else None for d, c in enumerate(o.strides)] for o in in_operands
+    }
+    values = [k.scalar(f"value{i}", t) for i, t in enumerate(types)]
+    results = expression(nest.RowContext(m), *[ir.leaf(o.name, o.dtype) for o in in_operands], *values)
+    element = next(node for node in ir.walk(*_parts(results)) if node.op == "red").args
+    lanes = 8 if any(DTYPES[d].size >= 8 for d in (*dtypes, *(d for d, _ in ins))) else 16
+
+    def value(row: Any, column: Any) -> list[Any]:
+        loaded: dict[str, Any] = {}
+
+        def leaf(node: Any) -> Any:
+            if node.op != "leaf":
+                return None
+            base = node.attr.removesuffix(".re").removesuffix(".im")
+            if base not in buffers:
+                return ir.cast(row, "i32")
+            if base not in loaded:
+                index: Any = ir.const(0, "i32")
+                operand = next(o for o in in_operands if o.name == base)
+                for at, c, stride in zip((row, column), operand.strides, strides[base]):
+                    if c != "0":
+                        index = index + (at if c == "1" else at * stride)
+                loaded[base] = buffers[base].load(index)
+            v = loaded[base]
+            return v if not isinstance(v, ir.Complex) else v.re if node.attr.endswith(".re") else v.im
+
+        memo: dict[Any, Any] = {}
+        return [ir.substitute(e, leaf, memo) for e in element]
+
+    split = k.workgroup_id(0)
+    start = k.let(ir.cast(split * per, "i32"))
+    stop = k.let(ir.cast(ir.minimum(split * per + per, m), "i32"))
+    left = k.let(ir.cast(k.workgroup_id(1) * COLUMN_BLOCK, "i32"))
+    right = k.let(ir.minimum(left + COLUMN_BLOCK, ir.cast(n, "i32")))
+    base = k.let(ir.cast(split * n, "i32"))
+
+    def columns(rows: Sequence[Any], fresh: bool) -> None:
+        c = k.var("i32", left)
+        for width in (lanes, 1):
+            with k.While(lambda width=width: c + width <= right):  # type: ignore[misc]
+                at = c.as_node() + k.lanes(width)
+                if fresh:
+                    acc = tuple(ir.const(v, t) for v, t in zip(monoid.init, monoid.dtypes))
+                else:
+                    acc = tuple(ir.cast(b.load(base + at), t) for b, t in zip(totals, monoid.dtypes))
+                for row in rows:
+                    acc = tuple(k.let(v) for v in monoid.combine(acc, tuple(value(row, at))))
+                for b, v in zip(totals, acc):
+                    b.store(base + at, v)
+                c.set(c + width)
+
+    columns([], True)
+    i = k.var("i32", start)
+    for together in (4, 1):
+        with k.While(lambda together=together: i + together <= stop):  # type: ignore[misc]
+            first = i.as_node()
+            columns([first + u for u in range(together)], False)
+            i.set(first + together)
+
+    def combine(r: Any, *args: Any) -> Any:
+        parts, count, rest = args[: len(dtypes)], args[len(dtypes)], args[len(dtypes) + 1 :]
+        results = expression(nest.RowContext(count), *[ir.leaf(o.name, o.dtype) for o in in_operands], *rest)
+        total = r.reduce(monoid, *parts)
+        total = total if isinstance(total, tuple) else (total,)
+        return tuple(ir.substitute(v, lambda node: total[node.attr[1]] if node.op == "red" else None) for v in results)
+
+    second = nest.rows(
+        target, label + "_of_columns", [nest.Operand(f"out{i}", d, ("0", layout[1])) for i, (d, layout) in enumerate(outs)],
+        [nest.Operand(f"part{i}", d, ("s", "1")) for i, d in enumerate(dtypes)], combine, reduced=1, ndim=2, scalars=["u32", *types],
+    )  # fmt: skip
+    return k.finish((1, 1, 1)), second, dtypes
+
+
+def _parts(results: Sequence[Any]) -> list[Any]:
+    return [p for r in results for p in ((r.re, r.im) if isinstance(r, ir.Complex) else (r,))]
 
 
 def _kernel(
