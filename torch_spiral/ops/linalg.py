@@ -326,7 +326,7 @@ def lu_factor(pivoting: bool, a: Tensor, pivots: Tensor, info: Tensor) -> None:
 
 
 @stub("unpack_pivots_stub")
-def unpack_pivots(it: Iter, size: Any, count: Any) -> None:
+def unpack_pivots(it: Iter, count: Any, size: Any) -> None:
     """Permutations (i64) from the swaps that pivots (i32, from 1) list: entry i and entry pivots[i] - 1 change places."""
     kernel = build(kernels.permutation, it.ndim)
     permutation, pivots = it.outputs[0], it.inputs[0]
