@@ -59,7 +59,7 @@ def _fullgraph() -> bool:
 
 # Asserts on sizes cost a microsecond an input and check Inductor, not the program; combined kernels and templates of
 # Inductor's own are Triton's.
-CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "layout_optimization": False}
 
 
 __all__ = ["backend"]

@@ -79,11 +79,19 @@ class Externs:
 
     @staticmethod
     def convolution(x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (), dilation: Any = (),
-                    transposed: bool = False, output_padding: Any = (), groups: int = 1, taps: Any = ()) -> Any:  # fmt: skip
-        return _aten(
+                    transposed: bool = False, output_padding: Any = (), groups: int = 1, taps: Any = (), strides: Any = None) -> Any:  # fmt: skip
+        """taps: the filter's sizes. strides: those that Inductor gave the result."""
+        result = _aten(
             "convolution_overrideable", x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed,
             list(output_padding), groups,
         )  # fmt: skip
+        if strides is None or all(low.is_one(n) or _same(a, b) for n, a, b in zip(result.sizes, result.strides, strides, strict=True)):
+            return result
+        from ..ops.common import copy_to
+
+        other = low.empty(result.sizes, result.dtype, strides)
+        copy_to(other, result)
+        return other
 
 
 def matrix_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], alpha: Any = 1, beta: Any = 1) -> None:
@@ -164,7 +172,15 @@ class Graph:
         return tuple(self.body(inputs, written, known))
 
     def __call__(self, inputs: Sequence[torch.Tensor], written: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
+        if not inputs and not written:
+            inputs = [_anchor(torch.spiral.current_device())]
         return self._op(inputs, written, sizes, [size_class(s) for s in sizes])
+
+
+@functools.cache
+def _anchor(device: int) -> torch.Tensor:
+    """A tensor that tells the dispatcher where a graph without operands runs."""
+    return torch.empty(0, device=torch.device("spiral", device))
 
 
 def size_class(n: int) -> int:

@@ -242,7 +242,7 @@ class _Cutter:
             if name == "reinterpret_tensor":
                 return True
             if name == "extern_kernels.convolution":
-                return self._convolution(node)
+                return self._convolution(s.targets[0].id, node)
             return self._operator(name, node)
         return False
 
@@ -264,8 +264,8 @@ class _Cutter:
         node.func = ast.parse(f"aten({full!r})", mode="eval").body
         return True
 
-    def _convolution(self, node: ast.Call) -> bool:
-        """Kernels are built for filter taps, which must be known: they become an argument."""
+    def _convolution(self, name: str, node: ast.Call) -> bool:
+        """Kernels are built for filter taps, which must be known: they become an argument, as does the layout of the result."""
         weight = node.args[1] if len(node.args) > 1 else None
         if isinstance(weight, ast.Call):
             sizes: Any = ast.literal_eval(weight.args[1]) if _literal(weight.args[1]) else None
@@ -274,7 +274,9 @@ class _Cutter:
         if sizes is None:
             return False
         if not any(k.arg == "taps" for k in node.keywords):
+            strides = self.wrapper.codegen_python_shape_tuple(V.graph.get_buffer(name).get_layout().stride)
             node.keywords.append(ast.keyword("taps", ast.parse(repr(list(sizes[2:])), mode="eval").body))
+            node.keywords.append(ast.keyword("strides", ast.parse(strides, mode="eval").body))
         return True
 
     def _plain(self, node: ast.Call) -> bool:
