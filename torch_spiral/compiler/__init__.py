@@ -47,6 +47,14 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
         return gm.forward
 
 
+def inductor_classes() -> dict[str, Any]:
+    """Inductor's names for what a device brings."""
+    from .codegen import Scheduling
+    from .wrapper import Wrapper
+
+    return {"Scheduling": Scheduling, "PythonWrapperCodegen": Wrapper}
+
+
 def _fullgraph() -> bool:
     """Whether the graph being compiled must not break."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

@@ -60,6 +60,12 @@ from .streams import Event, Stream, current_stream, default_stream, set_stream, 
 def __getattr__(name: str) -> object:
     if name == "default_generators":  # one torch.Generator per device; asking for them looks for devices
         return random.default_generators()
+    if name in ("Scheduling", "PythonWrapperCodegen"):  # Inductor asks for them when it first meets the device
+        from ..compiler import device as compiler
+        from ..compiler import inductor_classes
+
+        compiler.register()
+        return inductor_classes()[name]
     raise AttributeError(f"module 'torch.spiral' has no attribute {name!r}")
 
 
