@@ -161,6 +161,8 @@ def test_cross(device, dtype):
     a, b = matrix((4,), 3, 2, dtype), matrix((1,), 3, 2, dtype)
     expected = torch.linalg.cross(wide(a), wide(b), dim=1)
     agree(torch.linalg.cross(a.to(device), b.to(device), dim=1), expected)
+    c = matrix((5, 3), 4, 5, dtype)
+    agree(torch.linalg.cross(c.to(device), c.flip(0).to(device), dim=1), torch.linalg.cross(wide(c), wide(c).flip(0), dim=1))
     agree(torch.linalg.cross(a.to(device).conj(), b.to(device), dim=1), torch.linalg.cross(wide(a).conj(), wide(b), dim=1))
 
 
