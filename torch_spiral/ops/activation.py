@@ -8,7 +8,7 @@ import torch
 
 from ..kernels import ir
 from ..kernels.ir import where
-from ..lowering import Iter, Tensor, composite, empty, empty_like, lowering, structured
+from ..lowering import Iter, Sym, Tensor, check, composite, empty, empty_like, eq, lowering, structured
 from . import pointwise as stubs
 from .common import broadcast, map_tensors
 from .elementwise import pointwise
@@ -68,6 +68,27 @@ def write_out(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     return out.copy_(result)
 
 
+@lowering("glu", coarse=True)
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """a * sigmoid(b), x = (a, b) along dim."""
+    if x.ndim == 0:
+        raise RuntimeError("glu does not support 0-dimensional tensors")
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-x.ndim}, {x.ndim - 1}], but got {dim})")
+    dim = dim % x.ndim
+    check(eq(x.sizes[dim] % 2, 0), "RuntimeError", f"Halving dimension must be even, but dimension {dim} is size {{}}", x.sizes[dim])
+    a, b = _halves(x, dim)
+    out = empty(a.sizes, x.dtype)
+    map_tensors("glu", stubs.STUBS["glu_stub"][1], [out], [a, b])
+    return out
+
+
+@composite("glu.out")
+def glu_out(x: torch.Tensor, dim: int = -1, *, out: torch.Tensor) -> torch.Tensor:
+    """glu into a given tensor."""
+    return write_out(out, torch.ops.aten.glu(x, dim))
+
+
 def _glu_backward(a: Any, b: Any, grad: Any) -> Any:
     s = ir.sigmoid(b)
     return s * grad, (1.0 - s) * s * a * grad
@@ -87,9 +108,9 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """x cut in two along dim."""
     half = x.sizes[dim] // 2
     sizes = [half if d == dim else s for d, s in enumerate(x.sizes)]
-    offset = half * x.strides[dim]
-    second = x.view(sizes, x.strides, offset)
-    return x.view(sizes, x.strides), second
+    # The strides of the outer dimensions are those of x, not dense in a half.
+    strides = [Sym(s._ref, "i", s._recorder, s._hint) if d < dim and isinstance(s, Sym) else s for d, s in enumerate(x.strides)]
+    return x.view(sizes, strides), x.view(sizes, strides, half * x.strides[dim])
 
 
 @composite("glu_backward.grad_input")

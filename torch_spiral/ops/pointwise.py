@@ -225,7 +225,7 @@ def _sinc(x: Any) -> Any:
 
 
 def _entr(x: Any) -> Any:
-    return where(ir.isnan(x), x, where(ir.gt(x, 0.0), -x * ir.log(x), where(ir.eq(x, 0.0), 0.0, -math.inf)))
+    return where(ir.isnan(x), x, where(ir.gt(x, 0.0), -x * ir.log(x), where(ir.eq(x, 0.0), ir.const(0.0, x.dtype), -math.inf)))
 
 
 def _ldexp(x: Any, e: Any) -> Any:
