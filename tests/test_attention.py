@@ -1,5 +1,7 @@
 """Scaled dot product attention against a float64 reference on the CPU: forward, gradients, layouts, which back end is chosen."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,17 +169,17 @@ def test_multi_head_attention(device):
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
     for training in (True, False):
-        layer.train(training)
-        layer.cpu()
+        reference, moved = copy.deepcopy(layer).double().train(training), copy.deepcopy(layer).to(device).train(training)
         with torch.set_grad_enabled(training):
-            want = layer.double()(x.double(), src_key_padding_mask=padding)
-            got = layer.float().to(device)(x.to(device), src_key_padding_mask=padding.to(device)).cpu()
+            want = reference(x.double(), src_key_padding_mask=padding)
+            got = moved(x.to(device), src_key_padding_mask=padding.to(device)).cpu()
         keep = ~padding
         close(got[keep], want[keep].detach(), 1e-5)
         module = nn.MultiheadAttention(32, 4, batch_first=True).train(training)
         with torch.set_grad_enabled(training):
-            want, weights = module.double()(x.double(), x.double(), x.double())
+            y = x.double()
+            want, weights = copy.deepcopy(module).double()(y, y, y)
             y = x.to(device)
-            got, got_weights = module.float().to(device)(y, y, y)
+            got, got_weights = module.to(device)(y, y, y)
         close(got, want.detach(), 1e-5)
         close(got_weights, weights.detach(), 1e-5)

@@ -21,11 +21,12 @@ ROWS = 48  # rows of a task
 MAX_HEAD = 256
 
 EXP2 = r"""
-V exp2v(V x) {  // relative error 2e-7; below -126 it is 0, NaN propagates
-  V n = rint(max(x, (V)(-126.f))), f = x - n;
+V exp2v(V x) {  // relative error 2e-7; below -126.5 it is 0, NaN propagates; x is at most 127
+  x = select(x, (V)(-127.f), x < (V)(-127.f));
+  const V t = x + (V)(12583039.f), f = x - (t - (V)(12583039.f));  // 1.5 * 2^23 + 127: t ends in the exponent's bits of 2^n
   V p = fma(f, (V)(1.5403530e-4f), (V)(1.3333558e-3f)); p = fma(p, f, (V)(9.6181291e-3f)); p = fma(p, f, (V)(5.5504109e-2f));
   p = fma(p, f, (V)(2.4022651e-1f)); p = fma(p, f, (V)(6.9314718e-1f)); p = fma(p, f, (V)(1.f));
-  return select(p * as_V((convert_U(n) + 127) << 23), (V)(0.f), x < (V)(-126.f));
+  return p * as_V(as_U(t) << 23);
 }
 """
 
@@ -141,7 +142,7 @@ def attention_forward(
     groups = ROWS // mr
     dpad = MAX_HEAD
     body = f"""
-  T Qp[{groups * mr * dpad}]; T Op[{groups * mr * dpad}]; T S[{mr * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T al[{mr}];
+  T Qp[{groups * mr * dpad}]; T Op[{groups * mr * dpad}]; T S[{mr * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T al[{w}] = {{0}}; T zs[{mr}], top[{mr}];  // {w} lanes hold the {mr} rows of a group
   const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H;
   const uint qi = {"(x & 1) ? nq - 1 - x / 2 : x / 2" if causal else "x"};  // heavy and light tasks alternate
   const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0);
@@ -163,12 +164,21 @@ def attention_forward(
         const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK};
         {f"if (cols < {BLOCK}u" + (f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal" if causal else "") + ") {" if not mask else "{"}
           {_masking(mask, causal, w, "mq", "mk", False)} }}
-        V x0 = load{w}(0, S_); UNROLL for (uint j = {w}; j < {BLOCK}u; j += {w}u) x0 = max(x0, load{w}(0, S_ + j));
-        const T m = max(M_[i * {mr} + r], vmax(x0)), m_ = m == -INFINITY ? 0 : m;
-        al[r] = exp2(M_[i * {mr} + r] - m_); M_[i * {mr} + r] = m;
-        V z = (V)(0); UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{ const V e = exp2v(load{w}(0, S_ + j) - m_); z += e; store{w}(e, 0, S_ + j); }}
-        Z[i * {mr} + r] = fma(Z[i * {mr} + r], al[r], vsum(z));
+        V x0 = load{w}(0, S_), x1 = load{w}(1, S_);
+        UNROLL for (uint j = 2; j < {BLOCK // w}u; j += 2) {{ x0 = max(x0, load{w}(j, S_)); x1 = max(x1, load{w}(j + 1, S_)); }}
+        const T m = max(M_[i * {mr} + r], vmax(max(x0, x1))); top[r] = m == -INFINITY ? 0 : m;
+        al[r] = M_[i * {mr} + r] - top[r]; M_[i * {mr} + r] = m;
       }}
+      for (uint r = 0; r < {mr}u; r += 2) {{  // two rows at a time: a row alone waits for its own sum
+        T* S_ = S + r * {BLOCK}; T* R_ = S_ + {BLOCK}; const V t0 = (V)(top[r]), t1 = (V)(top[r + 1]); V z0 = (V)(0), z1 = (V)(0);
+        UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
+          const V e0 = exp2v(load{w}(j, S_) - t0), e1 = exp2v(load{w}(j, R_) - t1);
+          z0 += e0; z1 += e1; store{w}(e0, j, S_); store{w}(e1, j, R_);
+        }}
+        zs[r] = vsum(z0); zs[r + 1] = vsum(z1);
+      }}
+      store{w}(exp2v(load{w}(0, al)), 0, al);
+      for (uint r = 0; r < {mr}u; r++) Z[i * {mr} + r] = fma(Z[i * {mr} + r], al[r], zs[r]);
       {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", f"Op + i * {mr} * NPv * {nr}", "al")}
     }}
   }}
