@@ -240,6 +240,11 @@ class Tensor:
         return True
 
     @property
+    def is_channels_last(self) -> bool:
+        """Whether the key says that it is contiguous with the channels (dimension 1) fastest."""
+        return bool(self.flags >> 28 & 1)
+
+    @property
     def is_conj(self) -> bool:
         return bool(self.flags >> 25 & 1)
 
@@ -249,7 +254,7 @@ class Tensor:
 
     def aligned(self, elements: int) -> bool:
         """Whether its start is known to be a multiple of `elements` elements (16 bytes at most) in its memory."""
-        known = bool(self.flags >> 27 & 1) or self.flags == FRESH
+        known = bool(self.flags & FRESH)
         return self.offset is None and known and 16 % (elements * DTYPES[self.dtype].size) == 0
 
     def same_storage(self, other: Tensor) -> bool:
@@ -269,7 +274,7 @@ class Tensor:
             offset = offset + self.offset
         return Tensor(
             self.number, self.dtype, tuple(sizes), tuple(strides), self.offset if offset is None else offset, self.written,
-            self.flags, self.windows,
+            self.flags & ~CHANNELS_LAST, self.windows,
         )  # fmt: skip
 
     def with_dtype(self, dtype: str) -> Tensor:
@@ -289,6 +294,7 @@ class Tensor:
         return self.permute(dims)
 
 
+CHANNELS_LAST = 1 << 28
 FRESH = 1 << 27  # flags of what a plan allocates: starts are aligned
 
 

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/hash.h>
@@ -375,6 +376,10 @@ struct Replay {
       if (!call.operands_[i].data) continue;
       const auto size = static_cast<int64_t>(locate(call.operands_[i].data).memory_size);
       if (size > limit) call.key_.push_back(0xfeull << 56 | static_cast<uint64_t>(i) << 32 | static_cast<uint64_t>((size + limit - 1) / limit));
+    }
+    // How Triton's kernels multiply float32 follows torch's switch.
+    if (device_properties(call.device_).language == Language::Triton) {
+      call.key_.push_back(0xfdull << 56 | static_cast<uint64_t>(at::globalContext().allowTF32CuBLAS()));
     }
     if (std::shared_ptr<Plan> plan = find(call.key_)) {
       plans().hits.fetch_add(1, std::memory_order_relaxed);

@@ -55,8 +55,9 @@ def gpu_target(properties: Any) -> Any:
     return triton.runtime.driver.active.get_current_target()
 
 
-def compile_kernel(kernel: Kernel, target: Any, divisible: tuple[int, ...] = ()) -> Binary:
-    """The kernel's binary for a GPUTarget. divisible: the parameters (by number) that 16 always divides: addresses and sizes."""
+def compile_kernel(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...] = ()) -> Binary:
+    """The kernel's binary for a GPUTarget. divisible: (number of a parameter, what always divides it): addresses in bytes, and
+    sizes and strides."""
     import triton
 
     parts = [FORMAT, triton.__version__, str(target), kernel.source, signature(kernel), divisible]
@@ -68,13 +69,13 @@ def compile_kernel(kernel: Kernel, target: Any, divisible: tuple[int, ...] = ())
     return found
 
 
-def _compile(kernel: Kernel, target: Any, divisible: tuple[int, ...]) -> Binary:
+def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]) -> Binary:
     import triton
     from triton.compiler import ASTSource
 
     main = function(kernel.source, kernel.name)
     types = dict(zip(main.arg_names, signature(kernel), strict=True))
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    attributes = {(i,): [["tt.divisibility", by]] for i, by in divisible}
     try:
         compiled = triton.compile(ASTSource(main, types, {}, attributes), target=target, options=options(kernel.source))
     except Exception as error:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..kernels.block import attention as block
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
 from ..kernels.vector.gemm import schedule
 from ..lowering import Tensor, build, cdiv, composite, empty, fill_bytes, launch, maximum, minimum, structured, target
+from .contraction import allow_tf32
 
 
 def _bht(*tensors: Tensor) -> list[Any]:
@@ -32,6 +34,8 @@ def forward(
     (any strides), boolean (true: attend) or added. H is a multiple of Hk. causal: query i sees keys up to i."""
     if target().schedule_class == "vector":
         _vector_forward(q, k, v, mask, causal, scale, rows, out, lse)
+    elif target().schedule_class == "block":
+        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, rows, out, lse)
     else:
         _simt_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
 
@@ -48,6 +52,8 @@ def backward(
         fill_bytes(ds, 0)  # the kernels skip what no query sees
     if target().schedule_class == "vector":
         _vector_backward(g, q, k, v, mask, out, lse, causal, scale, dq, dk, dv, ds)
+    elif target().schedule_class == "block":
+        _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, dq, dk, dv, ds)
     else:
         _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
 
@@ -114,6 +120,56 @@ def _vector_backward(
         kernel = build(vector.attention_backward_kv, *key)
         buffers = [k, v, _pack(q, "columns"), _pack(g, "columns"), _pack(q, "rows"), _pack(g, "rows"), delta, dk, dv, *masks]
         launch(kernel, buffers, [*_bht(k, v, dk, dv), *tail], (cdiv(keys, vector.ROWS), batch * kv_heads, 1))
+
+
+# ---- block: Triton ----------------------------------------------------------------------------------------------------
+
+
+def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int) -> tuple:
+    precision = "" if q.dtype != "f32" else "tf32" if allow_tf32() else "ieee"
+    return q.dtype, head, head_v, mask.dtype if mask is not None else "", causal, precision
+
+
+def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, *tensors: Tensor) -> list[Any]:
+    _, heads, queries, d = q.sizes
+    strides = [*_bht(q, k, v, *tensors), *(mask.strides if mask is not None else [])]
+    return [*strides, heads, heads // k.sizes[1], queries, k.sizes[2], d, v.sizes[3], scale]
+
+
+def _block_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head: int, head_v: int, rows: int, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    batch, heads, queries, _ = q.sizes
+    s = block.forward_schedule(q.dtype, max(head, head_v), rows)
+    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v))
+    masks = [mask] if mask is not None else []
+    groups = block.groups(s.queries, queries, batch * heads)
+    launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups)
+
+
+def _block_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
+    head: int, head_v: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+) -> None:  # fmt: skip
+    batch, heads, queries, _ = q.sizes
+    delta = empty((batch, heads, queries), "f32")
+    launch(
+        build(block.delta, q.dtype, head_v), [g, out, delta], [*_bht(g, out), heads, queries, v.sizes[3]],
+        block.groups(32, queries, batch * heads),
+    )  # fmt: skip
+    key = _block_key(q, mask, causal, head, head_v)
+    buffers = [q, k, v, g, *([mask] if mask is not None else []), lse, delta]
+    if dq is not None:
+        s = block.backward_schedule(q.dtype, max(head, head_v), False)
+        kernel = build(block.backward_query, s, *key, ds is not None)
+        groups = block.groups(s.queries, queries, batch * heads)
+        launch(kernel, [*buffers, dq, *([ds] if ds is not None else [])], _block_scalars(q, k, v, mask, scale, g, dq), groups)
+    if dk is not None and dv is not None:
+        s = block.backward_schedule(q.dtype, max(head, head_v), True)
+        kernel = build(block.backward_key, s, *key)
+        groups = block.groups(s.keys, k.sizes[2], batch * k.sizes[1])
+        launch(kernel, [*buffers, dk, dv], _block_scalars(q, k, v, mask, scale, g, dk, dv), groups)
 
 
 # ---- simt: GPUs -------------------------------------------------------------------------------------------------------

@@ -7,15 +7,18 @@ both directions of both. Filter extents are known to the plan (they unroll); all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..kernels.block import conv as block
+from ..kernels.block import gemm as block_gemm
 from ..kernels.kernel import DTYPES
 from ..kernels.simt import conv as simt
 from ..kernels.simt import gemm as simt_gemm
 from ..kernels.vector import conv as vector
 from ..kernels.vector.gemm import Epilogue
 from ..lowering import (
+    CHANNELS_LAST,
     Tensor,
     bucket,
     build,
@@ -26,13 +29,14 @@ from ..lowering import (
     launch,
     le,
     lowering,
+    maximum,
     minimum,
     packed,
     product,
     target,
 )
 from .common import contiguous
-from .contraction import _ordered, matrix
+from .contraction import _ordered, allow_tf32, matrix
 from .contraction import product as matrix_product
 from .reduce import _sum, accumulator, reduce_rows
 
@@ -79,7 +83,7 @@ def _strides(x: Tensor) -> list[Any]:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.ndim >= 4 and is_one(x.strides[1]) and not is_one(x.sizes[1]) and not x.is_contiguous
+    return x.is_channels_last and not x.is_contiguous
 
 
 def _allocate(n: Any, c: Any, spatial: Sequence[Any], nd: int, dtype: str, channels_last: bool) -> Tensor:
@@ -93,7 +97,8 @@ def _allocate(n: Any, c: Any, spatial: Sequence[Any], nd: int, dtype: str, chann
         inner.append(dense)
         dense = dense * s
     strides[0] = dense
-    return empty(sizes, dtype, [*strides, *reversed(inner)])
+    out = empty(sizes, dtype, [*strides, *reversed(inner)])
+    return replace(out, flags=out.flags | CHANNELS_LAST)
 
 
 def _pixels(x: Tensor) -> Tensor | None:
@@ -291,6 +296,9 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
     divided = mode == "input" and any(s != 1 for s in stride)
     depthwise = g.groups > 1 and is_one(weight.sizes[1])
     dtype = gathered.dtype
+    if t.schedule_class == "block":
+        _block(mode, gathered, w, out, g, bias, nd, scalars, (m, n, k), divided)
+        return
     if depthwise and mode == "weight":
         kernel = build(simt.direct_weight, dtype, out.dtype, nd)
         launch(kernel, [gathered, w, out], scalars, (minimum(m * n * g.groups, 65535), 1, 1))
@@ -306,6 +314,40 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
         simt.conv, schedule, mode, dtype, out.dtype, nd, divided, not last, "k" if last else "r", columns_first, False, epilogue
     )
     launch(kernel, [gathered, w, *operands, out], scalars, simt.conv_groups(schedule, m, n, g.groups, columns_first, 1, minimum))
+
+
+# ---- block: Triton ------------------------------------------------------------------------------------------------------
+
+
+def _block(
+    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None, nd: int, scalars: list[Any],
+    sizes: tuple[Any, Any, Any], divided: bool,
+) -> None:  # fmt: skip
+    """The product that _simt describes, by its scalars."""
+    t, dtype, weight = target(), gathered.dtype, mode == "weight"
+    m, n, k = sizes
+    about_m = 1 << bucket(out.sizes[0] if weight else out.sizes[1]) if g.groups == 1 else 1
+    pixels = sum(bucket(size) for size in (gathered.sizes[0], *gathered.sizes[2:]))
+    s = block.schedule(dtype, about_m, 64 if weight else 4096, weight)
+    precision = block_gemm.precision_of(dtype, allow_tf32())
+    operands, taps_last = ([bias] if bias is not None else []), weight or not _channels_last(gathered)
+    key = (s, mode, dtype, out.dtype, nd, divided, taps_last, precision, bias.dtype if bias is not None else "")
+    if bias is not None:
+        scalars = [*scalars[:-3], bias.strides[0]]
+    if not weight or pixels < 10:
+        kernel = build(block.conv, *key, False)
+        launch(kernel, [gathered, w, *operands, out], scalars, block.groups(s, m, n, g.groups))
+        return
+    # Few tiles and all pixels to sum over: the sum is cut.
+    tiles = cdiv(m, s.m) * cdiv(n, s.n) * g.groups
+    splits = maximum(minimum(cdiv(2 * t.compute_units, tiles), cdiv(k, 8 * s.k)), 1)
+    span = cdiv(cdiv(k, splits), s.k) * s.k
+    splits = cdiv(k, span)
+    compute = DTYPES[dtype].compute
+    partial = empty((splits, g.groups, m, n), compute)
+    launch(build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], block.groups(s, m, n, g.groups, splits))
+    finish = build(block_gemm.reduce_splits, compute, out.dtype, "n", Epilogue())
+    launch(finish, [partial, out], [m * n, n, g.groups * m * n, m, n, splits], block_gemm.reduce_groups(m, n, g.groups))
 
 
 def _sum_channels(out: Tensor, grad: Tensor) -> None:

@@ -1,0 +1,284 @@
+"""Scaled dot product attention in Triton: forward and backward, without the matrix of scores in memory.
+
+q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv] with unit stride along the last dimension; H is a multiple of Hk. causal:
+query i sees keys up to i. A mask [B, H, Tq, Tk] with any strides is boolean (true: attend) or added. Scores are kept times
+log2(e), so that exp2 is the only exponential. A row that sees nothing gives 0 and a logsumexp of -infinity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernel import Kernel, Target
+from . import STORAGE, cdiv, power_of_two, template
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tiles of queries x keys."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}"
+
+
+def forward_schedule(dtype: str, head: int, rows: int) -> Schedule:
+    """head: the larger head dimension; rows: floor(log2(queries)), at most 6."""
+    queries = 128 if rows >= 6 else 64 if rows >= 4 else 16
+    if dtype == "f32":
+        return Schedule(min(queries, 64), 32 if head > 64 else 64, 4, 2)
+    if head <= 64:
+        return Schedule(queries, 64, 4, 3)
+    return Schedule(queries, 64, 8 if queries == 128 else 4, 3 if head <= 128 else 2)
+
+
+def backward_schedule(dtype: str, head: int, keys: bool) -> Schedule:
+    """keys: of the kernel that computes dk and dv."""
+    if dtype == "f32":
+        return Schedule(32, 32, 4, 1) if head > 64 else Schedule(64, 64, 4, 1)
+    if head <= 64:
+        return Schedule(64, 128, 4, 3) if keys else Schedule(128, 64, 4, 3)
+    return Schedule(32, 64, 4, 2) if keys else Schedule(64, 32, 4, 2)
+
+
+def _names(tensors: str, mask: str) -> list[tuple[str, str]]:
+    """Scalars: batch, head and row strides of each tensor, then sizes."""
+    names = [(f"{t}_{d}", "i64") for t in tensors.split() for d in "bht"]
+    names += [(f"mask_{d}", "i64") for d in "bhqk"] * bool(mask)
+    return [*names, *((n, "i32") for n in ("heads", "share", "queries", "keys", "head", "head_v")), ("scale", "f32")]
+
+
+def _score(mask: str, causal: bool, q: str, k: str, transposed: bool = False, edge: bool = True) -> list[str]:
+    """Lines that turn `s`, the product of queries `q` and keys `k` (vectors of indices), into masked scores times log2(e).
+    edge: some keys of the tile are out of range or after a query."""
+    qi, ki = (f"{q}[None, :]", f"{k}[:, None]") if transposed else (f"{q}[:, None]", f"{k}[None, :]")
+    lines = ["s = s * scale2"]
+    if mask:
+        at = f"mask_base + {qi}.to(tl.int64) * mask_q + {ki}.to(tl.int64) * mask_k"
+        inside = f"({qi} < queries) & ({ki} < keys)"
+        if mask == "bool":
+            lines.append(f"s = tl.where(tl.load({at}, mask={inside}, other=0) != 0, s, float('-inf'))")
+        else:
+            lines.append(f"s += tl.load({at}, mask={inside}, other=0).to(tl.float32) * {LOG2E}")
+    if edge:
+        lines.append(f"s = tl.where(({ki} < keys)" + (f" & ({ki} <= {qi})" if causal else "") + ", s, float('-inf'))")
+    return lines
+
+
+def _mask(*conditions: str) -> str:
+    """The arguments of a load for those conditions that are not empty."""
+    given = " & ".join(c for c in conditions if c)
+    return f", mask={given}, other=0" if given else ""
+
+
+# Where a program is: a tile of the sequence, and a head of a batch.
+PLACE = [
+    "tiles = tl.cdiv({length}, {tile})",
+    "bh = tl.program_id(0) // tiles",
+    "b = (bh // {heads}).to(tl.int64)",
+    "h = (bh % {heads}).to(tl.int64)",
+]
+
+
+def _place(length: str, tile: int, heads: str = "heads", reverse: bool = False) -> list[str]:
+    """reverse: the last tiles, which see most keys, go first."""
+    start = f"(tiles - 1 - tl.program_id(0) % tiles) * {tile}" if reverse else f"tl.program_id(0) % tiles * {tile}"
+    return [*(t.format(length=length, tile=tile, heads=heads) for t in PLACE), f"start = {start}"]
+
+
+def _precision(dtype: str, precision: str) -> str:
+    return f", input_precision={precision!r}" if dtype == "f32" else ""
+
+
+def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str) -> Kernel:
+    """head, head_v: the dimensions' upper bounds. Buffers: q, k, v, (mask), out, lse [B, H, Tq] (natural logarithm). Scalars:
+    _names("q k v out"). Grid: groups()."""
+    d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
+    ip = _precision(dtype, precision)
+    p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
+    in_d, in_v = "(rd[{}] < head)", "(rv[None, :] < head_v)"
+
+    def body(edge: bool) -> list[str]:
+        in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
+        lines = [
+            f"x = j + tl.arange(0, {s.keys})",
+            f"kt = tl.load(k_base + rd[:, None] + x[None, :].to(tl.int64) * k_t{in_k})",
+            f"s = tl.dot(q_tile, kt{ip})",
+            *_score(mask, causal, "rq", "x", edge=edge),
+            "m_new = tl.maximum(m_i, tl.max(s, 1))",
+            "m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)",
+            "p = tl.math.exp2(s - m_safe[:, None])",
+            "alpha = tl.math.exp2(m_i - m_safe)",
+            "l_i = l_i * alpha + tl.sum(p, 1)",
+            "acc = acc * alpha[:, None]",
+            f"vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :]{_mask('(x[:, None] < keys)' if edge else '', in_v)})",
+            f"acc = tl.dot({p}, vt, acc{ip})",
+            "m_i = m_new",
+        ]  # fmt: skip
+        return ["    " + line for line in lines]
+
+    lines = [
+        *_place("queries", s.queries, reverse=causal),
+        "hk = h // share",
+        f"rq = start + tl.arange(0, {s.queries})",
+        f"rd = tl.arange(0, {d})",
+        f"rv = tl.arange(0, {dv})",
+        f"scale2 = scale * {LOG2E}",
+        "k_base = k + b * k_b + hk * k_h",
+        "v_base = v + b * v_b + hk * v_h",
+        *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
+        "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
+        f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
+        f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
+        f"l_i = tl.zeros([{s.queries}], tl.float32)",
+        f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
+        f"last = {f'tl.minimum(start + {s.queries}, keys)' if causal else 'keys'}",
+        f"full = {'tl.minimum(start, keys)' if causal else 'keys'} // {s.keys} * {s.keys}",
+        f"for j in range(0, full, {s.keys}):",
+        *body(False),
+        f"for j in range(full, last, {s.keys}):",
+        *body(True),
+        "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
+        "acc = acc / l_safe[:, None]",
+        f"tl.store(lse + bh.to(tl.int64) * queries + rq, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
+        "o_base = out + b * out_b + h * out_h",
+        "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
+        f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
+    ]  # fmt: skip
+    name = f"attention_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}_{s}"
+    buffers = [("q", dtype), ("k", dtype), ("v", dtype), *([("mask", mask)] if mask else []), ("out", dtype), ("lse", "f32")]
+    return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
+
+
+def delta(target: Target, dtype: str, head_v: int) -> Kernel:
+    """delta = sum of g * out over the head dimension. Buffers: g, out, delta [B, H, Tq]. Scalars: strides of g and out, then
+    heads, queries, head_v. Grid: groups()."""
+    dv = power_of_two(head_v)
+    body = f"""
+        tiles = tl.cdiv(queries, 32)
+        bh = tl.program_id(0) // tiles
+        b = (bh // heads).to(tl.int64)
+        h = (bh % heads).to(tl.int64)
+        rq = tl.program_id(0) % tiles * 32 + tl.arange(0, 32)
+        rv = tl.arange(0, {dv})
+        inside = (rq[:, None] < queries) & (rv[None, :] < head_v)
+        x = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=inside, other=0).to(tl.float32)
+        y = tl.load(out + b * out_b + h * out_h + rq[:, None].to(tl.int64) * out_t + rv[None, :], mask=inside, other=0).to(tl.float32)
+        tl.store(delta + bh.to(tl.int64) * queries + rq, tl.sum(x * y, 1), mask=rq < queries)
+    """
+    scalars = [(f"{t}_{d}", "i64") for t in ("g", "out") for d in "bht"] + [(n, "i32") for n in ("heads", "queries", "head_v")]
+    return template(f"attention_delta_{dtype}_{head_v}", [("g", dtype), ("out", dtype), ("delta", "f32")], scalars, body, 4)
+
+
+def backward_query(
+    target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str, scores: bool
+) -> Kernel:
+    """dq, and with `scores` the gradient of the scores ds [B, H, Tq, Tk] (contiguous, float32). Buffers: q, k, v, g, (mask),
+    lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
+    d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
+    ip = _precision(dtype, precision)
+    low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
+    lines = [
+        *_place("queries", s.queries, reverse=causal),
+        "hk = h // share",
+        f"rq = start + tl.arange(0, {s.queries})",
+        f"rd = tl.arange(0, {d})",
+        f"rv = tl.arange(0, {dv})",
+        f"scale2 = scale * {LOG2E}",
+        "k_base = k + b * k_b + hk * k_h",
+        "v_base = v + b * v_b + hk * v_h",
+        *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
+        "in_q = rq[:, None] < queries",
+        "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q & (rd[None, :] < head), other=0)",
+        "g_tile = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q & (rv[None, :] < head_v), other=0)",
+        "row = bh.to(tl.int64) * queries + rq",
+        f"log = tl.load(lse + row, mask=rq < queries, other=0) * {LOG2E}",
+        "log = tl.where(log == float('-inf'), 0.0, log)",
+        "di = tl.load(delta + row, mask=rq < queries, other=0)",
+        f"acc = tl.zeros([{s.queries}, {d}], tl.float32)",
+        f"last = {f'tl.minimum(start + {s.queries}, keys)' if causal else 'keys'}",
+        f"for j in range(0, last, {s.keys}):",
+        f"    x = j + tl.arange(0, {s.keys})",
+        "    in_k = x[:, None] < keys",
+        "    kt = tl.load(k_base + x[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k & (rd[None, :] < head), other=0)",
+        "    vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k & (rv[None, :] < head_v), other=0)",
+        f"    s = tl.dot(q_tile, tl.trans(kt){ip})",
+        *("    " + t for t in _score(mask, causal, "rq", "x")),
+        "    p = tl.math.exp2(s - log[:, None])",
+        f"    dp = tl.dot(g_tile, tl.trans(vt){ip})",
+        "    ds = p * (dp - di[:, None])",
+        *(["    tl.store(ds_out + row[:, None] * keys + x[None, :], ds, mask=in_q & (x[None, :] < keys))"] if scores else []),
+        f"    acc = tl.dot(ds{low}, kt, acc{ip})",
+        "acc = acc * scale",
+        "tl.store(dq + b * dq_b + h * dq_h + rq[:, None].to(tl.int64) * dq_t + rd[None, :], "
+        f"acc.to({STORAGE[dtype]}), mask=in_q & (rd[None, :] < head))",
+    ]  # fmt: skip
+    name = f"attention_backward_query_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}{'_ds' if scores else ''}_{s}"
+    buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
+    buffers += [("delta", "f32"), ("dq", dtype), *([("ds_out", "f32")] if scores else [])]
+    return template(name, buffers, _names("q k v g dq", mask), "\n".join(lines), s.warps, s.stages)
+
+
+def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str) -> Kernel:
+    """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), lse, delta, dk, dv. Scalars:
+    _names("q k v g dk dv"). Grid: groups()."""
+    d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
+    ip = _precision(dtype, precision)
+    low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
+    first = f"(start // {s.queries}) * {s.queries}" if causal else "0"
+    lines = [
+        "kv_heads = heads // share",
+        *(t.replace("h = ", "hk = ") if t.startswith("h = ") else t for t in _place("keys", s.keys, "kv_heads")),
+        f"rk = start + tl.arange(0, {s.keys})",
+        f"rd = tl.arange(0, {d})",
+        f"rv = tl.arange(0, {dv})",
+        f"scale2 = scale * {LOG2E}",
+        "in_k = rk[:, None] < keys",
+        "kt = tl.load(k + b * k_b + hk * k_h + rk[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k & (rd[None, :] < head), other=0)",
+        "vt = tl.load(v + b * v_b + hk * v_h + rk[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k & (rv[None, :] < head_v), other=0)",
+        f"dk_acc = tl.zeros([{s.keys}, {d}], tl.float32)",
+        f"dv_acc = tl.zeros([{s.keys}, {dv}], tl.float32)",
+        "for i in range(0, share):",
+        "    h = hk * share + i",
+        *(["    mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
+        "    q_base = q + b * q_b + h * q_h",
+        "    g_base = g + b * g_b + h * g_h",
+        "    rows = (b * heads + h) * queries",
+        f"    for j in range({first}, queries, {s.queries}):",
+        f"        x = j + tl.arange(0, {s.queries})",
+        "        in_q = x[:, None] < queries",
+        "        q_tile = tl.load(q_base + x[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q & (rd[None, :] < head), other=0)",
+        "        g_tile = tl.load(g_base + x[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q & (rv[None, :] < head_v), other=0)",
+        f"        log = tl.load(lse + rows + x, mask=x < queries, other=0) * {LOG2E}",
+        "        log = tl.where(log == float('-inf'), 0.0, log)",
+        "        di = tl.load(delta + rows + x, mask=x < queries, other=0)",
+        f"        s = tl.dot(kt, tl.trans(q_tile){ip})",
+        *("        " + t for t in _score(mask, causal, "x", "rk", True)),
+        "        p = tl.math.exp2(s - log[None, :])",
+        "        p = tl.where(x[None, :] < queries, p, 0.0)",
+        f"        dv_acc = tl.dot(p{low}, g_tile, dv_acc{ip})",
+        f"        dp = tl.dot(vt, tl.trans(g_tile){ip})",
+        "        ds = p * (dp - di[None, :])",
+        f"        dk_acc = tl.dot(ds{low}, q_tile, dk_acc{ip})",
+        "dk_acc = dk_acc * scale",
+        "tl.store(dk + b * dk_b + hk * dk_h + rk[:, None].to(tl.int64) * dk_t + rd[None, :], "
+        f"dk_acc.to({STORAGE[dtype]}), mask=in_k & (rd[None, :] < head))",
+        "tl.store(dv + b * dv_b + hk * dv_h + rk[:, None].to(tl.int64) * dv_t + rv[None, :], "
+        f"dv_acc.to({STORAGE[dtype]}), mask=in_k & (rv[None, :] < head_v))",
+    ]  # fmt: skip
+    name = f"attention_backward_key_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}_{s}"
+    buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
+    buffers += [("delta", "f32"), ("dk", dtype), ("dv", dtype)]
+    return template(name, buffers, _names("q k v g dk dv", mask), "\n".join(lines), s.warps, s.stages)
+
+
+def groups(tile: int, length: Any, heads: Any) -> tuple[Any, Any, Any]:
+    """A grid of tiles of the sequence for every head of every batch."""
+    return (cdiv(length, tile) * heads, 1, 1)

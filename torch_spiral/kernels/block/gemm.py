@@ -1,0 +1,195 @@
+"""Matrix products in Triton: C[b] = epilogue(A[b] @ B[b]), with tl.dot on tiles.
+
+Floats of 16 bits accumulate in float32. float32 is computed as PyTorch's own switch says (`precision`): "ieee" products,
+or on the tensor cores in tf32, or in three bfloat16 parts ("bf16x6": six products of parts, which keep all 24 bits).
+Integers and whatever tl.dot lacks are summed as outer products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernel import Kernel, Target, compute_dtype
+from ..triton import TYPES
+from ..vector.gemm import Epilogue
+from . import STORAGE, EpilogueText, cdiv, template
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tiles of m x n x k; group: rows of tiles that are walked together, for the cache."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}"
+
+
+HALF = Schedule(128, 256, 64, 8, 3), Schedule(128, 128, 64, 4, 4), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
+SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64, 64, 32, 4, 3)
+TF32 = Schedule(128, 128, 32, 4, 4), Schedule(64, 128, 32, 4, 4), Schedule(64, 64, 32, 4, 4)
+DOUBLE = (Schedule(64, 64, 16, 4, 3),)
+WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
+SKINNY = {2: Schedule(16, 64, 128, 4, 4), 4: Schedule(16, 64, 64, 4, 4), 8: Schedule(16, 32, 32, 4, 3)}
+
+
+def precision_of(dtype: str, allow_tf32: bool) -> str:
+    """How products of `dtype` are computed."""
+    return ("tf32" if allow_tf32 else "bf16x6") if dtype == "f32" else ""
+
+
+def schedule(target: Target, dtype: str, precision: str, m: int, n: int, batch: int) -> Schedule:
+    """For about m rows and n columns: the largest tiles that still give every multiprocessor one."""
+    compute = compute_dtype(dtype)
+    size = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}.get(dtype)
+    if size is None:
+        return WHOLE[0]
+    if m < 32:
+        return SKINNY[size]
+    choices = DOUBLE if compute == "f64" else HALF if size == 2 else TF32 if precision == "tf32" else SINGLE
+    for s in choices:
+        if -(-m // s.m) * -(-n // s.n) * batch >= target.compute_units * 3 // 4:
+            return s
+    return choices[-1]
+
+
+def splits(target: Target, s: Schedule, m: int, n: int, k: int, batch: int) -> int:
+    """Into how many runs the reduction is cut, for about these sizes: a power of two, 1 where there is work for all."""
+    tiles = -(-m // s.m) * -(-n // s.n) * batch
+    count = 1
+    while tiles * count * 2 <= target.compute_units * 2 and k // (count * 2) >= 4 * s.k and count < 32 and s.k > 1:
+        count *= 2
+    return count
+
+
+def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> list[tuple[str, str]]:
+    """(name, type), but for the epilogue's. Layouts: "n" unit stride along columns, "t" along rows, "s" none."""
+    names = ["ab", "bb", "cb"]
+    names += ["am"] * (a_layout != "t") + ["ak"] * (a_layout != "n")
+    names += ["bk"] * (b_layout != "t") + ["bn"] * (b_layout != "n")
+    names += ["cm"] + ["cn"] * (c_layout != "n") + ["cs"] * split
+    return [(n, "i64") for n in names] + [(n, "i32") for n in ("m", "n", "k")] + [("span", "i32")] * split
+
+
+def gemm(
+    target: Target, s: Schedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, precision: str, split: bool,
+    epilogue: Epilogue,
+) -> Kernel:  # fmt: skip
+    """Buffers: a, b, epilogue operands, c. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
+    batches, splits). split: c is partial sums, one matrix (stride cs) for each run of `span` of the reduction."""
+    compute = compute_dtype(a)
+    acc = TYPES[compute]
+    e = EpilogueText(target, epilogue, compute)
+    unit = {"am": "1" if a_layout == "t" else "am", "ak": "1" if a_layout == "n" else "ak",
+            "bk": "1" if b_layout == "t" else "bk", "bn": "1" if b_layout == "n" else "bn",
+            "cn": "1" if c_layout == "n" else "cn"}  # fmt: skip
+    cast = "" if a == b and a != "bool" else f".to({acc})"
+    dot = f", input_precision={precision!r}" if precision else ""
+    out_type = f", out_dtype={acc}" if compute == "f64" else ""
+    lines = [
+        f"tiles_m = tl.cdiv(m, {s.m})",
+        f"tiles_n = tl.cdiv(n, {s.n})",
+        "tiles = tiles_m * tiles_n",
+        "z = (tl.program_id(0) // tiles).to(tl.int64)",
+        "tile = tl.program_id(0) % tiles",
+        f"first = tile // ({s.group} * tiles_n) * {s.group}",
+        f"height = tl.minimum(tiles_m - first, {s.group})",
+        f"within = tile % ({s.group} * tiles_n)",
+        f"ra = (first + within % height) * {s.m} + tl.arange(0, {s.m})",
+        f"rb = (within // height) * {s.n} + tl.arange(0, {s.n})",
+        f"rk = tl.arange(0, {s.k})",
+        # What is out of range is computed from the first row or column, and not stored.
+        f"ca = tl.max_contiguous(tl.multiple_of(tl.where(ra < m, ra, 0), {s.m}), {s.m})",
+        f"cb = tl.max_contiguous(tl.multiple_of(tl.where(rb < n, rb, 0), {s.n}), {s.n})",
+    ]
+    if split:
+        lines += ["start = tl.program_id(1) * span", "length = tl.minimum(span, k - start)"]
+    else:
+        lines += ["length = k"]
+    start = "start + " if split else ""
+    lines += [
+        f"pa = a + z * ab + (ca[:, None] * {unit['am']} + ({start}rk)[None, :] * {unit['ak']})",
+        f"pb = b + z * bb + (({start}rk)[:, None] * {unit['bk']} + cb[None, :] * {unit['bn']})",
+        f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
+    ]
+    step = [f"pa += {s.k} * {unit['ak']}", f"pb += {s.k} * {unit['bk']}"]
+    if s.k == 1:
+        lines += [
+            "for i in range(0, length):",
+            f"    acc += tl.load(pa).to({acc}) * tl.load(pb).to({acc})",
+            *("    " + t for t in step),
+        ]
+    else:
+        product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
+        lines += [
+            f"for i in range(0, length // {s.k}):",
+            f"    x = tl.load(pa){cast}",
+            f"    y = tl.load(pb){cast}",
+            f"    {product}",
+            *("    " + t for t in step),
+            f"rest = length % {s.k}",
+            "if rest > 0:",
+            f"    x = tl.load(pa, mask=rk[None, :] < rest, other=0){cast}",
+            f"    y = tl.load(pb, mask=rk[:, None] < rest, other=0){cast}",
+            f"    {product}",
+        ]
+    lines += [
+        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        "ra = ra.to(tl.int64)",
+        "rb = rb.to(tl.int64)",
+        e.text(),
+        f"pc = c + z * cb_ + ra[:, None] * cm + rb[None, :] * {unit['cn']}" + (" + tl.program_id(1).to(tl.int64) * cs" if split else ""),
+        f"tl.store(pc, acc.to({STORAGE[c]}), mask=inside)",
+    ]
+    body = "\n".join(line for line in lines if line)
+    scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, split)] + e.scalars
+    name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{'_split' if split else ''}_{s}_{epilogue}"
+    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, s.stages, e.module)
+
+
+def groups(s: Schedule, m: Any, n: Any, batch: Any, count: Any = 1) -> tuple[Any, Any, Any]:
+    """The grid of gemm()."""
+    return (cdiv(m, s.m) * cdiv(n, s.n) * batch, count, 1)
+
+
+REDUCE = (16, 128)  # tile of reduce_splits
+
+
+def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue: Epilogue) -> Kernel:
+    """c = epilogue(sum of partial[split]), partial [splits, batch, m, n] contiguous. Buffers: partial, epilogue operands, c.
+    Scalars: cb, cm, (cn), total (batch * m * n), m, n, splits, then the epilogue's. Grid: reduce_groups."""
+    e = EpilogueText(target, epilogue, compute)
+    rows, columns = REDUCE
+    cn = "1" if c_layout == "n" else "cn"
+    lines = [
+        f"tiles_m = tl.cdiv(m, {rows})",
+        f"tiles_n = tl.cdiv(n, {columns})",
+        "z = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)",
+        "tile = tl.program_id(0) % (tiles_m * tiles_n)",
+        f"ra = ((tile // tiles_n) * {rows} + tl.arange(0, {rows})).to(tl.int64)",
+        f"rb = ((tile % tiles_n) * {columns} + tl.arange(0, {columns})).to(tl.int64)",
+        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        "p = partial + (z * m + ra[:, None]) * n + rb[None, :]",
+        f"acc = tl.zeros([{rows}, {columns}], {TYPES[compute]})",
+        "for i in range(0, splits):",
+        "    acc += tl.load(p, mask=inside, other=0)",
+        "    p += total",
+        e.text(),
+        f"tl.store(c + z * cb + ra[:, None] * cm + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
+    ]
+    scalars = [("cb", "i64"), ("cm", "i64"), *([("cn", "i64")] if c_layout != "n" else []), ("total", "i64")]
+    scalars += [("m", "i32"), ("n", "i32"), ("splits", "i32"), *e.scalars]
+    name = f"reduce_splits_{compute}_{c}_{c_layout}_{epilogue}"
+    return template(
+        name, [("partial", compute), *e.buffers, ("c", c)], scalars, "\n".join(t for t in lines if t), 4, 3, e.module
+    )  # fmt: skip
+
+
+def reduce_groups(m: Any, n: Any, batch: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(m, REDUCE[0]) * cdiv(n, REDUCE[1]) * batch, 1, 1)
