@@ -1,6 +1,7 @@
 """Scaled dot product attention against a float64 reference on the CPU: forward, gradients, layouts, which back end is chosen."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,23 @@ def test_one_query_with_a_growing_cache(device):
         want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
         got = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), enable_gqa=True)
         close(got, want, 2e-6)
+
+
+def test_keys_dealt_to_workgroups(device, monkeypatch):
+    """What GPUs do with one query and many keys; software adapters have too few compute units for it."""
+    from torch_spiral.kernels.kernel import Target
+    from torch_spiral.ops import attention as ops
+
+    if Target.of(device.index).schedule_class != "simt":
+        pytest.skip("of the simt class")
+    monkeypatch.setattr(ops, "target", lambda: replace(Target.of(device.index), compute_units=64))
+    torch.manual_seed(5)
+    q, k, v = (torch.randn(3, 2, n, 24) for n in (2, 700, 700))
+    mask = torch.rand(3, 1, 2, 700) > 0.5
+    mask[1, 0, 1] = False
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    got = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), mask.to(device))
+    close(got, want, 2e-6)
 
 
 def test_rows_that_see_nothing_are_zero(device):
