@@ -369,6 +369,7 @@ class Recorder:
         self.checks: list[tuple] = []
         self.allocations: list[list] = []
         self.steps: list[list] = []
+        self.kernels: list[str] = []  # names of what is launched, for reports
         self.when = NONE
 
     def constant(self, value: int | float) -> Sym:
@@ -739,7 +740,7 @@ def packed(x: Tensor, sizes: Sequence[Any], dtype: str, kind: str) -> Iterator[T
     """
     r = recorder()
     p = empty(sizes, dtype)
-    if x.number < r.operand_count and x.offset is None and r.when == NONE:
+    if x.number < r.operand_count and x.offset is None and not x.written and r.when == NONE:
         r.allocations[-1][6] = x.number
         r.allocations[-1][7] = _packed_kinds.setdefault(f"{kind}:{dtype}", len(_packed_kinds))
         r.when = p.number - r.operand_count
@@ -779,6 +780,7 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
         described.append((Tensor(NONE, "u32", (), ()), 4))
     grid = tuple(groups) + (1,) * (3 - len(groups))
     compiled = _compiled(r.device, kernel, divisible)
+    r.kernels.append(kernel.name)
     r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid])
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .report import Explanation
+
 
 def _devices(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
     found = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor) and x.ndim}
@@ -70,4 +72,12 @@ def _fullgraph() -> bool:
 CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "layout_optimization": False}
 
 
-__all__ = ["backend"]
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """The kernels that fn compiles to for these arguments, their source, bytes and FLOPs, and what kept nodes from fusing:
+    `print(explain(fn, x))`. See report.Explanation."""
+    from .report import explain as report
+
+    return report(fn, *args, **kwargs)
+
+
+__all__ = ["Explanation", "backend", "explain"]

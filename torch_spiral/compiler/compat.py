@@ -4,6 +4,10 @@ Importing this module imports Inductor (a second or two), so only what compiles 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
@@ -58,6 +62,23 @@ def reorder_loops() -> None:
     scheduler.Scheduler.create_backend = create_backend
 
 
+@contextlib.contextmanager
+def fusion_reasons() -> Iterator[list[str]]:
+    """Collects why the scheduler did not fuse, while the context lasts."""
+    found: list[str] = []
+    original = scheduler.WhyNoFuse.__call__
+
+    def note(self: Any, reason: str, *args: Any) -> None:
+        found.append(f"{self.name1} and {self.name2}: {reason % args if args else reason}")
+        original(self, reason, *args)
+
+    scheduler.WhyNoFuse.__call__ = note
+    try:
+        yield found
+    finally:
+        scheduler.WhyNoFuse.__call__ = original
+
+
 def multiple_of(a: object, b: object) -> bool:
     """Whether b is known to divide a."""
     return V.graph.sizevars.statically_known_multiple_of(a, b)
@@ -83,7 +104,7 @@ __all__ = [
     "CSE", "VERSION", "BackendFeature", "CSEVariable", "CeilDiv", "CleanDiv", "ComputedBuffer", "DeviceInterface",
     "DeviceOpOverrides", "ExternKernel", "FloorDiv", "Identity", "Max", "Min", "ModularIndexing", "OpOverrides",
     "OpsHandler", "OpsValue", "OrderedSet", "PythonMod", "PythonWrapperCodegen", "SIMDKernel", "SIMDScheduling", "SymT",
-    "TensorBox", "V", "ValueRanges", "Where", "config", "equal", "get_interface_for_device", "get_kernel_metadata",
+    "TensorBox", "V", "ValueRanges", "Where", "config", "equal", "fusion_reasons", "get_interface_for_device", "get_kernel_metadata",
     "get_scheduling_for_device", "hint", "lookup_backend", "lowerings", "make_fallback", "metrics", "multiple_of",
     "new_variable", "ops", "reorder_loops", "register_backend_for_device", "register_device_op_overrides", "register_interface_for_device",
     "register_lowering", "symbol_is_type", "sympy_index_symbol", "sympy_subs",

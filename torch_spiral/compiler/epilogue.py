@@ -105,13 +105,13 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
             if isinstance(step, str):
                 steps.append(step)
                 continue
-            kind, load = step
-            index = np.empty(count, np.int64)
-            index[place] = np.broadcast_to(_evaluate(load.args[0], leaves, _INTEGER), (count,))
-            strides = _strides(index.reshape(shape))
-            if strides is None or load.dtype != "f32":
-                return None
-            steps.append(Operand(kind, names.index(load.attr), strides, int(index[0])))
+            for kind, load in step:
+                index = np.empty(count, np.int64)
+                index[place] = np.broadcast_to(_evaluate(load.args[0], leaves, _INTEGER), (count,))
+                strides = _strides(index.reshape(shape))
+                if strides is None or load.dtype != "f32":
+                    return None
+                steps.append(Operand(kind, names.index(load.attr), strides, int(index[0])))
     except KeyError:
         return None
     return names.index(store.buffer), steps
@@ -123,6 +123,11 @@ def _strides(index: np.ndarray) -> tuple[int, int, int] | None:
     strides = tuple(int(index[tuple(int(d == e) for e in range(3))] - first) if index.shape[d] > 1 else 0 for d in range(3))
     b, m, n = (np.arange(s) * t for s, t in zip(index.shape, strides, strict=True))
     return strides if np.array_equal(index, first + b[:, None, None] + m[:, None] + n) else None
+
+
+def _terms(op: str, n: Node) -> list[Node]:
+    """What is added up, or multiplied, in n."""
+    return [t for a in n.args for t in _terms(op, a)] if n.op == op else [n]
 
 
 def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | None:
@@ -140,8 +145,9 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
             continue
         if n.op in ("add", "mul") and current in n.args:
             other = n.args[1] if n.args[0] is current else n.args[0]
-            if other.op == "load" and other is not current:
-                return n, (n.op, other)
+            terms = _terms(n.op, other)
+            if all(t.op == "load" and t is not current for t in terms):
+                return n, [(n.op, t) for t in terms]
         below = [x for x in ir.walk(ir.substitute(n, lambda x: ir.leaf("acc", current.dtype) if x is current else None))]
         if any(x.op == "load" or (x.op == "leaf" and x.attr != "acc") for x in below):
             continue

@@ -5,8 +5,8 @@ what it launches, and what the lowerings of the external operators in between la
 
 from __future__ import annotations
 
+import collections
 import functools
-import operator as python_operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from .. import lowering as low
 from ..kernels.kernel import Kernel
 from ..kernels.nest import TASK_ELEMENTS, fold_groups
-from .dtypes import DTYPES
 from ..lowering import Size, Tensor, cdiv, error_site, launch, maximum, product
+from . import attention
+from .dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,12 @@ def _aten(name: str, *args: Any) -> Any:
 OUT_EXTERNS = ("mm", "bmm", "addmm", "baddbmm")
 GLOBALS = {
     "empty": empty, "reinterpret_tensor": reinterpret, "extern_kernels": Externs(), "max": maximum, "min": low.minimum,
-    "product": matrix_product, "aten": aten,
+    "attention": attention.forward, "attention_backward": attention.backward, "product": matrix_product, "aten": aten,
 }  # fmt: skip
+
+
+recorded: collections.deque[Graph] = collections.deque(maxlen=256)
+"""The graphs recorded last, for explain() and tests."""
 
 
 class Graph:
@@ -160,6 +165,7 @@ class Graph:
 
     def __init__(self, name: str, body: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Sequence[Tensor]], outputs: int):
         self.name, self.body, self.outputs = name, body, outputs
+        self.kernels: tuple[str, ...] = ()
         if f"spiral::{name}" not in low.registered:
             low.operator(
                 f"{name}(Tensor[] inputs, Tensor(a!)[] written, int[] sizes, int[] classes) -> Tensor[]", slots=("sizes",)
@@ -169,7 +175,10 @@ class Graph:
     def _record(self, inputs: Any, written: Any, sizes: Any, classes: Any) -> Any:
         r = low.recorder()
         known = [Size(s._ref, r, s._hint, c) for s, c in zip(sizes, classes, strict=True)]
-        return tuple(self.body(inputs, written, known))
+        results = tuple(self.body(inputs, written, known))
+        self.kernels = tuple(r.kernels)
+        recorded.append(self)
+        return results
 
     def __call__(self, inputs: Sequence[torch.Tensor], written: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
         if not inputs and not written:
@@ -190,4 +199,4 @@ def size_class(n: int) -> int:
     return 2 + (n.bit_length() - 1) * 3 + (2 if n % 16 == 0 else 1 if n % 4 == 0 else 0)
 
 
-__all__ = ["GLOBALS", "OUT_EXTERNS", "Fused", "Graph", "Kernel", "empty", "python_operator", "reinterpret"]
+__all__ = ["GLOBALS", "OUT_EXTERNS", "Fused", "Graph", "Kernel", "empty", "recorded", "reinterpret"]

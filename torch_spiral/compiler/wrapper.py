@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import hashlib
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import lowering as low
-from . import compat
+from . import attention, compat
 from .compat import V
 from .epilogue import Operand, match
 from .loops import Built, Program
@@ -20,6 +21,19 @@ from .ops import dtype_name
 from .runtime import OUT_EXTERNS
 
 SIZE = re.compile(r"^(s|u|ps|z)\d+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A fused kernel, for explain()."""
+
+    name: str
+    kernel: Any
+    program: Program
+    origins: str
+
+
+reports: collections.deque[Report] = collections.deque(maxlen=1024)
 
 
 def _loaded(tree: ast.AST) -> list[str]:
@@ -83,6 +97,7 @@ class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
         self.fused[name] = (kernel.name, tuple(launch["buffers"].index(b) for b in launch["written"]))
         self.fused_origins[name] = origins
         self.programs[name] = program
+        reports.append(Report(name, kernel, program, origins))
 
     def make_allocation(self, name: str, device: torch.device, dtype: torch.dtype, shape: Any, stride: Any,
                         allocation_shape: Any = None, is_pinned: bool = False) -> str:  # fmt: skip
@@ -235,7 +250,7 @@ class _Cutter:
             if found is None:
                 return False
             name, node = found
-            if name.startswith("aten("):
+            if name.startswith(("aten(", "attention")):
                 return True
             if name == "empty":
                 return True
@@ -251,6 +266,8 @@ class _Cutter:
         dotted = re.fullmatch(r"(?:torch\.ops\.)?aten\.(\w+)\.(\w+)", name)
         if dotted is None:
             return False
+        if dotted[1] in (attention.NAME, attention.NAME + "_backward"):
+            return self._attention(dotted[1] != attention.NAME, node)
         full = dotted[1] if dotted[2] == "default" else f"{dotted[1]}.{dotted[2]}"
         if low.registered.get(full) != "lowering" or full in low.exact_arguments:
             return False
@@ -281,6 +298,16 @@ class _Cutter:
 
     def _plain(self, node: ast.Call) -> bool:
         """Whether a product takes what its lowering takes: floats, on this device."""
+        return True
+
+    def _attention(self, backward: bool, node: ast.Call) -> bool:
+        found = [_shape(a) for a in node.args[: 4 if backward else 3]]
+        dtypes = [dtype_name(V.graph.get_dtype(_root(a))) for a in node.args[: 4 if backward else 3]]
+        keywords = attention.plan(backward, node, found, dtypes)
+        if keywords is None:
+            return False
+        node.func = ast.Name("attention_backward" if backward else "attention", ast.Load())
+        node.keywords = [ast.keyword(k, ast.parse(repr(v), mode="eval").body) for k, v in keywords.items()]
         return True
 
     # ---- one graph ------------------------------------------------------------------------------------------------------
@@ -363,7 +390,7 @@ class _Cutter:
             lines.append(f"    ({', '.join(write)},) = written")
         if sizes:
             lines.append(f"    ({', '.join(sizes)},) = sizes")
-        text = [re.sub(r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
+        text = [re.sub(r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten|attention|attention_backward)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
         lines += [f"    {line}" for line in text]
         lines.append(f"    return ({''.join(f'{r}, ' for r in roots)})")
         digest = hashlib.sha256("\n".join([*lines[1:], *(self.wrapper.fused[n][0] for n in self._kernels(stretch))]).encode())
@@ -432,6 +459,17 @@ def _sizes(name: str) -> list[int] | None:
         return None
     sizes = buffer.get_size()
     return [int(s) for s in sizes] if all(getattr(s, "is_Integer", isinstance(s, int)) for s in sizes) else None
+
+
+def _shape(e: ast.AST) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides of an argument, where they are numbers."""
+    if isinstance(e, ast.Call):
+        return tuple(map(list, (ast.literal_eval(a) for a in e.args[1:3]))) if all(map(_literal, e.args[1:3])) else None  # type: ignore[return-value]
+    sizes = _sizes(e.id) if isinstance(e, ast.Name) else None
+    layout = V.graph.try_get_buffer(e.id).get_layout() if sizes is not None else None  # type: ignore[attr-defined]
+    if layout is None or not all(getattr(s, "is_Integer", isinstance(s, int)) for s in layout.stride):
+        return None
+    return sizes, [int(s) for s in layout.stride]  # type: ignore[return-value]
 
 
 def _natural(name: str) -> tuple[str, int]:

@@ -1,0 +1,91 @@
+"""Fused attention inside a graph: what csrc/aten/attention.cpp does around the lowering, for sizes known when the graph is compiled."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .. import lowering as low
+
+NAME = "_scaled_dot_product_fused_attention_overrideable"
+MAX_HEAD = 256
+Shape = tuple[Sequence[int], Sequence[int]]  # sizes, strides
+
+
+def plan(backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str]) -> dict[str, Any] | None:
+    """Keyword arguments of forward() or backward() below for a call of the operator, or None where C++ must look at it. shapes and
+    dtypes: of the operator's first arguments, (g,) q, k, v."""
+    if any(s is None for s in shapes) or len(set(dtypes)) != 1 or dtypes[0] not in ("f32", "f16", "bf16"):
+        return None
+    known = [s for s in shapes if s is not None]
+    q, k, v = known[-3:]
+    if any(len(sizes) != 4 or strides[3] != 1 or 0 in sizes for sizes, strides in known):
+        return None
+    (_, heads, queries, d), (_, kv_heads, keys, head_v) = q[0], (*k[0][:3], v[0][3])
+    if max(d, head_v) > MAX_HEAD or heads % kv_heads or (queries == 1 and kv_heads != heads):
+        return None
+
+    def argument(index: int, name: str, default: Any) -> Any:
+        found = node.args[index] if index < len(node.args) else next((k.value for k in node.keywords if k.arg == name), None)
+        return default if found is None else ast.literal_eval(found)
+
+    try:
+        at = (4, 12, 13) if backward else (3, 4, 5)
+        names = ("attn_bias", "dropout_p", "is_causal")
+        bias, dropout, causal = (argument(i, n, x) for i, n, x in zip(at, names, (None, 0.0, False), strict=True))
+        wanted = argument(5, "grad_input_mask", None) if backward else [False] * 4
+        scale = argument(16 if backward else 99, "scale", None)
+    except ValueError:
+        return None
+    if bias is not None or dropout or wanted[3]:
+        return None
+    tiles = q[0][0] * heads
+    split = queries <= 32 and keys >= 512 and tiles <= 128
+    return {
+        "causal": causal, "scale": scale if scale is not None else 1.0 / math.sqrt(d),
+        "classes": (
+            (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
+            min(queries.bit_length() - 1, 6), 256 >> (tiles.bit_length() - 1) if split else 1,
+        ),
+        "strides": [_dense(*s) for s in (known[1:] if backward else [(_output(q, head_v), q[1])])],
+        **({"wanted": wanted} if backward else {"head_v": head_v}),
+    }  # fmt: skip
+
+
+def _output(q: Shape, head_v: int) -> list[int]:
+    return [*q[0][:3], head_v]
+
+
+def _vectors(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    return sizes[3] % 4 == 0 and all(n <= 1 or s % 4 == 0 for n, s in zip(sizes[:3], strides[:3], strict=True))
+
+
+def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides in the order of `strides`, without holes."""
+    out, step = [0] * len(sizes), 1
+    for d in sorted(reversed(range(len(sizes))), key=lambda d: strides[d]):
+        out[d] = step
+        step *= sizes[d]
+    return out
+
+
+def forward(*args: Any, causal: bool, scale: float, classes: Any, strides: Any, head_v: int, **_: Any) -> Any:
+    """The operator's results on handles. There is no random state without dropout, but its callers want tensors."""
+    q, k, v = args[:3]
+    out = low.empty((*q.sizes[:3], head_v), q.dtype, strides[0])
+    lse = low.empty(q.sizes[:3], "f32")
+    low.lowerings[NAME](q, k, v, None, causal, low.recorder().lift(float(scale)), *classes, out, lse)
+    return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
+
+
+def backward(*args: Any, causal: bool, scale: float, classes: Any, strides: Any, wanted: Sequence[bool], **_: Any) -> Any:
+    g, q, k, v = args[:4]
+    out, lse = args[6:8]
+    dq = low.empty(q.sizes, q.dtype, strides[0]) if wanted[0] else None
+    dk, dv = (low.empty(x.sizes, x.dtype, s) if wanted[1] or wanted[2] else None for x, s in ((k, strides[1]), (v, strides[2])))
+    low.lowerings[f"{NAME}_backward"](
+        g, q, k, v, None, out, lse, causal, low.recorder().lift(float(scale)), *classes, dq, dk, dv, None
+    )
+    return dq, dk, dv, None
