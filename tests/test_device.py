@@ -1,5 +1,6 @@
 """Devices: which there are, which is current, what PyTorch's own interfaces say of them, and how a process ends."""
 
+import warnings
 import os
 import subprocess
 import sys
@@ -249,3 +250,30 @@ def test_a_reported_error_is_raised_once(device):
         torch.spiral.synchronize()
     torch.spiral.synchronize()
     assert x.cpu().tolist() == list(range(10))
+
+
+def test_moving_a_module_keeps_its_parameters(device):
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    weight, optimizer = first.weight, torch.optim.SGD(model.parameters(), 0.5)
+    model.to(device)
+    assert first.weight is weight and second.weight is weight and weight.device.type == "spiral"
+    before = weight.detach().cpu()
+    model(torch.ones(2, 3, device=device)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight.detach().cpu(), before)
+    model.cpu()
+    assert first.weight is weight and weight.device.type == "cpu"
+
+
+def test_moving_a_module_that_a_graph_holds_keeps_ties(device):
+    first, second = torch.nn.Linear(3, 3).double(), torch.nn.Linear(3, 3).double()
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    held = model(torch.ones(2, 3, dtype=torch.double))
+    model.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.to(device)
+    assert first.weight is second.weight and first.weight.device.type == "spiral" and held.requires_grad

@@ -19,6 +19,7 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,28 @@ def _keep_parameters() -> None:
         except Exception:  # whatever fn is, it is not a move
             there = ""
         if ("spiral" in here | {there}) and here | {there} != {"spiral"}:
+            ties: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+            for module in self.modules():
+                for name, p in module._parameters.items():
+                    ties.setdefault(id(p), []).append((module, name))
             torch.__future__.set_swap_module_params_on_conversion(True)
             try:
                 return apply(self, fn, recurse)
+            except RuntimeError as error:
+                if "Couldn't swap" not in str(error):
+                    raise
             finally:
                 torch.__future__.set_swap_module_params_on_conversion(False)
+            warnings.warn(
+                "parameters of the module are in use by a live autograd graph, so the moved module gets new ones: "
+                "make optimizers after the move",
+                stacklevel=3,
+            )
+            apply(self, fn, recurse)
+            for places in ties.values():
+                for module, name in places[1:]:
+                    module._parameters[name] = places[0][0]._parameters[places[0][1]]
+            return self
         return apply(self, fn, recurse)
 
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]

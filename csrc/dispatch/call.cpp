@@ -99,6 +99,8 @@ void Call::operand(const at::Tensor& t, bool written) {
   void* data = empty ? nullptr : written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
   const void* storage = t.unsafeGetTensorImpl()->unsafe_storage().data();
 
+  const bool channels_last = (ndim == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+                             (ndim == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
   // Which earlier operand shares its storage (1 + number, 0: none).
   uint64_t shares = 0;
   for (size_t i = 0; i < operands_.size() && i < 16; ++i) {
@@ -112,7 +114,7 @@ void Call::operand(const at::Tensor& t, bool written) {
                                 ? 0xff
                                 : static_cast<uint8_t>(impl->dtype().toScalarType())) |
       static_cast<uint64_t>(ndim) << 8 | static_cast<uint64_t>(written) << 24 | static_cast<uint64_t>(t.is_conj()) << 25 |
-      static_cast<uint64_t>(t.is_neg()) << 26 | static_cast<uint64_t>(aligned16(data)) << 27 | shares << 32 |
+      static_cast<uint64_t>(t.is_neg()) << 26 | static_cast<uint64_t>(aligned16(data)) << 27 | static_cast<uint64_t>(channels_last) << 28 | shares << 32 |
       static_cast<uint64_t>(Kind::Tensor) << 56);
 
   arg(Kind::Tensor, operands_.size());

@@ -772,7 +772,7 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
       auto adapter = std::make_unique<OpenCLAdapter>();
       adapter->properties = query_properties(*api, device);
       // Of the options that trade accuracy for speed only the contraction of a*b+c: NaN, infinities and signed zeros stay.
-      std::string options = "-cl-std=CL1.2 -cl-mad-enable";
+      std::string options = "-cl-std=CL1.2 -cl-mad-enable -w";  // -w: some compilers print warnings on the terminal
       if (device_value<cl_bitfield>(*api, device, CL_DEVICE_SINGLE_FP_CONFIG) & CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT) {
         // The default, 2.5 ulp, makes floor(6 / 3) 1 on some devices.
         options += " -cl-fp32-correctly-rounded-divide-sqrt";

@@ -27,6 +27,22 @@ from .ir import Complex, Node, Operators
 from .kernel import COMPUTE, DTYPES, Kernel, Target, Unsupported, compute_dtype
 
 
+# Words of WGSL and OpenCL C that someone may well call a buffer.
+RESERVED = frozenset(
+    "as async await auto become case char class const constexpr continue default delete demote do double enum export extends extern "
+    "filter final float for from get goto global half handle if impl implements import inline instanceof int interface is kernel layout "
+    "let local long loop macro match meta mod module move mut namespace new nil null of operator out override package packed pass "
+    "patch pixelfragment precise precision premerge priv private protected pub public read ref regardless register reinterpret_cast "
+    "require resource restrict return self set shared short signed sizeof smooth snorm static std struct subroutine super switch "
+    "target template this throw trait true try type typedef typename union unless unorm unsafe unsigned use using var virtual void "
+    "volatile while with write yield".split()
+)
+
+
+def _safe(name: str) -> str:
+    return f"{name}_" if name in RESERVED else name
+
+
 class Var(Operators):
     """A mutable variable; in an expression, its value at that point of the program. Made by KernelBuilder.var."""
 
@@ -215,16 +231,16 @@ class KernelBuilder:
     def buffer(self, name: str, dtype: str, mode: str = "r", windows: int = 1) -> Buffer:
         """The next buffer argument. dtype: storage dtype. mode: "r", "w", "rw", or "a" (atomics, and loads and stores).
         windows: bindings it takes, where it is larger than target.max_binding (WGSL)."""
-        decl = BufferDecl(name, dtype, mode, windows if self.target.language == "wgsl" else 1)
+        decl = BufferDecl(_safe(name), dtype, mode, windows if self.target.language == "wgsl" else 1)
         self.buffers.append(decl)
         return Buffer(self, decl)
 
     def scalar(self, name: str, type: str) -> Node:
         """The next scalar argument: i32, u32, f32, i64 or f64. 64-bit scalars travel first (Kernel.scalars tells the
         order)."""
-        decl = ScalarDecl(name, type)
+        decl = ScalarDecl(_safe(name), type)
         self.scalars.append(decl)
-        return Node("tmp", type, attr=name)
+        return Node("tmp", type, attr=decl.name)
 
     def shared(self, dtype: str, size: int) -> Shared:
         """Workgroup memory: `size` elements of a compute dtype."""
