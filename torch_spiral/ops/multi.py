@@ -55,7 +55,8 @@ def map_rows(
     element for all rows. guard: nothing is written where this tensor of one element is not 0. flag: a tensor of one element that becomes
     1 where the last of function's results, a condition, holds for any element. name must say what function and
     prepare compute, and both must live as long as the module."""
-    rows = [row for row in rows if not any(o.tensor.is_empty for o in row)]
+    kept = [i for i, row in enumerate(rows) if not any(o.tensor.is_empty for o in row)]
+    rows, row_values = [rows[i] for i in kept], [row_values[i] for i in kept] if row_values else ()
     if not rows:
         return
     after: list[tuple[Tensor, Tensor]] = []
