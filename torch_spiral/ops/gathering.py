@@ -54,8 +54,8 @@ class Element:
         if not counts:
             body(_index)
         elif isinstance(counts[0], int):
-            for i in range(counts[0]):
-                self.loop(counts[1:], body, (*_index, ir.const(i, "i32")))
+            for unrolled in range(counts[0]):
+                self.loop(counts[1:], body, (*_index, ir.const(unrolled, "i32")))
         else:
             with self.k.For(ir.const(0, "i32"), counts[0]) as i:
                 self.loop(counts[1:], body, (*_index, i))
@@ -83,7 +83,8 @@ def gather(body: Callable[..., Any], outs: Sequence[Tensor], ins: Mapping[str, T
     dense = not channels_last and all(x.is_contiguous for x in outs)
     modes = modes or {}
     typed = {n: v if isinstance(v, tuple) else ("i32", v) for n, v in (scalars or {}).items()}
-    outs_key, strides = [], []
+    outs_key: list[tuple[str, Any]] = []
+    strides: list[Any] = []
     for x in outs:
         if dense:
             outs_key.append((x.dtype, "dense"))
@@ -98,7 +99,7 @@ def gather(body: Callable[..., Any], outs: Sequence[Tensor], ins: Mapping[str, T
         classes = tuple(_class(x, d) for d in range(x.ndim))
         ins_key.append((name, x.dtype, modes.get(name, "r"), x.windows, classes))
         ins_strides += [s for s, c in zip(x.strides, classes) if c == "s"]
-    built = build(
+    built: Any = build(
         _kernel, body, tuple(static), order, tuple(outs_key), tuple(ins_key), tuple((n, t) for n, (t, _) in typed.items()),
         scalar_elements,
     )  # fmt: skip
@@ -112,7 +113,7 @@ def _class(x: Tensor, d: int) -> str:
 
 
 def _kernel(target: Target, body: Callable[..., Any], static: tuple, order: tuple[int, ...], outs: tuple, ins: tuple,
-            scalars: tuple, scalar_elements: bool) -> nest.Nest:  # fmt: skip
+            scalars: tuple, scalar_elements: bool) -> Any:  # fmt: skip
     stride_names = [(name, d) for name, _, _, _, classes in ins for d, c in enumerate(classes) if c == "s"]
 
     def expression(context: nest.Context, *args: Any) -> Any:

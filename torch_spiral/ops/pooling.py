@@ -80,6 +80,7 @@ def _last(e: Element, n: int, o: Sequence[Any]) -> list[Any]:
 def _window(e: Element, n: int, kind: str, o: Sequence[Any], body: Any) -> None:
     """body(coordinates in the input, whether each is inside) for the taps of window o."""
     first, sizes = _first(e, n, kind, o), e.list("in", n)
+    dilation: list[Any]
     if kind == "fixed":
         counts, dilation = e.list("kernel", n), e.list("dilation", n)
     else:

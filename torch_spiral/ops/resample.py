@@ -336,7 +336,7 @@ def _grid_taps(e: Element, mode: int, padding: int, align: bool, x: Any, size: A
     if mode == BILINEAR:
         return [tap(first, 1.0 - t, -factor), tap(first + 1, t, factor)]
     a = -0.75
-    derivatives = []
+    derivatives: list[Any] = []
     for d, sign in ((t + 1.0, 1.0), (t, 1.0), (1.0 - t, -1.0), (2.0 - t, -1.0)):
         near = len(derivatives) in (1, 2)
         value = (3.0 * (a + 2.0) * d - 2.0 * (a + 3.0)) * d if near else (3.0 * a * d - 10.0 * a) * d + 8.0 * a
@@ -443,8 +443,8 @@ def _sample_backward(
 ) -> tuple[Tensor | None, Tensor]:
     _check_grid(n, x, grid, mode)
     grad_grid = empty(grid.sizes, grid.dtype)
-    grad_input = None
-    accumulator = grad_input
+    grad_input: Tensor | None = None
+    accumulator: Tensor | None = None
     if mask[0]:
         grad_input = empty(x.sizes, x.dtype)
         compute = DTYPES[x.dtype].compute
@@ -460,7 +460,7 @@ def _sample_backward(
             _grid_sampler_backward, [], ins, scalars, (n, mode, padding, align, bool(mask[0])), shape=grid.sizes[:-1], modes=modes,
             scalar_elements=True,
         )  # fmt: skip
-    if grad_input is not None and accumulator is not grad_input:
+    if grad_input is not None and accumulator is not None and accumulator is not grad_input:
         copy_to(grad_input, accumulator)
     return grad_input, grad_grid
 
