@@ -112,8 +112,8 @@ def apply(
 
 # ---- functions of one list -------------------------------------------------------------------------------------------
 
-FLOATING = "acos asin atan cos cosh erf erfc exp expm1 lgamma log log10 log1p log2 reciprocal rsqrt sigmoid sin sinh sqrt tan tanh".split()
-ANY = "abs ceil floor frac neg round sign trunc".split()
+FLOATING = ["acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "expm1", "lgamma", "log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh"]
+ANY = ["abs", "ceil", "floor", "frac", "neg", "round", "sign", "trunc"]
 
 
 def _define_unary(op: str) -> None:
@@ -232,7 +232,7 @@ def _define_binary(op: str, in_place: bool) -> None:
         if other.dim() or other.numel() != 1:
             raise RuntimeError(f"scalar tensor expected to be 0 dim but it has {other.dim()} dimensions and {other.numel()} elements.")
         if other.device.type == "cpu" and not alpha:
-            return getattr(getattr(torch.ops.aten, name), "Scalar")(tensors, other.item())
+            return getattr(torch.ops.aten, name).Scalar(tensors, other.item())
         own = getattr(torch.ops.spiral, name[1:])
         return own(tensors, other.to(tensors[0].device), *alpha.values())
 
@@ -256,7 +256,7 @@ def _define_ternary(op: str, in_place: bool) -> None:
         if scalars.dim() != 1 or len(scalars) != len(a):
             raise RuntimeError("Expected length of scalars to match input of length "
                                f"{len(a)} but got {scalars.numel()} instead.")  # fmt: skip
-        return getattr(getattr(torch.ops.aten, name), "ScalarList")(a, b, c, scalars.tolist())
+        return getattr(torch.ops.aten, name).ScalarList(a, b, c, scalars.tolist())
 
 
 def _define_lerp(in_place: bool) -> None:

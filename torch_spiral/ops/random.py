@@ -30,8 +30,22 @@ from ..kernels.ir import where
 from ..kernels.kernel import DTYPES, Kernel, Target, compute_dtype
 from ..kernels.nest import SIMT_WORKGROUP, fold_groups
 from ..lowering import (
-    Iter, Tensor, build, cdiv, check, composite, empty, empty_like, eq, float_function, is_zero, launch, le, lowering, philox, structured,
-    stub, target, to_int,
+    Iter,
+    Tensor,
+    build,
+    cdiv,
+    check,
+    composite,
+    empty,
+    eq,
+    float_function,
+    launch,
+    le,
+    lowering,
+    philox,
+    stub,
+    target,
+    to_int,
 )  # fmt: skip
 from ..lowering import where as select
 from .common import broadcast, contiguous, copy_to, fill, map_tensors
