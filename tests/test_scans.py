@@ -41,7 +41,7 @@ def test_distances(device, p):
         return torch.cdist(a, b, p, compute_mode="donot_use_mm_for_euclid_dist")
 
     for g, xs in ((f, (a, b)), (lambda x: F.pdist(x, p), (a[0],))):
-        wants, gots = ([x.to(d).requires_grad_() for x in xs] for d in ("cpu", device))
+        wants, gots = ([x.detach().clone().to(d).requires_grad_() for x in xs] for d in ("cpu", device))
         want, got = g(*wants), g(*gots)
         torch.testing.assert_close(got.detach().cpu(), want.detach(), rtol=1e-4, atol=1e-5)
         want.sum().backward()
