@@ -58,10 +58,12 @@ Number = Union["Sym", int, float]
 class Sym:
     """A number of the call: a slot, a constant, or an expression over them. kind is "i" (int64) or "f" (double)."""
 
-    __slots__ = ("_ref", "kind", "_recorder", "_hint")
+    __slots__ = ("_ref", "kind", "_recorder", "_hint", "factor")
 
     def __init__(self, ref: tuple[str, int], kind: str, recorder: Recorder, hint: int | float):
         self._ref, self.kind, self._recorder, self._hint = ref, kind, recorder, hint
+        self.factor = 1
+        """A power of two up to 16 that divides it in every call of the plan."""
 
     def __bool__(self) -> bool:
         raise TypeError("a Sym has no value while a plan is recorded: branch on size classes (is_one, bucket …) or use where()")
@@ -125,6 +127,7 @@ class Size(Sym):
     def __init__(self, ref: tuple[str, int], recorder: Recorder, hint: int, size_class: int):
         super().__init__(ref, "i", recorder, hint)
         self._class = size_class
+        self.factor = 16 if size_class == 0 else 1 if size_class == 1 else (1, 4, 16)[(size_class - 2) % 3]
 
     @property
     def is_zero(self) -> bool:
@@ -153,6 +156,7 @@ class Stride(Sym):
     def __init__(self, ref: tuple[str, int], recorder: Recorder, hint: int, stride_class: int):
         super().__init__(ref, "i", recorder, hint)
         self._class, self._divisor = stride_class & 3, (1, 4, 16)[stride_class >> 2]
+        self.factor = 16 if self._class == 0 else self._divisor
 
     @property
     def is_zero(self) -> bool:
@@ -344,7 +348,8 @@ def contiguous_strides(sizes: Sequence[Any]) -> tuple[Any, ...]:
         strides.append(dense)
         dense = dense * size
         if isinstance(dense, Sym):
-            dense = _Dense(dense._ref, "i", dense._recorder, dense._hint)
+            factor, dense = dense.factor, _Dense(dense._ref, "i", dense._recorder, dense._hint)
+            dense.factor = factor
     return tuple(reversed(strides))
 
 
@@ -379,7 +384,9 @@ class Recorder:
         key = (kind, bits)
         if key not in self.constant_numbers:
             self.constants.append(bits)
-            self.constant_numbers[key] = Sym(("c", len(self.constants) - 1), kind, self, value)
+            sym = self.constant_numbers[key] = Sym(("c", len(self.constants) - 1), kind, self, value)
+            if kind == "i":
+                sym.factor = min(bits & -bits or 16, 16)
         return self.constant_numbers[key]
 
     def slot(self, index: int, kind: str = "i") -> Sym:
@@ -398,6 +405,10 @@ class Recorder:
         if code == "Select":
             kind = args[1].kind
         sym = Sym(("e", len(self.exprs) - 1), kind, self, _evaluate(code, [a._hint for a in args]))
+        if code == "Mul":
+            sym.factor = min(args[0].factor * args[1].factor, 16)
+        elif code in ("Add", "Sub", "Min", "Max"):
+            sym.factor = min(args[0].factor, args[1].factor)
         self.expr_numbers[key] = sym
         return sym
 
@@ -771,7 +782,8 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
             words.append((WORDS[offset], len(buffers)))
         ordered = [v for types in (True, False) for k, v in zip(kernel.scalars, scalars) if (k in wide) == types]
         divisible = tuple((i, 16) for i, b in enumerate(buffers) if b.offset is None and b.flags >> 27 & 1)
-        divisible += tuple((i, by) for i, v in enumerate(ordered, len(words)) for by in (16, 4) if _multiple(v, by))
+        factors = ((i, r.lift(v)) for i, v in enumerate(ordered, len(words)))
+        divisible += tuple((i, v.factor) for i, v in factors if v.kind == "i" and v.factor > 1)
     for types in (wide, ("i32", "u32", "f32")):
         for kind, value in zip(kernel.scalars, scalars):
             if kind in types:
@@ -782,13 +794,6 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     compiled = _compiled(r.device, kernel, divisible)
     r.kernels.append(kernel.name)
     r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid])
-
-
-def _multiple(n: Number, by: int) -> bool:
-    """Whether 16 divides n, or for by = 4, whether 4 does and 16 is not known to; from the key, so of sizes and strides only."""
-    if not isinstance(n, Size | Stride):
-        return False
-    return divisible_by(n, by) and (by == 16 or not divisible_by(n, 16))
 
 
 def fill_bytes(x: Tensor, value: int) -> None:

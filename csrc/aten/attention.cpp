@@ -117,7 +117,8 @@ struct Problem {
     auto head_class = [](int64_t head) { return (head + 31) / 32 * 32; };
     call.value(head_class(q.size(3)));
     call.value(head_class(v.size(3)));
-    call.value(vec);
+    // 2: the heads are as wide as their classes, too.
+    call.value(int64_t{vec} << int{q.size(3) % 32 == 0 && v.size(3) % 32 == 0});
     call.value(std::min<int64_t>(c10::llvm::Log2_64(q.size(2)), 6));
     // Few queries and many keys: the keys are dealt to several workgroups, about 256 in all.
     const uint64_t tiles = static_cast<uint64_t>(q.size(0) * q.size(1));

@@ -495,7 +495,8 @@ class TritonBuilder(KernelBuilder):
             with e.block(f"for {j} in range(0, {longest}):"):
                 e.line(f"{turn.name} = ({j} < {trips}){live.token('c')}")
                 e.line(f"{name} = {e.value(first)} + tl.full([], {j}, {TYPES[dtype]}) * {e.value(by)}")
-                e.varying.add(name)
+                if e.varies(first) or e.varies(by):
+                    e.varying.add(name)
                 with self._loop(live, turn):
                     yield Node("tmp", dtype, attr=name)
             return

@@ -1,7 +1,8 @@
 """Scaled dot product attention, forward and backward, by the fused kernels of the target's schedule class.
 
 csrc/aten/attention.cpp decides which calls come here, makes the outputs and hands over what kernels are chosen by:
-head_class, head_v_class (multiples of 32), vec (sizes and strides divisible by 4), rows (floor(log2(queries)), at most 6) and
+head_class, head_v_class (multiples of 32), vec (1: sizes and strides divisible by 4, 2: and heads as wide as
+their classes, else 0), rows (floor(log2(queries)), at most 6) and
 splits (1, or how many workgroups the keys of few queries are dealt to). Sizes are arguments of the kernels: no plan or kernel
 depends on how long a sequence is.
 """
@@ -25,7 +26,7 @@ def _bht(*tensors: Tensor) -> list[Any]:
 
 @structured("_scaled_dot_product_fused_attention_overrideable", coarse=True)
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: int,
     rows: int, splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """out = softmax(scale * q k^T + mask) v, and the logsumexp of the scores (natural logarithm, float32).
@@ -35,7 +36,7 @@ def forward(
     if target().schedule_class == "vector":
         _vector_forward(q, k, v, mask, causal, scale, rows, out, lse)
     elif target().schedule_class == "block":
-        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, rows, out, lse)
+        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, out, lse)
     else:
         _simt_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
 
@@ -43,7 +44,7 @@ def forward(
 @structured("_scaled_dot_product_fused_attention_overrideable_backward", coarse=True)
 def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head_class: int, head_v_class: int, vec: bool, rows: int, splits: int,
+    head_class: int, head_v_class: int, vec: int, rows: int, splits: int,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of forward() for g, the gradient of out. dk and dv come together; ds [B, H, Tq, Tk] (float32, contiguous), the
@@ -53,7 +54,7 @@ def backward(
     if target().schedule_class == "vector":
         _vector_backward(g, q, k, v, mask, out, lse, causal, scale, dq, dk, dv, ds)
     elif target().schedule_class == "block":
-        _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, dq, dk, dv, ds)
+        _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, dq, dk, dv, ds)
     else:
         _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
 
@@ -125,9 +126,9 @@ def _vector_backward(
 # ---- block: Triton ----------------------------------------------------------------------------------------------------
 
 
-def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int) -> tuple:
+def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, vec: int) -> tuple:
     precision = "" if q.dtype != "f32" else "tf32" if allow_tf32() else "ieee"
-    return q.dtype, head, head_v, mask.dtype if mask is not None else "", causal, precision
+    return q.dtype, head, head_v, vec == 2, mask.dtype if mask is not None else "", causal, precision
 
 
 def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, *tensors: Tensor) -> list[Any]:
@@ -137,12 +138,12 @@ def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 
 def _block_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head: int, head_v: int, rows: int, out: Tensor,
-    lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head: int, head_v: int, vec: int, rows: int,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
-    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v))
+    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec))
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
     launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups)
@@ -150,7 +151,7 @@ def _block_forward(
 
 def _block_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head: int, head_v: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+    head: int, head_v: int, vec: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     delta = empty((batch, heads, queries), "f32")
@@ -158,7 +159,7 @@ def _block_backward(
         build(block.delta, q.dtype, head_v), [g, out, delta], [*_bht(g, out), heads, queries, v.sizes[3]],
         block.groups(32, queries, batch * heads),
     )  # fmt: skip
-    key = _block_key(q, mask, causal, head, head_v)
+    key = _block_key(q, mask, causal, head, head_v, vec)
     buffers = [q, k, v, g, *([mask] if mask is not None else []), lse, delta]
     if dq is not None:
         s = block.backward_schedule(q.dtype, max(head, head_v), False)
@@ -183,14 +184,14 @@ def _common(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def _simt_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: int,
     rows: int, splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     t = target()
     batch, heads, queries, _ = q.sizes
     keys, head_v = k.sizes[2], v.sizes[3]
     s = simt.default_schedule(t, head_v_class, rows)
-    vec = vec and all(x.aligned(4) for x in (q, k, v))
+    vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
     masks = [mask] if mask is not None else []
     key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
     scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, out)]
@@ -212,14 +213,14 @@ def _simt_forward(
 
 def _simt_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head_class: int, head_v_class: int, vec: bool, rows: int,
+    head_class: int, head_v_class: int, vec: int, rows: int,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     t = target()
     batch, heads, queries, _ = q.sizes
     kv_heads, keys, head_v = k.sizes[1], k.sizes[2], v.sizes[3]
     s = simt.default_schedule(t, max(head_class, head_v_class), rows)
-    vec = vec and all(x.aligned(4) for x in (q, k, v, g))
+    vec = bool(vec) and all(x.aligned(4) for x in (q, k, v, g))
     delta = empty((batch, heads, queries), "f32")
     launch(
         build(simt.delta, q.dtype), [g, out, delta], [batch, heads, queries, head_v, *_bht(g, out)],

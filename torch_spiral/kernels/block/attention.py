@@ -97,13 +97,17 @@ def _precision(dtype: str, precision: str) -> str:
     return f", input_precision={precision!r}" if dtype == "f32" else ""
 
 
-def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str) -> Kernel:
-    """head, head_v: the dimensions' upper bounds. Buffers: q, k, v, (mask), out, lse [B, H, Tq] (natural logarithm). Scalars:
+def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> Kernel:
+    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), out, lse [B, H, Tq] (natural logarithm). Scalars:
     _names("q k v out"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
-    in_d, in_v = "(rd[{}] < head)", "(rv[None, :] < head_v)"
+    in_d = "" if exact and head == d else "(rd[{}] < head)"
+    in_v = "" if exact and head_v == dv else "(rv[None, :] < head_v)"
+
+    # Where nothing is added to the scores, their scale is part of the exponential; it is made positive for that.
+    fold = not mask
 
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
@@ -111,10 +115,10 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mas
             f"x = j + tl.arange(0, {s.keys})",
             f"kt = tl.load(k_base + rd[:, None] + x[None, :].to(tl.int64) * k_t{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
-            *_score(mask, causal, "rq", "x", edge=edge),
-            "m_new = tl.maximum(m_i, tl.max(s, 1))",
+            *_score(mask, causal, "rq", "x", edge=edge)[fold:],
+            f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
             "m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)",
-            "p = tl.math.exp2(s - m_safe[:, None])",
+            f"p = tl.math.exp2(s{' * scale2' * fold} - m_safe[:, None])",
             "alpha = tl.math.exp2(m_i - m_safe)",
             "l_i = l_i * alpha + tl.sum(p, 1)",
             "acc = acc * alpha[:, None]",
@@ -136,6 +140,7 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mas
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
+        *(["q_tile = tl.where(scale < 0, -q_tile, q_tile)", "scale2 = tl.maximum(tl.abs(scale2), 1e-30)"] if fold else []),
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
         f"l_i = tl.zeros([{s.queries}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
@@ -152,7 +157,7 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mas
         "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"attention_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}_{s}"
+    name = f"attention_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
     buffers = [("q", dtype), ("k", dtype), ("v", dtype), *([("mask", mask)] if mask else []), ("out", dtype), ("lse", "f32")]
     return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
 
@@ -178,12 +183,14 @@ def delta(target: Target, dtype: str, head_v: int) -> Kernel:
 
 
 def backward_query(
-    target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str, scores: bool
+    target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str, scores: bool
 ) -> Kernel:
     """dq, and with `scores` the gradient of the scores ds [B, H, Tq, Tk] (contiguous, float32). Buffers: q, k, v, g, (mask),
     lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
+    in_d = "" if exact and head == d else " & (rd[None, :] < head)"
+    in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     lines = [
         *_place("queries", s.queries, reverse=causal),
@@ -196,8 +203,8 @@ def backward_query(
         "v_base = v + b * v_b + hk * v_h",
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "in_q = rq[:, None] < queries",
-        "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q & (rd[None, :] < head), other=0)",
-        "g_tile = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q & (rv[None, :] < head_v), other=0)",
+        f"q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
+        f"g_tile = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q{in_v}, other=0)",
         "row = bh.to(tl.int64) * queries + rq",
         f"log = tl.load(lse + row, mask=rq < queries, other=0) * {LOG2E}",
         "log = tl.where(log == float('-inf'), 0.0, log)",
@@ -207,8 +214,8 @@ def backward_query(
         f"for j in range(0, last, {s.keys}):",
         f"    x = j + tl.arange(0, {s.keys})",
         "    in_k = x[:, None] < keys",
-        "    kt = tl.load(k_base + x[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k & (rd[None, :] < head), other=0)",
-        "    vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k & (rv[None, :] < head_v), other=0)",
+        f"    kt = tl.load(k_base + x[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k{in_d}, other=0)",
+        f"    vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
         f"    s = tl.dot(q_tile, tl.trans(kt){ip})",
         *("    " + t for t in _score(mask, causal, "rq", "x")),
         "    p = tl.math.exp2(s - log[:, None])",
@@ -220,17 +227,19 @@ def backward_query(
         "tl.store(dq + b * dq_b + h * dq_h + rq[:, None].to(tl.int64) * dq_t + rd[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=in_q & (rd[None, :] < head))",
     ]  # fmt: skip
-    name = f"attention_backward_query_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}{'_ds' if scores else ''}_{s}"
+    name = f"attention_backward_query_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}{'_ds' if scores else ''}_{s}"
     buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
     buffers += [("delta", "f32"), ("dq", dtype), *([("ds_out", "f32")] if scores else [])]
     return template(name, buffers, _names("q k v g dq", mask), "\n".join(lines), s.warps, s.stages)
 
 
-def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, precision: str) -> Kernel:
+def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> Kernel:
     """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), lse, delta, dk, dv. Scalars:
     _names("q k v g dk dv"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
+    in_d = "" if exact and head == d else " & (rd[None, :] < head)"
+    in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     first = f"(start // {s.queries}) * {s.queries}" if causal else "0"
     lines = [
@@ -241,8 +250,8 @@ def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int
         f"rv = tl.arange(0, {dv})",
         f"scale2 = scale * {LOG2E}",
         "in_k = rk[:, None] < keys",
-        "kt = tl.load(k + b * k_b + hk * k_h + rk[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k & (rd[None, :] < head), other=0)",
-        "vt = tl.load(v + b * v_b + hk * v_h + rk[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k & (rv[None, :] < head_v), other=0)",
+        f"kt = tl.load(k + b * k_b + hk * k_h + rk[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k{in_d}, other=0)",
+        f"vt = tl.load(v + b * v_b + hk * v_h + rk[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
         f"dk_acc = tl.zeros([{s.keys}, {d}], tl.float32)",
         f"dv_acc = tl.zeros([{s.keys}, {dv}], tl.float32)",
         "for i in range(0, share):",
@@ -254,8 +263,8 @@ def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int
         f"    for j in range({first}, queries, {s.queries}):",
         f"        x = j + tl.arange(0, {s.queries})",
         "        in_q = x[:, None] < queries",
-        "        q_tile = tl.load(q_base + x[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q & (rd[None, :] < head), other=0)",
-        "        g_tile = tl.load(g_base + x[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q & (rv[None, :] < head_v), other=0)",
+        f"        q_tile = tl.load(q_base + x[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
+        f"        g_tile = tl.load(g_base + x[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q{in_v}, other=0)",
         f"        log = tl.load(lse + rows + x, mask=x < queries, other=0) * {LOG2E}",
         "        log = tl.where(log == float('-inf'), 0.0, log)",
         "        di = tl.load(delta + rows + x, mask=x < queries, other=0)",
@@ -273,7 +282,7 @@ def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int
         "tl.store(dv + b * dv_b + hk * dv_h + rk[:, None].to(tl.int64) * dv_t + rv[None, :], "
         f"dv_acc.to({STORAGE[dtype]}), mask=in_k & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"attention_backward_key_{dtype}_{head}_{head_v}_{mask}{'_causal' if causal else ''}{precision}_{s}"
+    name = f"attention_backward_key_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
     buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
     buffers += [("delta", "f32"), ("dk", dtype), ("dv", dtype)]
     return template(name, buffers, _names("q k v g dk dv", mask), "\n".join(lines), s.warps, s.stages)
