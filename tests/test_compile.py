@@ -1,0 +1,375 @@
+"""torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torch_spiral import _C
+from torch_spiral.compiler import explain
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def on(device, tree):
+    return tree_map_only(torch.Tensor, lambda t: t.to(device), tree)
+
+
+def check(device, f, *args, tolerance=1e-5, **options):
+    """f compiled against f eager on the CPU: dtypes, sizes, strides and values."""
+    expected = f(*tree_map_only(torch.Tensor, torch.clone, args))
+    got = torch.compile(f, backend="spiral", fullgraph=True, **options)(*on(device, args))
+    for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.numel() > 1:
+            assert a.stride() == b.stride()
+        torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance)
+
+
+def kernels(f, *args):
+    """Names of the kernels of one call; those that pack an operand, which is kept or belongs to the product, left out."""
+    with torch.no_grad():
+        graphs = explain(f, *args).graphs
+    return [k for graph in graphs for k in graph if "pack" not in k]
+
+
+# ---- values -------------------------------------------------------------------------------------------------------------
+
+
+def test_pointwise_of_mixed_dtypes(device):
+    def f(x):
+        i = (x * 10).to(torch.int64)
+        small = i.to(torch.int8) * 3
+        return i // 3, i % 7, i >> 1, small, small // 2, (i & 5) | 2, i.to(torch.uint8) + 200, torch.where(x > 0, i, -1), x.half() * 2
+
+    check(device, f, torch.randn(8, 100).clamp(-3, 3))
+
+
+def test_reductions(device):
+    def f(x):
+        return x.sum(), x.sum(0), x.mean(1), x.amax(0), x.argmax(-1), x.max(-1), (x > 2).any(), (x > -9).all(0), x.prod(1), x.var(0), x.logsumexp(1)
+
+    check(device, f, torch.randn(37, 53) + 0.1, tolerance=1e-4)
+
+
+def test_softmax_and_norms(device):
+    def f(x, w, b):
+        return x.softmax(-1), x.softmax(0), F.layer_norm(x, (64,), w, b), F.group_norm(x.view(2, 8, 2, 64), 4), x.log_softmax(1)
+
+    check(device, f, torch.randn(16, 64), torch.randn(64), torch.randn(64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_floats(device, dtype):
+    check(device, lambda x: (x.softmax(-1), x * 2 + 1, x.float().sum(1)), torch.randn(8, 100).to(dtype), tolerance=2e-2)
+
+
+def test_views_and_concatenation(device):
+    def f(x, y):
+        return torch.cat([x, y], 1) * 2, F.pad(x, (3, 5), value=2.0), x.t() + 1, x.flip(1), x.roll(2, -1), x[:, 3:9].reshape(-1), x.tril()
+
+    check(device, f, torch.randn(8, 100), torch.randn(8, 50))
+
+
+def test_indexing_and_scatter(device):
+    def f(w, i):
+        out = torch.zeros(10, 16, device=w.device).index_add_(0, i % 10, w[i])
+        return w[i] * 2, w[-1 - i], out, w.gather(1, i[:, None] % 16), F.embedding(i, w)
+
+    check(device, f, torch.randn(50, 16), torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3]))
+
+
+def test_an_index_out_of_bounds_raises_later(device):
+    f = torch.compile(lambda w, i: w[i] * 2, backend="spiral", fullgraph=True)
+    with pytest.raises(IndexError, match="index 12 is out of bounds for dimension with size 10"):
+        f(torch.randn(10, 4).to(device), torch.tensor([1, 12, 3]).to(device)).cpu()
+    assert f(torch.ones(10, 4).to(device), torch.tensor([1, 2, 3]).to(device)).sum().item() == 24
+
+
+def test_mutation(device):
+    def f(x):
+        x.add_(1)
+        x[2:4] *= 3
+        return x.sum(0)
+
+    x = torch.randn(8, 5)
+    xs = x.to(device)
+    got = torch.compile(f, backend="spiral", fullgraph=True)(xs)
+    torch.testing.assert_close(got.cpu(), f(x))
+    torch.testing.assert_close(xs.cpu(), x)
+
+
+def test_a_weight_written_in_the_graph_is_packed_again(device):
+    def f(x, w):
+        w.mul_(2)
+        return x @ w
+
+    x, w = torch.randn(8, 16), torch.randn(16, 24)
+    xs, ws = x.to(device), w.to(device)
+    g = torch.compile(f, backend="spiral", fullgraph=True)
+    for _ in range(4):
+        torch.testing.assert_close(g(xs, ws).cpu(), f(x, w), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [(8, 16, 24), (1, 16, 24), (5, 7, 3)])
+def test_products_with_epilogues(device, dims):
+    m, k, n = dims
+
+    def f(x, w, b, r):
+        return F.gelu(x @ w + b) + r, F.silu(F.linear(x, w.t(), b)) * r, (x @ w).relu(), torch.tanh(x @ w + b + r)
+
+    check(device, f, torch.randn(m, k), torch.randn(k, n), torch.randn(n), torch.randn(m, n))
+
+
+def test_an_epilogue_keeps_what_others_read(device):
+    def f(x, w):
+        y = x @ w
+        return y.relu(), y.t() @ y
+
+    check(device, f, torch.randn(6, 5), torch.randn(5, 4))
+
+
+def test_convolution(device):
+    m = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = m(x)
+    got = torch.compile(m.to(device), backend="spiral", fullgraph=True)(x.to(device))
+    torch.testing.assert_close(got.detach().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_from_its_decomposed_form(device):
+    def f(q, k, v):
+        return torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1) @ v
+
+    q, k, v = torch.randn(3, 2, 4, 16, 8)
+    with torch.no_grad():
+        check(device, f, q, k, v)
+        names = kernels(f, *on(device, (q, k, v)))
+    assert len(names) == 1 and "attention" in names[0]
+
+
+# ---- graphs -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_kernel_for_all_batch_sizes(device):
+    def f(x, w):
+        return (x.softmax(-1) * 2 + w).relu().sum(0), x.cos()
+
+    g = torch.compile(f, backend="spiral", dynamic=True, fullgraph=True)
+    w = torch.randn(40)
+    for n in (5, 9, 33, 64):
+        x = torch.randn(n, 40)
+        for a, b in zip(f(x, w), g(*on(device, (x, w))), strict=True):
+            torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.utils.counters.clear()
+
+
+def test_graph_breaks(device):
+    def f(x):
+        y = x * 2 + 1
+        torch._dynamo.graph_break()
+        return y.relu() - 1
+
+    x = torch.randn(10)
+    got = torch.compile(f, backend="spiral")(x.to(device))
+    torch.testing.assert_close(got.cpu(), f(x))
+
+
+def test_a_graph_replays_without_recording(device):
+    g = torch.compile(lambda x: x.softmax(-1) + 1, backend="spiral")
+    x = torch.randn(8, 40).to(device)
+    g(x)
+    before = _C.plan_statistics()
+    g(x)
+    after = _C.plan_statistics()
+    assert after["misses"] == before["misses"] and after["launches"] == before["launches"] + 1
+
+
+def test_training(device):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8))
+
+    ours, theirs = make().to(device), make()
+    compiled = torch.compile(lambda x, y: F.cross_entropy(ours(x), y), backend="spiral", fullgraph=True)
+    x, y = torch.randn(20, 16), torch.randint(0, 8, (20,))
+    for module, loss, place in ((theirs, lambda x, y: F.cross_entropy(theirs(x), y), "cpu"), (ours, compiled, device)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            loss(x.to(place), y.to(place)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.detach().cpu(), a.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_agrees_in_backward(device):
+    f = torch.compile(lambda x: F.dropout(x, 0.5) * 2, backend="spiral", fullgraph=True)
+    x = torch.ones(1000, device=device, requires_grad=True)
+    y = f(x)
+    y.sum().backward()
+    kept = (y > 0).cpu()
+    assert torch.equal(kept, (x.grad > 0).cpu()) and 0.4 < kept.float().mean() < 0.6
+    assert not torch.equal(kept, (f(x) > 0).cpu())
+
+
+def test_autocast(device):
+    f = torch.compile(nn.Linear(16, 16).to(device), backend="spiral", fullgraph=True)
+    with torch.autocast("spiral", dtype=torch.bfloat16), torch.no_grad():
+        assert f(torch.randn(4, 16, device=device)).dtype == torch.bfloat16
+
+
+def test_tensors_on_the_cpu_are_refused():
+    with pytest.raises(Exception, match=r'move them with \.to\("spiral"\)'):
+        torch.compile(lambda x: x + 1, backend="spiral")(torch.randn(3))
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so(device, monkeypatch):
+    import torch_spiral.compiler.codegen as codegen
+
+    def refuse(*args):
+        raise NotImplementedError("no such kernel today")
+
+    monkeypatch.setattr(codegen, "build", refuse)
+    x = torch.randn(5).to(device)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        with pytest.warns(UserWarning, match="no such kernel today"):
+            got = torch.compile(lambda x: x * 3, backend="spiral")(x)
+        torch.testing.assert_close(got.cpu(), x.cpu() * 3)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="no such kernel today"):
+            torch.compile(lambda x: x * 3, backend="spiral", fullgraph=True)(x)
+
+
+def test_the_default_backend_in_a_new_process():
+    code = """
+        import torch
+        f = torch.compile(lambda x: x.softmax(-1) * 2, fullgraph=True)
+        x = torch.randn(4, 10)
+        assert torch.allclose(f(x.to("spiral")).cpu(), x.softmax(-1) * 2, atol=1e-6)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- kernel counts ------------------------------------------------------------------------------------------------------
+
+
+def chain(x):
+    for _ in range(5):
+        x = (x * 1.5 + 0.1).tanh()
+    return x
+
+
+COUNTS = {
+    "product, bias, relu": (1, lambda x, w, b: F.relu(x @ w + b), [(8, 16), (16, 24), (24,)]),
+    "product, bias, residual, layer norm": (
+        2, lambda x, w, b, r: F.layer_norm(x @ w + b + r, (24,), b, b), [(8, 16), (16, 24), (24,), (8, 24)],
+    ),
+    "softmax": (1, lambda x: x.softmax(-1), [(8, 100)]),
+    "gelu(layer norm)": (1, lambda x, w, b: F.gelu(F.layer_norm(x, (100,), w, b)), [(8, 100), (100,), (100,)]),
+    "RMS norm": (1, lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w, [(8, 100), (100,)]),
+    "ten pointwise ops": (1, chain, [(8, 100)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_kernel_count(device, name):
+    count, f, shapes = COUNTS[name]
+    assert len(kernels(f, *(torch.randn(*s).to(device) for s in shapes))) == count
+
+
+def test_kernel_count_of_a_chains_backward(device):
+    f = torch.compile(chain, backend="spiral", fullgraph=True)
+    x = torch.randn(8, 100, device=device, requires_grad=True)
+    for _ in range(2):
+        y = f(x)
+        gradient = torch.ones_like(y)
+        before = _C.plan_statistics()["launches"]
+        torch.autograd.grad(y, x, gradient)
+        launched = _C.plan_statistics()["launches"] - before
+    assert launched == 1
+
+
+def test_kernel_count_of_cross_entropy(device):
+    assert len(kernels(F.cross_entropy, torch.randn(8, 100).to(device), torch.arange(8).to(device))) <= 2
+
+
+class Block(nn.Module):
+    """A block of GPT-2."""
+
+    def __init__(self, d=64, heads=4):
+        super().__init__()
+        self.heads, self.ln1, self.ln2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj, self.fc, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in self.qkv(self.ln1(x)).split(d, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        x = x + self.proj(y)
+        return x + self.out(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
+
+def test_kernel_counts_of_a_gpt2_block(device):
+    from torch_spiral.compiler import runtime
+
+    theirs, ours = Block(), Block()
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(device)
+    x = torch.randn(2, 16, 64)
+    assert len(kernels(ours, x.to(device))) <= 8
+    xs, xc = x.to(device).requires_grad_(), x.clone().requires_grad_()
+    torch._dynamo.reset()
+    y = torch.compile(ours, backend="spiral", fullgraph=True)(xs)
+    torch.testing.assert_close(y.detach().cpu(), theirs(xc).detach(), rtol=1e-4, atol=1e-4)
+    runtime.recorded.clear()
+    _C.clear_plans()
+    y.sum().backward()
+    theirs(xc).sum().backward()
+    names = [k for g in runtime.recorded for k in g.kernels if "pack" not in k]
+    assert len(names) <= 20, names
+    for a, b in zip([xc, *theirs.parameters()], [xs, *ours.parameters()], strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_explain(device):
+    x = torch.randn(4, 100).to(device)
+    e = explain(lambda x: x.softmax(-1), x)
+    (group,) = e.groups
+    assert e.launches == 1 and group.bytes == 2 * 4 * 400 and group.flops > 400
+    assert "softmax" in group.origins and group.source in str(e).replace("\n    ", "\n")
+
+
+def test_generated_source():
+    """The host side of a graph, whole."""
+    from torch._inductor.utils import run_and_get_code
+    from tests.conftest import ENGINES
+
+    if "opencl" not in ENGINES:
+        pytest.skip("the expected text is for OpenCL")
+    device = torch.device("spiral", ENGINES["opencl"])
+    x, w, b = torch.randn(8, 16, device=device), torch.randn(16, 24, device=device), torch.randn(24, device=device)
+    with torch._inductor.config.patch(fx_graph_cache=False), torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(lambda x, w, b: F.relu(x @ w + b).sum(1), backend="spiral"), x, w, b)
+    text = code[code.index("def graph_0") : code.index("graph_0 = ")]
+    assert text.strip() == textwrap.dedent(
+        """\
+        def graph_0(inputs, written, sizes):
+            (arg2_1, arg0_1, arg1_1,) = inputs
+            buf0 = spiral.GLOBALS["empty"]((8, 24), (24, 1), 'f32')
+            spiral.GLOBALS["extern_kernels"].addmm(arg2_1, arg0_1, arg1_1, alpha=1, beta=1, out=buf0)
+            buf1 = spiral.GLOBALS["empty"]((8,), (1,), 'f32')
+            fused_0((buf1, buf0, ), (), (8, ), (24, ))
+            return (buf1, )"""
+    )
