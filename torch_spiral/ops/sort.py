@@ -341,12 +341,35 @@ def _longest_run(it: Item) -> None:
     it.store("out_indices", it.load("order", at(best)))
 
 
-@stub("mode_stub")
-def mode(sorted_: Tensor, order: Tensor, dim: int, values: Tensor, indices: Tensor) -> None:
-    """The most frequent element along dim, the smallest of equally frequent ones. sorted_, order: of a stable sort."""
+@operator("mode_(Tensor(a!) values, Tensor(b!) indices, Tensor sorted, Tensor order, int dim) -> ()")
+def mode_(values: Tensor, indices: Tensor, sorted_: Tensor, order: Tensor, dim: int) -> None:
+    """mode along dim, which values and indices keep, of what a stable sort gave."""
     operands = {"out": values, "out_indices": indices, "x": sorted_, "order": order}
     n = sorted_.sizes[dim]
     each("mode", _longest_run, values.sizes, operands, {"n": n}, static=(dim,), cost=n)
+
+
+@composite("mode")
+def mode(self: Any, dim: int = -1, keepdim: bool = False) -> tuple[Any, Any]:
+    """The most frequent element along dim, the smallest of equally frequent ones, and the last place where it is."""
+    x, dim = _shaped("mode", self, dim, keepdim)
+    shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
+    values = torch.empty(shape, dtype=x.dtype, device=x.device)
+    indices = torch.empty(shape, dtype=torch.int64, device=x.device)
+    if values.numel():
+        torch.ops.spiral.mode_(values, indices, *torch.sort(x, dim=dim, stable=True), dim)
+    if self.dim() == 0:
+        return values.reshape(()), indices.reshape(())
+    return (values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim))
+
+
+@composite("mode.values")
+def mode_values(self: Any, dim: int = -1, keepdim: bool = False, *, values: Any, indices: Any) -> Any:
+    if values.dtype != self.dtype:
+        raise RuntimeError(f"expected scalar type '{self.dtype}' for values but got '{values.dtype}'")
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"expected scalar type 'Long' for indices but got '{indices.dtype}'")
+    return _finish(*mode(self, dim, keepdim), values, indices)
 
 
 # ---- searching --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""Sorting, searching and counting against the CPU."""
+
+import math
+
+import pytest
+import torch
+from test_index import check, data
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 64, 65, 1000, 5000])
+def test_lengths(device, n):
+    torch.manual_seed(n)
+    x = torch.randn(3, n).round(decimals=1)
+    check(device, lambda x: torch.sort(x, stable=True)[1], x)
+    check(device, lambda x: torch.sort(x, stable=True, descending=True)[1], x)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool]
+)
+def test_dtypes(device, dtype):
+    x = (torch.randn(4, 70) * 100).to(dtype)
+    check(device, lambda x: torch.sort(x, dim=0, stable=True)[0], x)
+    check(device, lambda x: torch.sort(x, dim=1, stable=True, descending=True)[1], x)
+
+
+def test_special_values(device):
+    x = torch.tensor([math.nan, 1.0, -0.0, 0.0, -math.inf, math.inf, -math.nan, -1.0, 1e-40])
+    for descending in (False, True):
+        check(device, lambda x, d=descending: torch.sort(x, stable=True, descending=d)[1], x)
+    check(device, lambda x: torch.topk(x, 4)[0], x)
+    check(device, lambda x: x.median(), x)
+    check(device, lambda x: x.nanmedian(), x)
+
+
+def test_selection(device):
+    x = data()
+    for dim in (0, 1, 2):
+        check(device, lambda x, d=dim: torch.topk(x, 3, d)[1], x)
+        check(device, lambda x, d=dim: torch.topk(x, 2, d, largest=False)[0], x.transpose(0, 1))
+        check(device, lambda x, d=dim: x.kthvalue(2, d, keepdim=True)[1], x)
+        check(device, lambda x, d=dim: x.median(d)[1], x)
+        check(device, lambda x, d=dim: x.mode(d)[0], x.round())
+    check(device, lambda x: x.median(), x)
+    check(device, lambda x: torch.sort(x)[0], torch.tensor(3.0))
+    check(device, lambda x: torch.sort(x)[0], torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_search(device, right):
+    bounds = torch.tensor([-2.0, -1, 0, 0, 1.5, 2])
+    x = data().round()
+    check(device, lambda b, x: torch.searchsorted(b, x, right=right), bounds, x)
+    check(device, lambda b, x: torch.bucketize(x, b, right=right, out_int32=True), bounds, x)
+    check(device, lambda b: torch.searchsorted(b, 0.5, right=right), bounds)
+    rows = torch.randn(4, 9)
+    check(device, lambda r, x: torch.searchsorted(r, x, sorter=r.argsort(), right=right), rows, torch.randn(4, 5))
+    check(device, lambda x, t: torch.isin(x, t), x, torch.tensor([1.0, -3, 2]))
+
+
+def test_unique(device):
+    x = data().round().to(torch.int64)
+    for i in range(3):
+        check(device, lambda x, i=i: torch.unique(x, return_inverse=True, return_counts=True)[i], x)
+        check(device, lambda x, i=i: torch.unique_consecutive(x, return_inverse=True, return_counts=True)[i], x)
+        check(
+            device,
+            lambda x, i=i: torch.unique(x, dim=0, return_inverse=True, return_counts=True)[i],
+            x[[0, 1, 0], :2, :2],
+        )
+
+
+def test_counting(device):
+    x = data()
+    check(device, lambda x: x.abs().long().flatten().bincount(minlength=20), x)
+    check(device, lambda x: x.abs().long().flatten().bincount(weights=x.flatten()), x, atol=1e-4)
+    check(device, lambda x: torch.histc(x, 10, -2, 3), x)
+    check(device, lambda x: torch.histogram(x, 10, range=(-2.0, 3.0))[0], x)
