@@ -274,6 +274,8 @@ class Tensor:
         """The same memory with other sizes and strides (contiguous where none are given); offset is added to its own."""
         if strides is None:
             strides = contiguous_strides(sizes)
+        elif not (_same(sizes, self.sizes) and _same(strides, self.strides)):
+            strides = [_not_dense(s) for s in strides]  # "dense" spoke of the sizes that it came with
         if offset is not None and self.offset is not None:
             offset = offset + self.offset
         return Tensor(
@@ -332,6 +334,20 @@ class Iter:
     @property
     def numel(self) -> Any:
         return product(self.shape)
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+
+
+def _not_dense(stride: Any) -> Any:
+    if isinstance(stride, _Dense):
+        return Sym(stride._ref, "i", stride._recorder, stride._hint)
+    if isinstance(stride, Stride) and stride.is_dense:
+        other = Stride(stride._ref, stride._recorder, stride._hint, 3)  # type: ignore[arg-type]
+        other._divisor = stride._divisor
+        return other
+    return stride
 
 
 class _Dense(Sym):
