@@ -26,15 +26,31 @@ def test_cross_entropy(device, reduction):
     compare(device, lambda x, t, w: F.nll_loss(x, t, w, reduction=reduction), x, target, weight)
     compare(device, lambda x, t: F.nll_loss(x, t, reduction=reduction), torch.randn(10), torch.tensor(4))
     images = torch.randint(0, 10, (5, 4, 3))
-    compare(device, lambda x, t: F.cross_entropy(x, t, reduction=reduction, ignore_index=2), torch.randn(5, 10, 4, 3), images)
+    compare(
+        device,
+        lambda x, t: F.cross_entropy(x, t, reduction=reduction, ignore_index=2),
+        torch.randn(5, 10, 4, 3),
+        images,
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_other_losses(device, reduction):
-    compare(device, lambda x, t, w: F.binary_cross_entropy(x, t, w, reduction=reduction), torch.rand(6, 7), torch.rand(6, 7), torch.rand(7))
+    compare(
+        device,
+        lambda x, t, w: F.binary_cross_entropy(x, t, w, reduction=reduction),
+        torch.rand(6, 7),
+        torch.rand(6, 7),
+        torch.rand(7),
+    )
     target = torch.randint(0, 10, (33,))
     for p in (1, 2):
-        compare(device, lambda x, t, p=p: F.multi_margin_loss(x, t, p, 0.5, reduction=reduction), torch.randn(33, 10), target)
+        compare(
+            device,
+            lambda x, t, p=p: F.multi_margin_loss(x, t, p, 0.5, reduction=reduction),
+            torch.randn(33, 10),
+            target,
+        )
     labels = torch.randint(0, 10, (9, 10))
     labels[:, 5], labels[0, 0] = -1, -1
     compare(device, lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction), torch.randn(9, 10), labels)

@@ -18,9 +18,18 @@ def layouts():
 
 
 FUNCTIONS = {
-    "sum": torch.sum, "mean": torch.mean, "nansum": torch.nansum, "amax": torch.amax, "amin": torch.amin, "argmax": torch.argmax,
-    "argmin": torch.argmin, "any": torch.any, "all": torch.all, "std": torch.std, "var": torch.var,
-}  # fmt: skip
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "nansum": torch.nansum,
+    "amax": torch.amax,
+    "amin": torch.amin,
+    "argmax": torch.argmax,
+    "argmin": torch.argmin,
+    "any": torch.any,
+    "all": torch.all,
+    "std": torch.std,
+    "var": torch.var,
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -34,7 +43,9 @@ def test_layouts(device, name):
             want = f(x.double(), **arguments)
             got = f(x.to(device), **arguments).cpu()
             assert got.shape == want.shape, (layout, dim)
-            torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-5, atol=1e-4, msg=lambda m: f"{layout} {dim}: {m}")
+            torch.testing.assert_close(
+                got.to(want.dtype), want, rtol=1e-5, atol=1e-4, msg=f"{layout} {dim}"
+            )
 
 
 @pytest.mark.parametrize("p", [0, 1, 2, 3.5, float("inf"), float("-inf")])
@@ -56,7 +67,9 @@ def test_with_indices(device):
         torch.testing.assert_close(x.to(device).min().cpu(), x.min())
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.complex64]
+)
 def test_dtypes(device, dtype):
     x = (torch.rand(20, 33) * 9 - 4 * dtype.is_signed).to(dtype)
     for dim in (0, 1):

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 def tensors():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(7, 5, 9, generator=g)
-    return x, x.transpose(0, 2), torch.randn(2, 20000, generator=g), torch.randn(20000, generator=g)[3:], torch.tensor(2.0)
+    return (
+        x,
+        x.transpose(0, 2),
+        torch.randn(2, 20000, generator=g),
+        torch.randn(20000, generator=g)[3:],
+        torch.tensor(2.0),
+    )
 
 
 @pytest.mark.parametrize("dim", [0, -1])

@@ -19,7 +19,7 @@ OUT_OF_BOUNDS = "Target {} is out of bounds."
 WIDE = {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
 
 
-# ---- sums of samples --------------------------------------------------------------------------------------------------
+# ---- sums of samples -------------------------------------------------------------------------------------------------
 
 
 def _mean(r: Any, loss: Any) -> Any:
@@ -49,7 +49,7 @@ def _reduce_samples(out: Tensor, losses: Tensor, reduction: int) -> None:
     reduce_rows(name, function, [_scalar(out)], [(losses, (1,))], [losses.numel], 1, length=20)
 
 
-# ---- negative log likelihood ------------------------------------------------------------------------------------------
+# ---- negative log likelihood -----------------------------------------------------------------------------------------
 
 
 def _nll_body(it: Item) -> None:
@@ -66,7 +66,9 @@ def _nll_body(it: Item) -> None:
         it.store("out_weight", weight)
 
 
-def _nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor) -> None:
+def _nll_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor
+) -> None:
     """x [n, classes, ...], target [n, ...]."""
     kind = WIDE[x.dtype]
     operands = {"self": x, "target": target}
@@ -77,7 +79,15 @@ def _nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: in
         fill(total.view((1,)), 0)
     else:
         operands["out"], operands["out_weight"] = empty(target.sizes, kind), empty(target.sizes, kind)
-    each("nll_loss", _nll_body, target.sizes, operands, {"ignore": ignore, "classes": x.sizes[1]}, static=(kind,), site=OUT_OF_BOUNDS)
+    each(
+        "nll_loss",
+        _nll_body,
+        target.sizes,
+        operands,
+        {"ignore": ignore, "classes": x.sizes[1]},
+        static=(kind,),
+        site=OUT_OF_BOUNDS,
+    )
     if reduction:
         name, function = ("nll_mean", _weighted_mean) if reduction == 1 else ("nll_sum", _weighted_sum)
         ins = [(operands[key], (1,)) for key in ("out", "out_weight")]
@@ -98,8 +108,16 @@ def _nll_backward_body(it: Item) -> None:
     it.store("out", ir.where(hit, value, ir.const(0.0, kind)))
 
 
-def _nll_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, total: Tensor,
-                  out: Tensor) -> None:  # fmt: skip
+def _nll_backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore: Any,
+    total: Tensor,
+    out: Tensor,
+) -> None:
     last = [0, *range(2, x.ndim), 1]
     operands = {"out": out.permute(last), "target": target, "grad": grad if reduction == 0 else grad.view((), ())}
     if weight is not None:
@@ -108,9 +126,13 @@ def _nll_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None
         operands["total"] = total.view((), ())
     kind = WIDE[x.dtype]
     each(
-        "nll_loss_backward", _nll_backward_body, [x.sizes[d] for d in last], operands, {"ignore": ignore},
+        "nll_loss_backward",
+        _nll_backward_body,
+        [x.sizes[d] for d in last],
+        operands,
+        {"ignore": ignore},
         static=(kind, reduction == 1, reduction == 0),
-    )  # fmt: skip
+    )
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:
@@ -119,37 +141,56 @@ def _batched(x: Tensor, dims: int) -> Tensor:
 
 
 @structured("nll_loss_forward")
-def nll_loss_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor) -> None:
+def nll_loss_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor
+) -> None:
     single = x.ndim == 1
     _nll_forward(
-        _batched(x, 2), _batched(target, 1), weight, (2 if reduction == 0 else reduction) if single else reduction, ignore, out, total
+        _batched(x, 2),
+        _batched(target, 1),
+        weight,
+        (2 if reduction == 0 else reduction) if single else reduction,
+        ignore,
+        out,
+        total,
     )
 
 
 @structured("nll_loss_backward")
-def nll_loss_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, total: Tensor,
-                      out: Tensor) -> None:  # fmt: skip
+def nll_loss_backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore: Any,
+    total: Tensor,
+    out: Tensor,
+) -> None:
     single = x.ndim == 1
     reduction = 2 if single and reduction == 0 else reduction
     _nll_backward(grad, _batched(x, 2), _batched(target, 1), weight, reduction, ignore, total, _batched(out, 2))
 
 
 @lowering("nll_loss2d_forward", slots=("ignore_index",))
-def nll_loss2d_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any) -> tuple[Tensor, Tensor]:
+def nll_loss2d_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any
+) -> tuple[Tensor, Tensor]:
     out, total = empty(target.sizes if reduction == 0 else (), x.dtype), empty((), x.dtype)
     _nll_forward(x, target, weight, reduction, ignore, out, total)
     return out, total
 
 
 @lowering("nll_loss2d_backward", slots=("ignore_index",))
-def nll_loss2d_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any,
-                        total: Tensor) -> Tensor:  # fmt: skip
+def nll_loss2d_backward(
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, total: Tensor
+) -> Tensor:
     out = empty(x.sizes, x.dtype)
     _nll_backward(grad, x, target, weight, reduction, ignore, total, out)
     return out
 
 
-# ---- binary cross entropy ---------------------------------------------------------------------------------------------
+# ---- binary cross entropy --------------------------------------------------------------------------------------------
 
 
 def _bce(x: Any, target: Any, *weight: Any) -> Any:
@@ -193,7 +234,9 @@ _BCE_BACKWARD = {(s, w): _bce_backward(s, w) for s in (False, True) for w in (Fa
 
 
 @lowering("binary_cross_entropy_backward")
-def binary_cross_entropy_backward(grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+def binary_cross_entropy_backward(
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int
+) -> Tensor:
     out = empty(x.sizes, x.dtype)
     ins = [broadcast(grad, x.sizes), x, *(broadcast(t, x.sizes) for t in (target, weight) if t is not None)]
     key = (reduction == 1, weight is not None)
@@ -202,7 +245,7 @@ def binary_cross_entropy_backward(grad: Tensor, x: Tensor, target: Tensor, weigh
     return out
 
 
-# ---- margins ----------------------------------------------------------------------------------------------------------
+# ---- margins ---------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,16 +308,24 @@ def multi_margin_loss(x: Tensor, target: Tensor, p: Any, margin: Any, weight: Te
         operands["weight"] = weight
     scalars = _margin_scalars(rows, 1 if p is None else p, 1 if margin is None else margin)
     each(
-        "multi_margin", _multi_margin_body, targets.sizes, operands, scalars, static=(WIDE[x.dtype],), site=OUT_OF_BOUNDS,
+        "multi_margin",
+        _multi_margin_body,
+        targets.sizes,
+        operands,
+        scalars,
+        static=(WIDE[x.dtype],),
+        site=OUT_OF_BOUNDS,
         cost=rows.sizes[1],
-    )  # fmt: skip
+    )
     if reduction:
         _reduce_samples(out, losses, reduction)
     return out
 
 
 @lowering("multi_margin_loss_backward")
-def multi_margin_loss_backward(grad: Tensor, x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int) -> Tensor:
+def multi_margin_loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int
+) -> Tensor:
     rows, targets = _rows(x), target if target.ndim else target.view((1,), (0,))
     out = empty(x.sizes, x.dtype)
     operands = {"self": rows, "target": targets, "grad": grad, "out": _rows(out)}
@@ -282,9 +333,15 @@ def multi_margin_loss_backward(grad: Tensor, x: Tensor, target: Tensor, p: Any, 
         operands["weight"] = weight
     static = (WIDE[x.dtype], reduction == 1, grad.ndim == 1)
     each(
-        "multi_margin_backward", _multi_margin_backward_body, targets.sizes, operands, _margin_scalars(rows, p, margin), static=static,
-        site=OUT_OF_BOUNDS, cost=rows.sizes[1],
-    )  # fmt: skip
+        "multi_margin_backward",
+        _multi_margin_backward_body,
+        targets.sizes,
+        operands,
+        _margin_scalars(rows, p, margin),
+        static=static,
+        site=OUT_OF_BOUNDS,
+        cost=rows.sizes[1],
+    )
     return out
 
 
@@ -320,9 +377,16 @@ def multilabel_margin_loss_forward(x: Tensor, target: Tensor, reduction: int) ->
     losses = out if reduction == 0 else empty((rows.sizes[0],), WIDE[x.dtype])
     operands = {"self": rows, "target": targets, "out": losses.view((rows.sizes[0],)), "out_is": _rows(is_target)}
     each(
-        "multilabel_margin", _multilabel_body, (rows.sizes[0],), operands, {"classes": rows.sizes[1]}, static=(WIDE[x.dtype],),
-        modes={"out_is": "rw"}, site=OUT_OF_BOUNDS, cost=rows.sizes[1] * rows.sizes[1],
-    )  # fmt: skip
+        "multilabel_margin",
+        _multilabel_body,
+        (rows.sizes[0],),
+        operands,
+        {"classes": rows.sizes[1]},
+        static=(WIDE[x.dtype],),
+        modes={"out_is": "rw"},
+        site=OUT_OF_BOUNDS,
+        cost=rows.sizes[1] * rows.sizes[1],
+    )
     if reduction:
         _reduce_samples(out, losses, reduction)
     return out, is_target
@@ -363,19 +427,25 @@ def _multilabel_backward_body(it: Item) -> None:
 
 
 @lowering("multilabel_margin_loss_backward")
-def multilabel_margin_loss_backward(grad: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor) -> Tensor:
+def multilabel_margin_loss_backward(
+    grad: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
+) -> Tensor:
     out = empty(x.sizes, x.dtype)
     rows = _rows(x)
     operands = {"self": rows, "target": _rows(target), "is": _rows(is_target), "grad": grad, "out": _rows(out)}
     each(
-        "multilabel_margin_backward", _multilabel_backward_body, (rows.sizes[0],), operands,
-        {"classes": rows.sizes[1], "samples": rows.sizes[0]}, static=(WIDE[x.dtype], reduction == 1, grad.ndim == 1),
+        "multilabel_margin_backward",
+        _multilabel_backward_body,
+        (rows.sizes[0],),
+        operands,
+        {"classes": rows.sizes[1], "samples": rows.sizes[0]},
+        static=(WIDE[x.dtype], reduction == 1, grad.ndim == 1),
         cost=rows.sizes[1] * rows.sizes[1],
-    )  # fmt: skip
+    )
     return out
 
 
-# ---- CTC --------------------------------------------------------------------------------------------------------------
+# ---- CTC -------------------------------------------------------------------------------------------------------------
 
 _PIECE = 16  # numbers that one launch carries
 
@@ -391,7 +461,11 @@ def _numbers(values: Sequence[Any]) -> Tensor:
     out = empty((max(len(values), 1),), "i32")
     for first in range(0, len(values), _PIECE):
         part = list(values[first : first + _PIECE])
-        scalars = {"first": first, "count": len(part), **{f"v{i}": v for i, v in enumerate(part + [0] * (_PIECE - len(part)))}}
+        scalars = {
+            "first": first,
+            "count": len(part),
+            **{f"v{i}": v for i, v in enumerate(part + [0] * (_PIECE - len(part)))},
+        }
         each("numbers", _numbers_body, (1,), {"out": out}, scalars)
     return out
 
@@ -482,7 +556,9 @@ def _ctc_backward_body(it: Item) -> None:
         it.store("out", g, (t, n, c))
 
 
-def _ctc_operands(log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any]) -> tuple[dict, Any, Any]:
+def _ctc_operands(
+    log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any]
+) -> tuple[dict, Any, Any]:
     """(operands, distance of a sample's targets, the longest target)."""
     n = log_probs.sizes[1]
     text = "input_lengths must be of size batch_size"
@@ -494,49 +570,83 @@ def _ctc_operands(log_probs: Tensor, targets: Tensor, input_lengths: Sequence[An
         total, longest = total + length, maximum(longest, length)
     for length in input_lengths:
         check(
-            le(length, log_probs.sizes[0]), "RuntimeError",
+            le(length, log_probs.sizes[0]),
+            "RuntimeError",
             "Expected input_lengths to have value at most {}, but got value {} (while checking arguments for ctc_loss_cpu)",
-            log_probs.sizes[0], length,
-        )  # fmt: skip
+            log_probs.sizes[0],
+            length,
+        )
     if targets.ndim == 2:
-        check(le(longest, targets.sizes[1]), "RuntimeError", "Expected tensor to have size at least {} at dimension 1, but got size {}",
-              longest, targets.sizes[1])  # fmt: skip
+        check(
+            le(longest, targets.sizes[1]),
+            "RuntimeError",
+            "Expected tensor to have size at least {} at dimension 1, but got size {}",
+            longest,
+            targets.sizes[1],
+        )
     flat = targets.view([targets.numel], [1])
     operands = {
-        "log_probs": log_probs, "targets": flat, "starts": _numbers(starts), "input_lengths": _numbers(list(input_lengths)),
+        "log_probs": log_probs,
+        "targets": flat,
+        "starts": _numbers(starts),
+        "input_lengths": _numbers(list(input_lengths)),
         "target_lengths": _numbers(list(target_lengths)),
-    }  # fmt: skip
+    }
     return operands, targets.strides[-1], longest
 
 
 @lowering("_ctc_loss", slots=("input_lengths", "target_lengths", "blank"))
-def ctc_loss(log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any], blank: Any,
-             zero_infinity: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Sequence[Any],
+    target_lengths: Sequence[Any],
+    blank: Any,
+    zero_infinity: bool,
+) -> tuple[Tensor, Tensor]:
     check(all_of(le(0, blank), lt(blank, log_probs.sizes[2])), "RuntimeError", "blank must be in label range")
     operands, step, longest = _ctc_operands(log_probs, targets, input_lengths, target_lengths)
     times, n = log_probs.sizes[0], log_probs.sizes[1]
     out, alpha = empty((n,), log_probs.dtype), empty((n, times, 2 * longest + 1), log_probs.dtype)
     scalars = {"blank": blank, "step": step, "classes": log_probs.sizes[2]}
     each(
-        "ctc", _ctc_forward_body, (n,), {**operands, "out": out, "out_alpha": alpha}, scalars, static=(WIDE[log_probs.dtype],),
-        modes={"out_alpha": "rw"}, cost=times * 32,
-    )  # fmt: skip
+        "ctc",
+        _ctc_forward_body,
+        (n,),
+        {**operands, "out": out, "out_alpha": alpha},
+        scalars,
+        static=(WIDE[log_probs.dtype],),
+        modes={"out_alpha": "rw"},
+        cost=times * 32,
+    )
     return out, alpha
 
 
 @lowering("_ctc_loss_backward", slots=("input_lengths", "target_lengths", "blank"))
 def ctc_loss_backward(
-    grad: Tensor, log_probs: Tensor, targets: Tensor, input_lengths: Sequence[Any], target_lengths: Sequence[Any], nll: Tensor,
-    alpha: Tensor, blank: Any, zero_infinity: bool,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Sequence[Any],
+    target_lengths: Sequence[Any],
+    nll: Tensor,
+    alpha: Tensor,
+    blank: Any,
+    zero_infinity: bool,
+) -> Tensor:
     operands, step, _ = _ctc_operands(log_probs, targets, input_lengths, target_lengths)
     out, beta = empty(log_probs.sizes, log_probs.dtype), empty(alpha.sizes, log_probs.dtype)
     scalars = {"blank": blank, "step": step, "classes": log_probs.sizes[2], "times": log_probs.sizes[0]}
     each(
-        "ctc_backward", _ctc_backward_body, (log_probs.sizes[1],),
-        {**operands, "nll": nll, "grad": grad, "alpha": alpha, "out": out, "out_beta": beta}, scalars,
-        static=(WIDE[log_probs.dtype], zero_infinity), modes={"out": "rw", "out_beta": "rw"}, cost=log_probs.sizes[0] * 32,
-    )  # fmt: skip
+        "ctc_backward",
+        _ctc_backward_body,
+        (log_probs.sizes[1],),
+        {**operands, "nll": nll, "grad": grad, "alpha": alpha, "out": out, "out_beta": beta},
+        scalars,
+        static=(WIDE[log_probs.dtype], zero_infinity),
+        modes={"out": "rw", "out_beta": "rw"},
+        cost=log_probs.sizes[0] * 32,
+    )
     return out
 
 

@@ -21,8 +21,8 @@ from ..lowering import (
     lowering,
     product,
     structured,
-    target,
     stub,
+    target,
 )
 from .common import contiguous, map_tensors, out_variant
 from .reduce import reduce_rows
@@ -40,7 +40,7 @@ def _like(x: Tensor) -> list[Any]:
     return list(contiguous_strides(x.sizes))
 
 
-# ---- softmax ----------------------------------------------------------------------------------------------------------
+# ---- softmax ---------------------------------------------------------------------------------------------------------
 
 
 def _along(name: str, function: Any, out: Tensor, ins: Sequence[Tensor], dim: int) -> None:
@@ -121,14 +121,20 @@ def log_softmax_backward(grad: Tensor, y: Tensor, dim: int, input_dtype: str, ou
     _along("log_softmax_backward", _log_softmax_backward, out, [grad, y], dim)
 
 
-# ---- layer and RMS normalisation --------------------------------------------------------------------------------------
+# ---- layer and RMS normalisation -------------------------------------------------------------------------------------
 
 
-def _normalized(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None = None) -> tuple[Any, Any, int, int]:
+def _normalized(
+    x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None = None
+) -> tuple[Any, Any, int, int]:
     """(elements of a row, rows, floor(log2) of both) after the checks of upstream."""
     n = len(shape)
-    check(n >= 1, "RuntimeError", "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
-          f"but got normalized_shape = {[]}")  # fmt: skip
+    check(
+        n >= 1,
+        "RuntimeError",
+        "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
+        f"but got normalized_shape = {[]}",
+    )
     given = "[" + ", ".join(["{}"] * n) + "]"
     for t, what in ((weight, "weight"), (bias, "bias")):
         if t is not None:
@@ -141,7 +147,12 @@ def _normalized(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Te
     fits = x.ndim >= n and all_of(*(eq(a, b) for a, b in zip(x.sizes[x.ndim - n :], shape)))
     check(fits, "RuntimeError", text, *shape, *shape, *x.sizes)
     cut = x.ndim - n
-    return product(x.sizes[cut:]), product(x.sizes[:cut]), sum(map(bucket, x.sizes[cut:])), sum(map(bucket, x.sizes[:cut]))
+    return (
+        product(x.sizes[cut:]),
+        product(x.sizes[:cut]),
+        sum(map(bucket, x.sizes[cut:])),
+        sum(map(bucket, x.sizes[:cut])),
+    )
 
 
 def _affine(y: Any, parameters: Sequence[Any], weight: bool, bias: bool) -> Any:
@@ -160,7 +171,9 @@ def _layer_norm(weight: bool, bias: bool, r: Any, x: Any, *rest: Any) -> Any:
 
 
 @lowering("native_layer_norm", slots=("normalized_shape",))
-def native_layer_norm(x: Tensor, shape: list[Any], weight: Tensor | None, bias: Tensor | None, eps: Any) -> tuple[Tensor, ...]:
+def native_layer_norm(
+    x: Tensor, shape: list[Any], weight: Tensor | None, bias: Tensor | None, eps: Any
+) -> tuple[Tensor, ...]:
     n, m, length, count = _normalized(x, shape, weight, bias)
     x = contiguous(x)
     kind = STATISTICS[x.dtype]
@@ -169,9 +182,19 @@ def native_layer_norm(x: Tensor, shape: list[Any], weight: Tensor | None, bias: 
     mean, rstd = (empty([*outer, *[1] * len(shape)], kind) for _ in range(2))
     parameters = [contiguous(p) for p in (weight, bias) if p is not None]
     reduce_rows(
-        "layer_norm", _layer_norm, [(out, (1, n)), (mean, (0, 1)), (rstd, (0, 1))], [(x, (1, n)), *((p, (1, 0)) for p in parameters)],
-        [n, m], 1, (weight is not None, bias is not None), [eps], [kind], splits=False, length=length, count=count,
-    )  # fmt: skip
+        "layer_norm",
+        _layer_norm,
+        [(out, (1, n)), (mean, (0, 1)), (rstd, (0, 1))],
+        [(x, (1, n)), *((p, (1, 0)) for p in parameters)],
+        [n, m],
+        1,
+        (weight is not None, bias is not None),
+        [eps],
+        [kind],
+        splits=False,
+        length=length,
+        count=count,
+    )
     return out, mean, rstd
 
 
@@ -197,16 +220,26 @@ def sum_all(r: Any, xs: Sequence[Any]) -> Any:
     if len(xs) == 1:
         return r.sum(xs[0])
     sums = nest.Monoid(
-        f"sum{len(xs)}", tuple(x.dtype for x in xs), (0,) * len(xs), lambda a, b: tuple(p + q for p, q in zip(a, b)), blocked=True
+        f"sum{len(xs)}",
+        tuple(x.dtype for x in xs),
+        (0,) * len(xs),
+        lambda a, b: tuple(p + q for p, q in zip(a, b)),
+        blocked=True,
     )
     return r.reduce(sums, *xs)
 
 
 @lowering("native_layer_norm_backward", slots=("normalized_shape",))
 def native_layer_norm_backward(
-    grad: Tensor, x: Tensor, shape: list[Any], mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    shape: list[Any],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     mask: Sequence[int],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     n, m, length, count = _normalized(x, shape, weight, bias)
     grad, x, mean, rstd = contiguous(grad), contiguous(x), contiguous(mean), contiguous(rstd)
     dx = dw = db = None
@@ -216,9 +249,17 @@ def native_layer_norm_backward(
         if weight is not None:
             ins.append((contiguous(weight), (1, 0)))
         reduce_rows(
-            "layer_norm_backward", _layer_norm_backward, [(dx, (1, n))], ins, [n, m], 1, (weight is not None,), splits=False,
-            length=length, count=count,
-        )  # fmt: skip
+            "layer_norm_backward",
+            _layer_norm_backward,
+            [(dx, (1, n))],
+            ins,
+            [n, m],
+            1,
+            (weight is not None,),
+            splits=False,
+            length=length,
+            count=count,
+        )
     wanted = (bool(mask[1]) and weight is not None, bool(mask[2]) and bias is not None)
     outs = []
     if wanted[0]:
@@ -229,7 +270,9 @@ def native_layer_norm_backward(
         outs.append((db, (0, 1)))
     if outs:
         ins = [(grad, (n, 1)), (x, (n, 1)), (mean, (1, 0)), (rstd, (1, 0))]
-        reduce_rows("layer_norm_parameters", _layer_norm_parameters, outs, ins, [m, n], 1, (wanted,), length=count, count=length)
+        reduce_rows(
+            "layer_norm_parameters", _layer_norm_parameters, outs, ins, [m, n], 1, (wanted,), length=count, count=length
+        )
     return dx, dw, db
 
 
@@ -248,9 +291,19 @@ def fused_rms_norm(x: Tensor, shape: list[Any], weight: Tensor | None, eps: Any)
     rstd = empty([*x.sizes[: x.ndim - len(shape)], *[1] * len(shape)], kind)
     ins = [(x, (1, n))] + ([] if weight is None else [(contiguous(weight), (1, 0))])
     reduce_rows(
-        "rms_norm", _rms_norm, [(out, (1, n)), (rstd, (0, 1))], ins, [n, m], 1, (weight is not None,),
-        [EPSILON[x.dtype] if eps is None else eps], [kind], splits=False, length=length, count=count,
-    )  # fmt: skip
+        "rms_norm",
+        _rms_norm,
+        [(out, (1, n)), (rstd, (0, 1))],
+        ins,
+        [n, m],
+        1,
+        (weight is not None,),
+        [EPSILON[x.dtype] if eps is None else eps],
+        [kind],
+        splits=False,
+        length=length,
+        count=count,
+    )
     return out, rstd
 
 
@@ -275,9 +328,17 @@ def fused_rms_norm_backward(
         dx = empty(x.sizes, x.dtype)
         ins = [(grad, (1, n)), (x, (1, n)), (rstd, (0, 1))] + ([] if weight is None else [(contiguous(weight), (1, 0))])
         reduce_rows(
-            "rms_norm_backward", _rms_norm_backward, [(dx, (1, n))], ins, [n, m], 1, (weight is not None,), splits=False,
-            length=length, count=count,
-        )  # fmt: skip
+            "rms_norm_backward",
+            _rms_norm_backward,
+            [(dx, (1, n))],
+            ins,
+            [n, m],
+            1,
+            (weight is not None,),
+            splits=False,
+            length=length,
+            count=count,
+        )
     if mask[1] and weight is not None:
         dw = empty(weight.sizes, weight.dtype)
         ins = [(grad, (n, 1)), (x, (n, 1)), (rstd, (1, 0))]
@@ -285,56 +346,122 @@ def fused_rms_norm_backward(
     return dx, dw
 
 
-# ---- group normalisation ----------------------------------------------------------------------------------------------
+# ---- group normalisation ---------------------------------------------------------------------------------------------
 
 
 @stub("GroupNormKernel", coarse=False)
 def group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: Any, c: Any, hw: Any, group: Any, eps: Any, out: Tensor, mean: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: Any,
+    c: Any,
+    hw: Any,
+    group: Any,
+    eps: Any,
+    out: Tensor,
+    mean: Tensor,
     rstd: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Groups of c / group channels of x [n, c, ...]; mean and rstd are [n, group]."""
     d = c // group
     x = contiguous(x)
     ins = [(x, (1, hw, d * hw, c * hw))] + [(contiguous(p), (0, 1, d, 0)) for p in (weight, bias) if p is not None]
     statistics = [(s, (0, 0, 1, group)) for s in (mean, rstd)]
     _groups(
-        "group_norm", _layer_norm, [(out, (1, hw, d * hw, c * hw)), *statistics], ins, x, [hw, d, group, n],
-        (weight is not None, bias is not None), [eps], [STATISTICS[x.dtype]],
-    )  # fmt: skip
+        "group_norm",
+        _layer_norm,
+        [(out, (1, hw, d * hw, c * hw)), *statistics],
+        ins,
+        x,
+        [hw, d, group, n],
+        (weight is not None, bias is not None),
+        [eps],
+        [STATISTICS[x.dtype]],
+    )
 
 
-def _groups(name: str, function: Any, outs: Sequence[Any], ins: Sequence[Any], x: Tensor, sizes: Sequence[Any], key: tuple,
-            values: Sequence[Any] = (), types: Sequence[str] = ()) -> None:  # fmt: skip
+def _groups(
+    name: str,
+    function: Any,
+    outs: Sequence[Any],
+    ins: Sequence[Any],
+    x: Tensor,
+    sizes: Sequence[Any],
+    key: tuple,
+    values: Sequence[Any] = (),
+    types: Sequence[str] = (),
+) -> None:
     length = sum(map(bucket, x.sizes[2:])) + max(bucket(x.sizes[1]) - 3, 0)
-    first = 1 if all(is_one(s) for s in x.sizes[2:]) else 0  # without spatial extent, the channels of a group are the row
+    first = (
+        1 if all(is_one(s) for s in x.sizes[2:]) else 0
+    )  # without spatial extent, the channels of a group are the row
     outs, ins = ([(t, s[first:]) for t, s in ts] for ts in (outs, ins))
-    reduce_rows(name, function, outs, ins, sizes[first:], 2 - first, key, values, types, splits=False, length=length + 5, count=5)
+    reduce_rows(
+        name,
+        function,
+        outs,
+        ins,
+        sizes[first:],
+        2 - first,
+        key,
+        values,
+        types,
+        splits=False,
+        length=length + 5,
+        count=5,
+    )
 
 
 @stub("GroupNormBackwardKernel", coarse=False)
 def group_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, n: Any, c: Any, hw: Any, group: Any,
-    dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: Any,
+    c: Any,
+    hw: Any,
+    group: Any,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
     d = c // group
     grad, x, mean, rstd = contiguous(grad), contiguous(x), contiguous(mean), contiguous(rstd)
     full, per_group = (1, hw, d * hw, c * hw), (0, 0, 1, group)
     ins = [(grad, full), (x, full), (mean, per_group), (rstd, per_group)]
     if dx is not None:
         more = [] if weight is None else [(contiguous(weight), (0, 1, d, 0))]
-        _groups("group_norm_backward", _layer_norm_backward, [(dx, full)], [*ins, *more], x, [hw, d, group, n], (weight is not None,))
+        _groups(
+            "group_norm_backward",
+            _layer_norm_backward,
+            [(dx, full)],
+            [*ins, *more],
+            x,
+            [hw, d, group, n],
+            (weight is not None,),
+        )
     if dw is not None or db is not None:
         # Rows are channels (d fastest, then group); reduced are positions and samples.
         order = (0, 3, 1, 2)
         outs = [(t, (0, 0, 1, d)) for t in (dw, db) if t is not None]
         reduce_rows(
-            "group_norm_parameters", _layer_norm_parameters, outs, [(t, [s[i] for i in order]) for t, s in ins], [hw, n, d, group], 2,
-            ((dw is not None, db is not None),), splits=False, length=sum(map(bucket, x.sizes[2:])) + 5, count=5,
-        )  # fmt: skip
+            "group_norm_parameters",
+            _layer_norm_parameters,
+            outs,
+            [(t, [s[i] for i in order]) for t, s in ins],
+            [hw, n, d, group],
+            2,
+            ((dw is not None, db is not None),),
+            splits=False,
+            length=sum(map(bucket, x.sizes[2:])) + 5,
+            count=5,
+        )
 
 
-# ---- batch normalisation ----------------------------------------------------------------------------------------------
+# ---- batch normalisation ---------------------------------------------------------------------------------------------
 
 
 def _channel_strides(x: Tensor, collapse: bool) -> list[Any]:
@@ -347,8 +474,17 @@ def _logs(x: Tensor) -> dict[str, int]:
     return {"length": sum(map(bucket, x.sizes[2:])) + bucket(x.sizes[0]), "count": bucket(x.sizes[1])}
 
 
-def _rows_of_channels(name: str, function: Any, key: tuple, full: Sequence[Tensor], fulls: int, outs: Sequence[Tensor],
-                      ins: Sequence[Tensor], values: Sequence[Any], kind: str) -> None:  # fmt: skip
+def _rows_of_channels(
+    name: str,
+    function: Any,
+    key: tuple,
+    full: Sequence[Tensor],
+    fulls: int,
+    outs: Sequence[Tensor],
+    ins: Sequence[Tensor],
+    values: Sequence[Any],
+    kind: str,
+) -> None:
     """A row per channel. full: tensors of the input's shape, the first `fulls` of them outputs; outs, ins: per channel."""
     x = full[-1]
     collapse = x.ndim > 2 and all(t.is_contiguous for t in full)
@@ -365,9 +501,18 @@ def _rows_of_channels(name: str, function: Any, key: tuple, full: Sequence[Tenso
         return t, _channel_strides(t, collapse)
 
     reduce_rows(
-        name, function, [*map(whole, full[:fulls]), *map(channel, outs)], [*map(whole, full[fulls:]), *map(channel, ins)], sizes, reduced,
-        key, values, [kind] * len(values), splits=False, **_logs(x),
-    )  # fmt: skip
+        name,
+        function,
+        [*map(whole, full[:fulls]), *map(channel, outs)],
+        [*map(whole, full[fulls:]), *map(channel, ins)],
+        sizes,
+        reduced,
+        key,
+        values,
+        [kind] * len(values),
+        splits=False,
+        **_logs(x),
+    )
 
 
 def _batch_norm_training(flags: tuple, r: Any, x: Any, *rest: Any) -> Any:
@@ -410,8 +555,15 @@ def _make_evaluation(flags: tuple) -> Any:
 _EVALUATIONS = {(w, b): _make_evaluation((w, b)) for w in (False, True) for b in (False, True)}
 
 
-def _per_channel(name: str, function: Any, outs: Sequence[Tensor], full: Sequence[Tensor], channel: Sequence[Tensor], values: Sequence[Any],
-                 types: Sequence[str]) -> None:  # fmt: skip
+def _per_channel(
+    name: str,
+    function: Any,
+    outs: Sequence[Tensor],
+    full: Sequence[Tensor],
+    channel: Sequence[Tensor],
+    values: Sequence[Any],
+    types: Sequence[str],
+) -> None:
     """An expression of tensors [n, c, ...] and of one number per channel."""
     x = full[0]
     if all(t.is_contiguous for t in (*outs, *full)) and x.ndim > 2:
@@ -431,9 +583,15 @@ def _per_channel(name: str, function: Any, outs: Sequence[Tensor], full: Sequenc
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
-    momentum: Any, eps: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: Any,
+    eps: Any,
+) -> tuple[Tensor, ...]:
     """(output, mean, 1 / deviation) of x [n, c, ...]; both statistics are empty unless training."""
     kind = STATISTICS[x.dtype]
     out = empty(x.sizes, x.dtype, _like(x))
@@ -448,7 +606,15 @@ def batch_norm(
     running = [s for s in (running_mean, running_var) if s is not None]
     flags = (*present, running_mean is not None, running_var is not None)
     _rows_of_channels(
-        "batch_norm", _batch_norm_training, (flags,), [out, x], 1, [mean, rstd, *running], [*parameters, *running], [momentum, eps], kind
+        "batch_norm",
+        _batch_norm_training,
+        (flags,),
+        [out, x],
+        1,
+        [mean, rstd, *running],
+        [*parameters, *running],
+        [momentum, eps],
+        kind,
     )
     return out, mean, rstd
 
@@ -472,7 +638,13 @@ def native_batch_norm_no_stats(
 
 @lowering("_batch_norm_with_update")
 def batch_norm_with_update(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: Any, eps: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: Any,
+    eps: Any,
 ) -> tuple[Tensor, ...]:
     return *batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps), empty([0], "u8")
 
@@ -495,9 +667,17 @@ def _batch_norm_backward(flags: tuple, r: Any, grad: Any, x: Any, *rest: Any) ->
 
 @lowering("native_batch_norm_backward")
 def native_batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, training: bool, eps: Any, mask: Sequence[int],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    training: bool,
+    eps: Any,
+    mask: Sequence[int],
+) -> tuple[Tensor | None, ...]:
     kind = STATISTICS[x.dtype]
     own = weight.dtype if weight is not None else kind
     dx = empty(x.sizes, x.dtype, _like(x)) if mask[0] else None
@@ -507,17 +687,33 @@ def native_batch_norm_backward(
     flags = (training, weight is not None, *(bool(m) for m in mask))
     if any(mask):
         _rows_of_channels(
-            "batch_norm_backward", _batch_norm_backward, (flags,), [*([dx] if dx else []), grad, x], int(bool(mask[0])),
-            [t for t in (dw, db) if t is not None], [first, second, *([weight] if weight is not None else [])], [eps], kind,
-        )  # fmt: skip
+            "batch_norm_backward",
+            _batch_norm_backward,
+            (flags,),
+            [*([dx] if dx else []), grad, x],
+            int(bool(mask[0])),
+            [t for t in (dw, db) if t is not None],
+            [first, second, *([weight] if weight is not None else [])],
+            [eps],
+            kind,
+        )
     return dx, dw, db
 
 
 @lowering("batch_norm_backward")
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, update: bool, eps: Any, mask: Sequence[int], reserve: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    update: bool,
+    eps: Any,
+    mask: Sequence[int],
+    reserve: Tensor,
+) -> tuple[Tensor | None, ...]:
     return native_batch_norm_backward(grad, x, weight, running_mean, running_var, mean, rstd, update, eps, mask)
 
 
@@ -530,7 +726,7 @@ for _out, _function, _names in (
     out_variant(_out, _function, *_names)
 
 
-# ---- weight normalisation ---------------------------------------------------------------------------------------------
+# ---- weight normalisation --------------------------------------------------------------------------------------------
 
 
 def _weight_norm(r: Any, v: Any, g: Any) -> Any:
@@ -557,7 +753,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     out, norm = empty(v.sizes, v.dtype), empty(g.sizes, STATISTICS[g.dtype])
     sizes, strides = _weight_rows(v, dim)
     outs = [(out, strides), (norm, (0, 1))]
-    reduce_rows("weight_norm", _weight_norm, outs, [(v, strides), (g, (0, 1))], sizes, 1, splits=False, length=8, count=8)
+    reduce_rows(
+        "weight_norm", _weight_norm, outs, [(v, strides), (g, (0, 1))], sizes, 1, splits=False, length=8, count=8
+    )
     return out, norm
 
 
@@ -567,5 +765,15 @@ def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norm: Tensor, dim: 
     dv, dg = empty(v.sizes, v.dtype), empty(g.sizes, g.dtype)
     sizes, strides = _weight_rows(v, dim)
     ins = [(grad, strides), (v, strides), (g, (0, 1)), (norm, (0, 1))]
-    reduce_rows("weight_norm_backward", _weight_norm_backward, [(dv, strides), (dg, (0, 1))], ins, sizes, 1, splits=False, length=8, count=8)
+    reduce_rows(
+        "weight_norm_backward",
+        _weight_norm_backward,
+        [(dv, strides), (dg, (0, 1))],
+        ins,
+        sizes,
+        1,
+        splits=False,
+        length=8,
+        count=8,
+    )
     return dv, dg

@@ -41,14 +41,24 @@ SHORT_ROW = 4  # floor(log2) of rows so short that they go side by side
 LONG_ROW = 12  # of rows worth splitting, where there are few of them
 
 
-# ---- rows over strided tensors ----------------------------------------------------------------------------------------
+# ---- rows over strided tensors ---------------------------------------------------------------------------------------
 
 
 def reduce_rows(
-    name: str, function: Callable[..., Any], outs: Sequence[tuple[Tensor, Sequence[Any]]], ins: Sequence[tuple[Tensor, Sequence[Any]]],
-    sizes: Sequence[Any], reduced: int, key: tuple = (), values: Sequence[Any] = (), types: Sequence[str] = (), splits: bool = True,
-    enabled: Any = None, length: int | None = None, count: int | None = None,
-) -> None:  # fmt: skip
+    name: str,
+    function: Callable[..., Any],
+    outs: Sequence[tuple[Tensor, Sequence[Any]]],
+    ins: Sequence[tuple[Tensor, Sequence[Any]]],
+    sizes: Sequence[Any],
+    reduced: int,
+    key: tuple = (),
+    values: Sequence[Any] = (),
+    types: Sequence[str] = (),
+    splits: bool = True,
+    enabled: Any = None,
+    length: int | None = None,
+    count: int | None = None,
+) -> None:
     """outs = function(r, *ins, *values) of every row.
 
     outs, ins: (tensor, strides per dimension); sizes: the `reduced` dimensions first, then those of the rows, fastest first.
@@ -71,7 +81,9 @@ def reduce_rows(
     schedule = None
     if len(sizes) > reduced and length <= SHORT_ROW and count >= 4:
         schedule = "lanes_r" if vector else "invocation"
-    columns = vector and splits and per_row and reduced == 1 and len(sizes) == 2 and length > SHORT_ROW and count > SHORT_ROW
+    columns = (
+        vector and splits and per_row and reduced == 1 and len(sizes) == 2 and length > SHORT_ROW and count > SHORT_ROW
+    )
     if columns and is_one(in_strides[0][1]) and not is_one(in_strides[0][0]):
         _reduce_columns(name, function, outs, ins, sizes, key, values, types, enabled)
         return
@@ -96,21 +108,35 @@ def reduce_rows(
     partials = [empty([rows * n_splits], dtype) for dtype in built.partial_dtypes]
     first, second = built.first, built.second
     launch(
-        first.kernel, [*partials, *in_tensors], first.scalars(sizes, in_strides, values, n_splits), when(first.groups(sizes, n_splits)),
-    )  # fmt: skip
+        first.kernel,
+        [*partials, *in_tensors],
+        first.scalars(sizes, in_strides, values, n_splits),
+        when(first.groups(sizes, n_splits)),
+    )
     shape, strides = built.second_shape(sizes, n_splits, [s[reduced:] for s in out_strides])
     launch(
-        second.kernel, [*out_tensors, *partials], second.scalars(shape, strides, [product(sizes[:reduced]), *values]),
+        second.kernel,
+        [*out_tensors, *partials],
+        second.scalars(shape, strides, [product(sizes[:reduced]), *values]),
         when(second.groups(shape)),
-    )  # fmt: skip
+    )
 
 
 COLUMN_BLOCK = 2048  # columns whose running totals stay in the first-level cache
 ROW_BLOCK = 512  # rows that are added one after the other at most
 
 
-def _reduce_columns(name: str, function: Callable[..., Any], outs: Sequence[Any], ins: Sequence[Any], sizes: Sequence[Any], key: tuple,
-                    values: Sequence[Any], types: Sequence[str], enabled: Any) -> None:  # fmt: skip
+def _reduce_columns(
+    name: str,
+    function: Callable[..., Any],
+    outs: Sequence[Any],
+    ins: Sequence[Any],
+    sizes: Sequence[Any],
+    key: tuple,
+    values: Sequence[Any],
+    types: Sequence[str],
+    enabled: Any,
+) -> None:
     """Reductions over the slow dimension on CPU devices: blocks of rows are read in order, four at a time, into running totals of
     every column; then the blocks' totals are combined."""
     m, n = sizes
@@ -132,7 +158,9 @@ def _reduce_columns(name: str, function: Callable[..., Any], outs: Sequence[Any]
     launch(second.kernel, [*(x for x, _ in outs), *partials], scalars, (on(grid[0]), *grid[1:]))
 
 
-def _column_kernels(target: Target, name: str, function: Callable[..., Any], key: tuple, outs: tuple, ins: tuple, types: tuple) -> Any:
+def _column_kernels(
+    target: Target, name: str, function: Callable[..., Any], key: tuple, outs: tuple, ins: tuple, types: tuple
+) -> Any:
     """(the kernel of blocks' totals, the nest that combines them, the dtypes of totals)."""
     in_operands = [nest.Operand(f"in{i}", d, layout) for i, (d, layout) in enumerate(ins)]
     label = re.sub(r"\W+", "", "_".join([name, *(str(x) for x in key), *types]))
@@ -149,7 +177,8 @@ def _column_kernels(target: Target, name: str, function: Callable[..., Any], key
     buffers = {o.name: k.buffer(o.name, o.dtype) for o in in_operands}
     m, n, per = (k.scalar(s, "u32") for s in ("rows", "columns", "rows_per_block"))
     strides = {
-        o.name: [k.scalar(f"{o.name}_stride{d}", "i32") if c == "s" else None for d, c in enumerate(o.strides)] for o in in_operands
+        o.name: [k.scalar(f"{o.name}_stride{d}", "i32") if c == "s" else None for d, c in enumerate(o.strides)]
+        for o in in_operands
     }
     values = [k.scalar(f"value{i}", t) for i, t in enumerate(types)]
     results = expression(nest.RowContext(m), *[ir.leaf(o.name, o.dtype) for o in in_operands], *values)
@@ -216,9 +245,15 @@ def _column_kernels(target: Target, name: str, function: Callable[..., Any], key
         return tuple(ir.substitute(v, lambda node: total[node.attr[1]] if node.op == "red" else None) for v in results)
 
     second = nest.rows(
-        target, label + "_of_columns", [nest.Operand(f"out{i}", d, ("0", layout[1])) for i, (d, layout) in enumerate(outs)],
-        [nest.Operand(f"part{i}", d, ("s", "1")) for i, d in enumerate(dtypes)], combine, reduced=1, ndim=2, scalars=["u32", *types],
-    )  # fmt: skip
+        target,
+        label + "_of_columns",
+        [nest.Operand(f"out{i}", d, ("0", layout[1])) for i, (d, layout) in enumerate(outs)],
+        [nest.Operand(f"part{i}", d, ("s", "1")) for i, d in enumerate(dtypes)],
+        combine,
+        reduced=1,
+        ndim=2,
+        scalars=["u32", *types],
+    )
     return k.finish((1, 1, 1)), second, dtypes
 
 
@@ -227,9 +262,18 @@ def _parts(results: Sequence[Any]) -> list[Any]:
 
 
 def _kernel(
-    target: Target, name: str, function: Callable[..., Any], key: tuple, outs: tuple, ins: tuple, reduced: int, ndim: int,
-    types: tuple, schedule: str | None, cut: bool,
-) -> Any:  # fmt: skip
+    target: Target,
+    name: str,
+    function: Callable[..., Any],
+    key: tuple,
+    outs: tuple,
+    ins: tuple,
+    reduced: int,
+    ndim: int,
+    types: tuple,
+    schedule: str | None,
+    cut: bool,
+) -> Any:
     def expression(r: Any, *args: Any) -> Any:
         result = function(*key, r, *args)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
@@ -239,15 +283,28 @@ def _kernel(
     label = re.sub(r"\W+", "", "_".join([name, *(str(x) for x in key), *types]))
     make: Any = nest.split_rows if cut else nest.rows
     return make(
-        target, label,
+        target,
+        label,
         [nest.Operand(f"out{i}", d, layout) for i, (d, layout) in enumerate(outs)],
         [nest.Operand(f"in{i}", d, layout) for i, (d, layout) in enumerate(ins)],
-        expression, reduced=reduced, ndim=ndim, scalars=types, schedule=schedule,
-    )  # fmt: skip
+        expression,
+        reduced=reduced,
+        ndim=ndim,
+        scalars=types,
+        schedule=schedule,
+    )
 
 
-def reduce_iterator(name: str, it: Iter, function: Callable[..., Any], key: tuple, values: Sequence[Any] = (),
-                    types: Sequence[str] = (), splits: bool = True, enabled: Any = None) -> None:  # fmt: skip
+def reduce_iterator(
+    name: str,
+    it: Iter,
+    function: Callable[..., Any],
+    key: tuple,
+    values: Sequence[Any] = (),
+    types: Sequence[str] = (),
+    splits: bool = True,
+    enabled: Any = None,
+) -> None:
     """A reduction as ATen describes it: the output's strides are 0 along reduced dimensions, which come first."""
     shape: Sequence[Any] = it.shape or (1,)
 
@@ -266,7 +323,7 @@ def accumulator(dtype: str) -> str:
     return compute_dtype(dtype)
 
 
-# ---- what is reduced --------------------------------------------------------------------------------------------------
+# ---- what is reduced -------------------------------------------------------------------------------------------------
 
 
 def truth(x: Any) -> Any:
@@ -352,9 +409,11 @@ def _min_dim(r: Any, x: Any) -> Any:
 
 def _aminmax(r: Any, x: Any) -> Any:
     both = Monoid(
-        "minmax", (x.dtype,) * 2, (nest.MIN(x.dtype).init[0], nest.MAX(x.dtype).init[0]),
+        "minmax",
+        (x.dtype,) * 2,
+        (nest.MIN(x.dtype).init[0], nest.MAX(x.dtype).init[0]),
         lambda a, b: (ir.minimum(a[0], b[0]), ir.maximum(a[1], b[1])),
-    )  # fmt: skip
+    )
     return r.reduce(both, x, x)
 
 
@@ -374,15 +433,21 @@ for _name, _function in {"sum": _sum, "nansum": _nansum, "mean": _mean, "prod": 
 
 
 for _name, _function in {
-    "and": _all, "or": _any, "min_values": _min, "max_values": _max, "argmax": _argmax, "argmin": _argmin, "xor_sum": _xor_sum,
-}.items():  # fmt: skip
+    "and": _all,
+    "or": _any,
+    "min_values": _min,
+    "max_values": _max,
+    "argmax": _argmax,
+    "argmin": _argmin,
+    "xor_sum": _xor_sum,
+}.items():
 
     @stub(f"{_name}_stub", coarse=False)
     def _stub_of_values(it: Iter, _name: str = _name, _function: Any = _function) -> None:
         reduce_iterator(_name, it, _function, ())
 
 
-# ---- variances and norms ----------------------------------------------------------------------------------------------
+# ---- variances and norms ---------------------------------------------------------------------------------------------
 
 
 def _variance(dtype: str, root: bool, two: bool, welford: bool, r: Any, x: Any, correction: Any) -> Any:
@@ -468,10 +533,12 @@ def powsum(it: Iter, p: Any) -> None:
     reduce_iterator("powers_sum", it, _powers, (dtype,), [p], [dtype], enabled=eq(two, 0))
 
 
-# ---- along a dimension, and over everything ---------------------------------------------------------------------------
+# ---- along a dimension, and over everything --------------------------------------------------------------------------
 
 
-def _along(name: str, function: Callable[..., Any], x: Tensor, dim: int, keepdim: bool, outs: Sequence[Tensor], key: tuple = ()) -> None:
+def _along(
+    name: str, function: Callable[..., Any], x: Tensor, dim: int, keepdim: bool, outs: Sequence[Tensor], key: tuple = ()
+) -> None:
     """Reduces dimension `dim` of x into outs, which have it with size 1 (keepdim) or not at all."""
     if x.ndim == 0:
         reduce_rows(name, function, [(o, (0,)) for o in outs], [(x, (0,))], (1,), 1, key)
@@ -486,7 +553,13 @@ def _along(name: str, function: Callable[..., Any], x: Tensor, dim: int, keepdim
         return [s[d] for d in order]
 
     reduce_rows(
-        name, function, [(o, strides(o)) for o in outs], [(x, [x.strides[d] for d in order])], [x.sizes[d] for d in order], 1, key
+        name,
+        function,
+        [(o, strides(o)) for o in outs],
+        [(x, [x.strides[d] for d in order])],
+        [x.sizes[d] for d in order],
+        1,
+        key,
     )
 
 
@@ -530,7 +603,7 @@ def aminmax_all(x: Tensor, low: Tensor, high: Tensor) -> None:
     _everything("aminmax", _aminmax, x, [low, high])
 
 
-# ---- single ops -------------------------------------------------------------------------------------------------------
+# ---- single ops ------------------------------------------------------------------------------------------------------
 
 
 @lowering("trace")
@@ -549,5 +622,7 @@ def equal(a: Any, b: Any) -> bool:
     if a.device != b.device:
         raise RuntimeError(f"Cannot compare two tensors on different devices. Got: {a.device} and {b.device}")
     if a.dtype != b.dtype:
-        raise RuntimeError(f"Expected object of data type {a.dtype} but got data type {b.dtype} for argument 'other' in call to equal")
+        raise RuntimeError(
+            f"Expected object of data type {a.dtype} but got data type {b.dtype} for argument 'other' in call to equal"
+        )
     return a.shape == b.shape and bool((a == b).all().item())

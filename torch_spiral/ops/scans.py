@@ -18,7 +18,7 @@ from .items import Item, each
 CHUNK = 4096
 
 
-# ---- what is scanned: a monoid, the element of x at an index, the result --------------------------------------------------
+# ---- what is scanned: a monoid, the element of x at an index, the result -------------------------------------------------
 
 
 def _logaddexp(kind: str) -> Any:
@@ -75,10 +75,15 @@ def _span(it: Item) -> tuple[Any, Any]:
     return start, it.k.let(ir.minimum(start + it["chunk"], it["length"]))
 
 
-def _walk(it: Item, op: str, dtype: str, monoid: nest.Monoid, start: Any, stop: Any, initial: Sequence[Any], store: Any) -> list[Any]:
+def _walk(
+    it: Item, op: str, dtype: str, monoid: nest.Monoid, start: Any, stop: Any, initial: Sequence[Any], store: Any
+) -> list[Any]:
     """Combines the elements start .. stop of a row; store(index, values) gets each running value."""
     k = it.k
-    acc = [k.var(t, ir.const(v, t) if isinstance(v, (int, float)) else v) for t, v in zip(monoid.dtypes, initial, strict=True)]
+    acc = [
+        k.var(t, ir.const(v, t) if isinstance(v, (int, float)) else v)
+        for t, v in zip(monoid.dtypes, initial, strict=True)
+    ]
     with k.For(start, stop) as c:
         at = (c, *it.at[1:])
         new = [k.let(v) for v in monoid.combine(tuple(a.as_node() for a in acc), _element(it, op, dtype, at, c))]
@@ -154,7 +159,15 @@ def scan(op: str, x: Tensor, dim: int, out: Tensor, indices: Tensor | None = Non
     few = sum(bucket(s) for s in rows) <= (1 if vector else 8)
     chunked = few and bucket(length) >= (14 if vector else 9)
     if not chunked:
-        each(op, _scan_body, (1, *rows), operands, {"chunk": length, "length": length}, static=(op, dtype, False), cost=length)
+        each(
+            op,
+            _scan_body,
+            (1, *rows),
+            operands,
+            {"chunk": length, "length": length},
+            static=(op, dtype, False),
+            cost=length,
+        )
         return
     chunk: Any = CHUNK if vector else maximum(cdiv(length, 1024), 32)
     chunks = cdiv(length, chunk)
@@ -163,12 +176,26 @@ def scan(op: str, x: Tensor, dim: int, out: Tensor, indices: Tensor | None = Non
     scalars = {"chunk": chunk, "length": length}
     outs = {f"out{i}": t for i, t in enumerate(totals)}
     each(op + "_totals", _totals_body, (chunks, *rows), {"x": x, **outs}, scalars, static=(op, dtype), cost=chunk)
-    modes = {key: "rw" for key in outs}
-    each(op + "_running", _running_body, (1, *rows), outs, {"chunks": chunks}, static=(op, dtype), modes=modes, cost=chunks)
+    modes = dict.fromkeys(outs, "rw")
     each(
-        op + "_chunks", _scan_body, (chunks, *rows), {**operands, **{f"total{i}": t for i, t in enumerate(totals)}}, scalars,
-        static=(op, dtype, True), cost=chunk,
-    )  # fmt: skip
+        op + "_running",
+        _running_body,
+        (1, *rows),
+        outs,
+        {"chunks": chunks},
+        static=(op, dtype),
+        modes=modes,
+        cost=chunks,
+    )
+    each(
+        op + "_chunks",
+        _scan_body,
+        (chunks, *rows),
+        {**operands, **{f"total{i}": t for i, t in enumerate(totals)}},
+        scalars,
+        static=(op, dtype, True),
+        cost=chunk,
+    )
 
 
 @stub("cumsum_stub", coarse=False)
@@ -201,7 +228,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 out_variant("_logcumsumexp.out", "_logcumsumexp", "out")
 
 
-# ---- distances --------------------------------------------------------------------------------------------------------
+# ---- distances -------------------------------------------------------------------------------------------------------
 
 
 def _distance(it: Item, a: Any, b: Any, kind: str) -> Any:
@@ -253,9 +280,14 @@ def cdist(a: Tensor, b: Tensor, p: Any, out: Tensor) -> None:
     """out[n, i, j] = the distance of a[n, i] and b[n, j]."""
     a, b, result = _three(a), _three(b), _three(out) if out.is_contiguous else empty(_three(out).sizes, out.dtype)
     each(
-        "cdist", _cdist_body, result.sizes, {"a": a, "b": b, "out": result}, {"features": a.sizes[2], "p": _p(a, p)},
-        static=(compute_dtype(a.dtype),), cost=a.sizes[2],
-    )  # fmt: skip
+        "cdist",
+        _cdist_body,
+        result.sizes,
+        {"a": a, "b": b, "out": result},
+        {"features": a.sizes[2], "p": _p(a, p)},
+        static=(compute_dtype(a.dtype),),
+        cost=a.sizes[2],
+    )
     if not out.is_contiguous:
         copy_to(out, result.view(out.sizes))
 
@@ -268,7 +300,9 @@ def _slope(p: Any, diff: Any, distance: Any, kind: str) -> Any:
     general = ir.where(ir.or_(ir.eq(distance, 0.0), ir.and_(ir.lt(p, 1.0), ir.eq(diff, 0.0))), zero, general)
     two = ir.where(ir.eq(distance, 0.0), zero, diff / distance)
     largest = ir.where(ir.eq(size, distance), sign, zero)
-    value = ir.where(ir.eq(p, 2.0), two, ir.where(ir.eq(p, 1.0), sign, ir.where(ir.eq(p, float("inf")), largest, general)))
+    value = ir.where(
+        ir.eq(p, 2.0), two, ir.where(ir.eq(p, 1.0), sign, ir.where(ir.eq(p, float("inf")), largest, general))
+    )
     return ir.where(ir.eq(p, 0.0), zero, value)
 
 
@@ -289,9 +323,14 @@ def cdist_backward(grad: Tensor, a: Tensor, b: Tensor, p: Any, distance: Tensor,
     a, b, grad, distance = _three(a), _three(b), _three(grad), _three(distance)
     result = _three(out) if out.is_contiguous else empty(a.sizes, out.dtype)
     each(
-        "cdist_backward", _cdist_backward_body, result.sizes, {"a": a, "b": b, "grad": grad, "distance": distance, "out": result},
-        {"rows": b.sizes[1], "p": _p(a, p)}, static=(compute_dtype(a.dtype),), cost=b.sizes[1],
-    )  # fmt: skip
+        "cdist_backward",
+        _cdist_backward_body,
+        result.sizes,
+        {"a": a, "b": b, "grad": grad, "distance": distance, "out": result},
+        {"rows": b.sizes[1], "p": _p(a, p)},
+        static=(compute_dtype(a.dtype),),
+        cost=b.sizes[1],
+    )
     if not out.is_contiguous:
         copy_to(out, result.view(out.sizes))
 
@@ -313,9 +352,14 @@ def _pdist_body(it: Item) -> None:
 def pdist_forward(a: Tensor, p: Any, out: Tensor) -> None:
     n = a.sizes[0]
     each(
-        "pdist", _pdist_body, (n, n), {"a": a, "out": out}, {"features": a.sizes[1], "rows": n, "p": _p(a, p)},
-        static=(compute_dtype(a.dtype),), cost=a.sizes[1],
-    )  # fmt: skip
+        "pdist",
+        _pdist_body,
+        (n, n),
+        {"a": a, "out": out},
+        {"features": a.sizes[1], "rows": n, "p": _p(a, p)},
+        static=(compute_dtype(a.dtype),),
+        cost=a.sizes[1],
+    )
 
 
 def _pdist_backward_body(it: Item) -> None:
@@ -332,6 +376,11 @@ def _pdist_backward_body(it: Item) -> None:
 @stub("pdist_backward_stub")
 def pdist_backward(grad: Tensor, a: Tensor, p: Any, distance: Tensor, out: Tensor) -> None:
     each(
-        "pdist_backward", _pdist_backward_body, a.sizes, {"a": a, "grad": grad, "distance": distance, "out": out},
-        {"rows": a.sizes[0], "p": _p(a, p)}, static=(compute_dtype(a.dtype),), cost=a.sizes[0],
-    )  # fmt: skip
+        "pdist_backward",
+        _pdist_backward_body,
+        a.sizes,
+        {"a": a, "grad": grad, "distance": distance, "out": out},
+        {"rows": a.sizes[0], "p": _p(a, p)},
+        static=(compute_dtype(a.dtype),),
+        cost=a.sizes[0],
+    )
