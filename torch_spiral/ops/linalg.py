@@ -24,7 +24,6 @@ from ..lowering import (
     composite,
     empty,
     is_one,
-    is_zero,
     launch,
     lowering,
     lt,
@@ -120,14 +119,9 @@ def _of_bucket(n: Any, b: int) -> Any:
     return Size(n._ref, recorder(), int(n._hint), 2 + 3 * b)
 
 
-def _loose(strides: Sequence[Any]) -> list[Any]:
-    """Strides without the claim to be the product of the later sizes, which is false for a part of a tensor."""
-    return [Sym(s._ref, "i", recorder(), s._hint) if isinstance(s, Sym) and not is_one(s) and not is_zero(s) else s for s in strides]
-
-
 def _block(x: Tensor, row: Any, rows: Any, col: Any, cols: Any) -> Tensor:
     """A part of each matrix."""
-    return x.view([x.sizes[0], rows, cols], _loose(x.strides), row * x.strides[1] + col * x.strides[2])
+    return x.view([x.sizes[0], rows, cols], x.strides, row * x.strides[1] + col * x.strides[2])
 
 
 def _panels(n: Any) -> Iterator[tuple[int, Any, Any, int]]:
@@ -425,7 +419,7 @@ def cross(a: Tensor, b: Tensor, dim: int, out: Tensor) -> None:
     def part(x: Tensor, i: int) -> Tensor:
         sizes = [s for d, s in enumerate(x.sizes) if d != dim]
         strides = [s for d, s in enumerate(x.strides) if d != dim]
-        return x.view(sizes, _loose(strides), i * x.strides[dim])
+        return x.view(sizes, strides, i * x.strides[dim])
 
     a, b = contiguous(a) if not _is_plain(a) else a, contiguous(b) if not _is_plain(b) else b
     a, b = (broadcast(x, out.sizes) for x in (a, b))
