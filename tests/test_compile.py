@@ -358,6 +358,7 @@ def test_explain(device):
 def test_generated_source():
     """The host side of a graph, whole."""
     from torch._inductor.utils import run_and_get_code
+
     from tests.conftest import ENGINES
 
     if "opencl" not in ENGINES:

@@ -40,7 +40,8 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
     device.register()
     try:
-        return compile_fx(gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)})
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)})
+        return compiled
     except Exception as error:
         if _fullgraph():
             raise

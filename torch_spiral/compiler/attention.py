@@ -65,7 +65,7 @@ def _vectors(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Strides in the order of `strides`, without holes."""
     out, step = [0] * len(sizes), 1
-    for d in sorted(reversed(range(len(sizes))), key=lambda d: strides[d]):
+    for d in sorted(range(len(sizes)), key=lambda d: (strides[d], -d)):
         out[d] = step
         step *= sizes[d]
     return out

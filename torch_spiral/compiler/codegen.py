@@ -18,7 +18,7 @@ from .loops import Built, Program, Store, build
 from .ops import TORCH, Overrides, Value, dtype_name, index_node, node
 
 
-class _Variables(compat.CSE):  # type: ignore[misc]
+class _Variables(compat.CSE):
     """Values need no text: equal expressions are one node already."""
 
     def generate(self, buffer: Any, expr: Any, *, bounds: Any = None, write: bool = True, assignment: bool = True,
@@ -43,16 +43,16 @@ class _Variables(compat.CSE):  # type: ignore[misc]
         raise NotImplementedError("spiral's compiler has no variables without an expression")
 
 
-class FusedKernel(compat.SIMDKernel):  # type: ignore[misc]
+class FusedKernel(compat.SIMDKernel):
     """One fused group. Loads, reductions and stores are collected; codegen_kernel builds the kernel from them."""
 
-    overrides = Overrides  # type: ignore[assignment]
+    overrides = Overrides
     kexpr = staticmethod(str)
     sexpr = staticmethod(str)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cse = _Variables(self.newvar_prefix, self.suffix)
+        self.cse: Any = _Variables(self.newvar_prefix, self.suffix)
         self.indirect: dict[sympy.Symbol, ir.Node] = {}
         self.recorded: list[tuple[str, sympy.Expr, ir.Node, str | None, bool]] = []
         self.loaded: list[tuple[str, sympy.Expr]] = []
@@ -275,10 +275,10 @@ class FusedKernel(compat.SIMDKernel):  # type: ignore[misc]
         """Whether more loads are contiguous along the rows than along the reduced dimension."""
         votes = 0
         for _, index in self.loaded:
-            step = {False: None, True: None}
+            step: dict[bool, Any] = {False: None, True: None}
             for symbol, entry in self.range_tree_nodes.items():
                 if symbol in index.free_symbols and entry.divisor == 1:
-                    step[entry.root.is_reduction] = sympy.expand(index.subs(symbol, symbol + 1) - index)  # type: ignore[assignment]
+                    step[entry.root.is_reduction] = sympy.expand(index.subs(symbol, symbol + 1) - index)
             if step[True] is None:
                 continue
             votes += (step[True] == 1) - (step[False] == 1)
@@ -347,7 +347,7 @@ def _dimensions(tree: Any, entries: Sequence[Any]) -> tuple[list[sympy.Expr], di
     return dims, {str(e.symbol()): affine(e) for e in entries}
 
 
-class Scheduling(compat.SIMDScheduling):  # type: ignore[misc]
+class Scheduling(compat.SIMDScheduling):
     """Fusion as for other SIMD devices; one range for the rows, which the kernel cuts into dimensions itself."""
 
     kernel_type = FusedKernel
@@ -365,12 +365,12 @@ class Scheduling(compat.SIMDScheduling):  # type: ignore[misc]
         return cls.create_tiling([numel], [reduction_numel])
 
     def define_kernel(self, src_code: str, node_schedule: Any, kernel: FusedKernel) -> str:
-        wrapper = V.graph.wrapper_code
+        wrapper: Any = V.graph.wrapper_code
         if src_code in wrapper.src_to_kernel:
             return wrapper.src_to_kernel[src_code]
         name = f"fused_{wrapper.next_kernel_suffix()}"
         wrapper.src_to_kernel[src_code] = name
-        origins, detailed = compat.get_kernel_metadata(node_schedule, wrapper)
+        origins, _ = compat.get_kernel_metadata(node_schedule, wrapper)
         wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, kernel.program, origins)
         return name
 

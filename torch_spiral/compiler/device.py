@@ -8,49 +8,50 @@ from typing import Any
 
 import torch
 
+from .. import device as spiral
 from . import compat
 
 Properties = namedtuple("Properties", ["multi_processor_count", "name", "max_threads_per_multi_processor", "warp_size"])
 
 
-class Interface(compat.DeviceInterface):  # type: ignore[misc]
-    """torch.spiral, as Dynamo sees devices."""
+class Interface(compat.DeviceInterface):
+    """torch.spiral as Dynamo sees devices."""
 
-    device = torch.spiral.device
-    Event = torch.spiral.Event
-    Stream = torch.spiral.Stream
-    current_device = staticmethod(torch.spiral.current_device)
-    set_device = staticmethod(torch.spiral.set_device)
-    device_count = staticmethod(torch.spiral.device_count)
-    is_available = staticmethod(torch.spiral.is_available)
-    synchronize = staticmethod(torch.spiral.synchronize)
-    current_stream = staticmethod(torch.spiral.current_stream)
-    set_stream = staticmethod(torch.spiral.set_stream)
-    stream = staticmethod(torch.spiral.stream)
-    memory_allocated = staticmethod(torch.spiral.memory_allocated)
+    device = spiral.device
+    Event = spiral.Event
+    Stream = spiral.Stream
+    current_device = staticmethod(spiral.current_device)
+    set_device = staticmethod(spiral.set_device)
+    device_count = staticmethod(spiral.device_count)
+    is_available = staticmethod(spiral.is_available)
+    synchronize = staticmethod(spiral.synchronize)
+    current_stream = staticmethod(spiral.current_stream)
+    set_stream = staticmethod(spiral.set_stream)
+    stream = staticmethod(spiral.stream)
+    memory_allocated = staticmethod(spiral.memory_allocated)
 
     class Worker:
         @staticmethod
         def set_device(device: int) -> None:
-            torch.spiral.set_device(device)
+            spiral.set_device(device)
 
         @staticmethod
         def current_device() -> int:
-            return torch.spiral.current_device()
+            return spiral.current_device()
 
         @staticmethod
         def get_device_properties(device: Any = None) -> Any:
             from ..kernels.kernel import Target
 
-            t = Target.of(torch.spiral._get_device_index(device, optional=True) if device is not None else None)
+            t = Target.of(spiral._get_device_index(device, optional=True) if device is not None else None)
             return Properties(t.compute_units, t.engine, 1024, max(t.subgroup, 1))
 
     get_device_properties = staticmethod(Worker.get_device_properties)
 
     @staticmethod
     def exchange_device(device: int) -> int:
-        before = torch.spiral.current_device()
-        torch.spiral.set_device(device)
+        before = spiral.current_device()
+        spiral.set_device(device)
         return before
 
     @staticmethod
@@ -81,7 +82,7 @@ class Interface(compat.DeviceInterface):  # type: ignore[misc]
         return False
 
 
-class Overrides(compat.DeviceOpOverrides):  # type: ignore[misc]
+class Overrides(compat.DeviceOpOverrides):
     """Text that the wrapper needs for a device."""
 
     def import_get_raw_stream_as(self, name: str) -> str:
@@ -103,7 +104,7 @@ def register() -> None:
     from .codegen import Scheduling
     from .wrapper import Wrapper
 
-    for name in ["spiral", *(f"spiral:{i}" for i in range(torch.spiral.device_count()))]:
+    for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
         compat.register_interface_for_device(name, Interface)
     compat.register_device_op_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper)

@@ -66,7 +66,7 @@ class Operand:
 
     kind: str  # "add" | "mul"
     buffer: int
-    strides: tuple[int, int, int]
+    strides: tuple[int, ...]
     offset: int
 
 
@@ -117,12 +117,16 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     return names.index(store.buffer), steps
 
 
-def _strides(index: np.ndarray) -> tuple[int, int, int] | None:
+def _strides(index: np.ndarray) -> tuple[int, ...] | None:
     """Strides of an affine index of three dimensions."""
     first = index[0, 0, 0]
     strides = tuple(int(index[tuple(int(d == e) for e in range(3))] - first) if index.shape[d] > 1 else 0 for d in range(3))
     b, m, n = (np.arange(s) * t for s, t in zip(index.shape, strides, strict=True))
     return strides if np.array_equal(index, first + b[:, None, None] + m[:, None] + n) else None
+
+
+def _replace(value: Node, old: Node, new: Node) -> Node:
+    return ir.substitute(value, lambda n: new if n is old else None)
 
 
 def _terms(op: str, n: Node) -> list[Node]:
@@ -140,7 +144,7 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
     for n in reversed(nodes):
         if n not in depends or n is current:
             continue
-        rest = ir.substitute(value, lambda x, n=n: ir.Node("leaf", n.dtype, attr="done") if x is n else None)
+        rest = _replace(value, n, ir.leaf("done", n.dtype))
         if any(x is current for x in ir.walk(rest)):
             continue
         if n.op in ("add", "mul") and current in n.args:
@@ -148,7 +152,7 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
             terms = _terms(n.op, other)
             if all(t.op == "load" and t is not current for t in terms):
                 return n, [(n.op, t) for t in terms]
-        below = [x for x in ir.walk(ir.substitute(n, lambda x: ir.leaf("acc", current.dtype) if x is current else None))]
+        below = ir.walk(_replace(n, current, ir.leaf("acc", current.dtype)))
         if any(x.op == "load" or (x.op == "leaf" and x.attr != "acc") for x in below):
             continue
         try:

@@ -101,6 +101,7 @@ class _Evaluation:
             return b.load(index)
         if mask.op == "const":
             return other
+        assert other is not None
         if mask.lanes == 1:
             lanes = max(index.lanes, other.lanes)
             v = self.k.var(b.compute, ir.cast(other, b.compute), lanes)

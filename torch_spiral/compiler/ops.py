@@ -1,3 +1,4 @@
+# mypy: disable-error-code="override"
 """Inductor's ops as expressions of kernels/ir.py: its loop bodies, run under Overrides, leave nodes instead of text."""
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from ..kernels import ir
 from ..kernels.kernel import compute_dtype
 from . import compat
-from .dtypes import DTYPES
 from .compat import V
+from .dtypes import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SMALL = ("i8", "i16", "u8", "u16")
@@ -347,9 +348,9 @@ class Overrides(compat.OpOverrides):
     floor, ceil, trunc, round = _unary(ir.floor), _unary(ir.ceil), _unary(ir.trunc), _unary(ir.rint)
     exp, exp2, expm1 = _float_unary(ir.exp), _float_unary(ir.exp2), _float_unary(ir.expm1)
     log, log2, log10, log1p = (_float_unary(getattr(ir, n)) for n in ("log", "log2", "log10", "log1p"))
-    sin, cos, tan, asin, acos, atan = (_float_unary(getattr(ir, n)) for n in "sin cos tan asin acos atan".split())
-    sinh, cosh, tanh, asinh, acosh, atanh = (_float_unary(getattr(ir, n)) for n in "sinh cosh tanh asinh acosh atanh".split())
-    sqrt, rsqrt, erf, erfc, erfinv = (_float_unary(getattr(ir, n)) for n in "sqrt rsqrt erf erfc erfinv".split())
+    sin, cos, tan, asin, acos, atan = (_float_unary(getattr(ir, n)) for n in ["sin", "cos", "tan", "asin", "acos", "atan"])
+    sinh, cosh, tanh, asinh, acosh, atanh = (_float_unary(getattr(ir, n)) for n in ["sinh", "cosh", "tanh", "asinh", "acosh", "atanh"])
+    sqrt, rsqrt, erf, erfc, erfinv = (_float_unary(getattr(ir, n)) for n in ["sqrt", "rsqrt", "erf", "erfc", "erfinv"])
     lgamma, digamma, sigmoid = _float_unary(ir.lgamma), _float_unary(ir.digamma), _float_unary(ir.sigmoid)
     reciprocal = _float_unary(ir.reciprocal)
 

@@ -76,13 +76,18 @@ def _group(r: Any) -> FusedGroup:
     dtypes = {name: dtype for name, dtype, _ in r.program.buffers}
     stores = [n for s in r.program.stores for n in (s.index, s.value)]
     nodes = ir.walk(*stores)
-    moved = sum(itemsize(dtypes[n.attr]) * (elements if _inner(n) else rows) for n in nodes if n.op == "load")
+    inner = _inner(nodes)
+    moved = sum(itemsize(dtypes[n.attr]) * (elements if n in inner else rows) for n in nodes if n.op == "load")
     moved += sum(itemsize(dtypes[s.buffer]) * (elements if s.per_element or not r.program.reduced else rows) for s in r.program.stores)
     free = ("const", "leaf", "load", "check", "cast")
-    flops = sum(elements if _inner(n) or n.op == "red" else rows for n in nodes if n.dtype in ir.FLOATS and n.op not in free)
+    flops = sum(elements if n in inner or n.op == "red" else rows for n in nodes if n.dtype in ir.FLOATS and n.op not in free)
     return FusedGroup(r.kernel.name, r.origins, r.kernel.source, moved, flops)
 
 
-def _inner(n: ir.Node) -> bool:
-    """Whether a node is computed for each element of a row."""
-    return n.op != "red" and (n.op == "leaf" and n.attr[0] in "rp" or any(_inner(a) for a in n.args))
+def _inner(nodes: list[ir.Node]) -> set[ir.Node]:
+    """The nodes that are computed for each element of a row. nodes: arguments before users."""
+    inner: set[ir.Node] = set()
+    for n in nodes:
+        if n.op != "red" and ((n.op == "leaf" and n.attr[0] in "rp") or any(a in inner for a in n.args)):
+            inner.add(n)
+    return inner

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from .. import lowering as low
 from ..kernels.kernel import Kernel
 from ..kernels.nest import TASK_ELEMENTS, fold_groups
@@ -182,7 +183,7 @@ class Graph:
 
     def __call__(self, inputs: Sequence[torch.Tensor], written: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
         if not inputs and not written:
-            inputs = [_anchor(torch.spiral.current_device())]
+            inputs = [_anchor(_C.current_device())]
         return self._op(inputs, written, sizes, [size_class(s) for s in sizes])
 
 

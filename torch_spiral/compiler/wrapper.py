@@ -51,7 +51,7 @@ def _call(node: ast.AST | None) -> tuple[str, ast.Call] | None:
     return ast.unparse(node.func), node
 
 
-class Wrapper(compat.PythonWrapperCodegen):  # type: ignore[misc]
+class Wrapper(compat.PythonWrapperCodegen):
     """Inductor's Python wrapper; generate_return cuts its body into Graphs."""
 
     def __init__(self) -> None:
@@ -466,7 +466,8 @@ def _shape(e: ast.AST) -> tuple[list[int], list[int]] | None:
     if isinstance(e, ast.Call):
         return tuple(map(list, (ast.literal_eval(a) for a in e.args[1:3]))) if all(map(_literal, e.args[1:3])) else None  # type: ignore[return-value]
     sizes = _sizes(e.id) if isinstance(e, ast.Name) else None
-    layout = V.graph.try_get_buffer(e.id).get_layout() if sizes is not None else None  # type: ignore[attr-defined]
+    buffer: Any = V.graph.try_get_buffer(e.id) if isinstance(e, ast.Name) else None
+    layout = buffer.get_layout() if sizes is not None else None
     if layout is None or not all(getattr(s, "is_Integer", isinstance(s, int)) for s in layout.stride):
         return None
     return sizes, [int(s) for s in layout.stride]  # type: ignore[return-value]
