@@ -140,7 +140,7 @@ def _complex_product(a: Tensor, b: Tensor, out: Tensor, alpha: Any, add: Any) ->
         x, y = _plain(x), _plain(y)
         if first:
             product(x, y, z)
-        else:
+        elif not is_zero(x.sizes[2]):
             product(x, y, z, alpha=sign, terms=[("add", z)])
     if result is out:
         return
@@ -270,7 +270,7 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     compute = DTYPES[a.dtype].compute
     precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
     about = [1 if is_one(x) else 3 << bucket(x) >> 1 for x in (m, n, k, batch)]  # the middle of a bucket
-    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3])
+    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t")
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
 
     def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
