@@ -26,7 +26,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.ir import ComputedBuffer, ExternKernel, TensorBox
-from torch._inductor.lowering import lowerings, make_fallback, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.utils import get_kernel_metadata, sympy_index_symbol, sympy_subs
 from torch._inductor.virtualized import OpsValue, V, ops
@@ -61,6 +61,19 @@ def reorder_loops() -> None:
 
     scheduler.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
     scheduler.Scheduler.create_backend = create_backend
+
+
+def keep_operators(names: list[str]) -> None:
+    """Has Inductor call these operators on spiral tensors instead of fusing them. names: without "special_"."""
+    for op, lower in list(lowerings.items()):
+        if isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::").removeprefix("special_") in names:
+            call = fallback_handler(op, add_to_fallback_set=False)
+
+            def choose(*args: Any, lower: Any = lower, call: Any = call, **kwargs: Any) -> Any:
+                ours = any(isinstance(a, TensorBox) and a.get_device().type == "spiral" for a in args)
+                return (call if ours else lower)(*args, **kwargs)
+
+            lowerings[op] = choose
 
 
 @contextlib.contextmanager

@@ -102,6 +102,7 @@ class Overrides(compat.DeviceOpOverrides):
 def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
     from .codegen import Scheduling
+    from .ops import OPERATORS
     from .wrapper import Wrapper
 
     for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
@@ -109,6 +110,7 @@ def register() -> None:
     compat.register_device_op_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper)
     compat.reorder_loops()
+    compat.keep_operators(OPERATORS)
 
 
 __all__ = ["Interface", "Overrides", "register"]

@@ -14,7 +14,7 @@ from typing import Any
 from ..kernels import ir
 from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
-from ..kernels.kernel import DTYPES, Kernel, Target
+from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, _lanes_for, _Rows
 
 
@@ -218,7 +218,7 @@ class _Reduction(_Evaluation, _Rows):
     def __init__(self, program: Program, target: Target) -> None:
         self._begin(program, target)
         k = self.k
-        self.split = False
+        self.split = self.block = False
         self.reduced = len(program.reduced)
         self.ndim = self.reduced + len(program.rows)
         vector = target.schedule_class == "vector"
@@ -304,6 +304,8 @@ class _Reduction(_Evaluation, _Rows):
 
 def build(program: Program, target: Target) -> Built:
     """The kernel of a fused group; kernels.kernel.Unsupported where the target cannot compute it."""
+    if target.schedule_class == "block":
+        raise Unsupported("fused kernels have no schedule for the CUDA engine yet")
     return (_Reduction if program.reduced else _Pointwise)(program, target).built
 
 

@@ -99,6 +99,8 @@ def index_node(expr: Any, dtype: str = "i32") -> ir.Node:
         if isinstance(e, compat.CeilDiv):
             a, b = visit(e.args[0]), visit(e.args[1])
             return _divide(a + (b - 1), b, _positive(e.args[0]))
+        if isinstance(e, sympy.Abs):
+            return ir.abs(visit(e.args[0]))
         if isinstance(e, compat.Identity):
             return visit(e.args[0])
         if isinstance(e, (compat.Max, sympy.Max)):
@@ -147,6 +149,8 @@ def _positive(e: Any) -> bool:
     """Whether an index is known not to be negative."""
     if e.is_nonnegative:
         return True
+    if e.has(sympy.Abs):
+        return False
     symbols = V.kernel.range_symbols()
     return all(s in symbols or s.is_nonnegative for s in e.free_symbols) and not any(
         c.is_negative for c in sympy.preorder_traversal(e) if c.is_number
@@ -386,3 +390,37 @@ class Overrides(compat.OpOverrides):
         symbol = compat.sympy_index_symbol(str(var))
         V.kernel.indirect[symbol] = node(var)
         return symbol
+
+
+_special_names = (
+    "airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 erfcx i0 i0e i1 i1e log_ndtr modified_bessel_i0 modified_bessel_i1 "
+    "modified_bessel_k0 modified_bessel_k1 ndtri scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0"
+)
+# Recurrences and series with a loop in them: operators of their own, between the fused kernels.
+_operator_names = (
+    "chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w hermite_polynomial_h "
+    "hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p shifted_chebyshev_polynomial_t "
+    "shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w zeta polygamma igamma igammac "
+    "gammainc gammaincc"
+)
+SPECIAL, OPERATORS = _special_names.split(), _operator_names.split()
+
+
+def _special(name: str) -> None:
+    """A function that eager mode has in ops/special.py."""
+    from ..ops.special import FUNCTIONS
+
+    names = (f"special_{name}_stub", f"{name}_stub")
+    function: Any = next((FUNCTIONS[n] for n in names if n in FUNCTIONS), None)
+    if function is None:
+        OPERATORS.append(name)
+        return
+
+    def op(*xs: Any) -> ir.Node:
+        return function(*(x if x.dtype in ir.FLOATS else ir.cast(x, "f32") for x in nodes(*xs)))
+
+    setattr(Overrides, name, staticmethod(op))
+
+
+for _name in SPECIAL:
+    _special(_name)
