@@ -693,7 +693,7 @@ def target() -> Target:
     return recorder().target
 
 
-def build(builder: Callable[..., Kernel], *key: Any) -> Kernel:
+def build(builder: Callable[..., Any], *key: Any) -> Any:
     """`builder(target, *key)`, made once for each target and key (hashable)."""
     return _build(recorder().target, builder, key)
 
@@ -712,7 +712,8 @@ def _compiled(device: int, kernel: Kernel, divisible: tuple[tuple[int, int], ...
         return _C.compile_kernel(
             device,
             {
-                "name": kernel.name, "source": binary.image, "entry": binary.entry, "workgroup": [binary.threads, 1, 1],
+                "name": kernel.name + "".join(f"_{i}by{n}" for i, n in divisible), "source": binary.image, "entry": binary.entry,
+                "workgroup": [binary.threads, 1, 1],
                 "bindings": sum(kernel.windows) + kernel.errors, "params_size": kernel.params_size, "immediate": True,
                 "trusted": True, "shared_memory": binary.shared,
             },

@@ -186,7 +186,7 @@ void Call::iterator(at::TensorIteratorBase& iter) {
   word = 0;
   for (size_t d = 0; d < ndim; ++d) {
     slots_.push_back(shape[d]);
-    word = word << 8 | size_class(shape[d], true);
+    word = word << 8 | size_class(shape[d], coarse_);
     if (d % 8 == 7) {
       key_.push_back(word);
       word = 0;

@@ -80,7 +80,7 @@ std::shared_ptr<Plan> Recording::record() {
         }
         py::tuple shape(it.ndim);
         for (uint32_t d = 0; d < it.ndim; ++d) {
-          shape[d] = py::make_tuple(it.shape_slot + d, Call::size_class(slots[it.shape_slot + d], true));
+          shape[d] = py::make_tuple(it.shape_slot + d, Call::size_class(slots[it.shape_slot + d], coarse));
         }
         return py::make_tuple("iterator", shape, operands, it.outputs, static_cast<int>(it.common_dtype));
       }

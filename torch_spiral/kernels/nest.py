@@ -391,7 +391,7 @@ class _Pointwise:
         offset = k.raw("u32", f"{out.name}_offset")
         word = k.let(ir.idiv(offset, per) + i)
         first = k.let(word * per - offset)  # of the word's elements; wraps below 0 for a first partial word
-        with k.If(ir.or_(first < n, first + (per - 1) < n)):
+        with k.If(ir.or_(first < n, first + (per - 1) < per - 1)):  # the first word may start before 0
             packed, mask = k.var("u32", 0), k.var("u32", 0)
             for lane in range(per):
                 e = k.let(first + lane)
@@ -736,7 +736,9 @@ class _Rows:
     def _workgroup(self) -> int:
         if self.schedule == "workgroup":
             return BLOCK_LANES if self.block else min(256, self.target.max_workgroup_size)
-        return min(64, self.target.max_workgroup_size) if self.schedule == "invocation" else 1
+        if self.schedule == "invocation":
+            return 128 if self.block else min(64, self.target.max_workgroup_size)
+        return 1
 
     # ---- what is computed when --------------------------------------------------------------------------------------
 
@@ -939,8 +941,11 @@ class _Rows:
                     inner(d - 1, {**at, d: c}, k.let((position + c) * self.sizes[d - 1]))
                 return
             first, end = self._range(split) if self.reduced == 1 else (ir.const(0, "u32"), self.sizes[0])
-            last = k.let(ir.cast(end, "i32"))
             place = ir.cast(position, "i32")
+            if self.block:
+                self._loop_counted(now, totals, stores, at, place, first, end)
+                return
+            last = k.let(ir.cast(end, "i32"))
             j = k.var("i32", ir.cast(first, "i32"))
             block = 128 * unroll * wide if along_d else 128
             if along_d:
@@ -994,6 +999,25 @@ class _Rows:
                 values = [k.let(v) for v in m.combine(low, high)]
             out.append([k.let(v) for v in m.combine(tuple(values), tuple(t.as_node() for t in tail))])
         return out
+
+    def _loop_counted(
+        self, now: list, totals: list, stores: Sequence[int], at: dict[int, Any], place: Any, first: Any, end: Any
+    ) -> None:
+        """Elements first .. end along dimension 0 by loops whose lengths are known when they start; sums in blocks."""
+        k = self.k
+
+        def run(start: Any, stop: Any, accs: list) -> None:
+            with k.For(start, stop) as c:
+                self._element(now, accs, stores, {**at, 0: c}, place + ir.cast(c, "i32"))
+
+        if not any(m.blocked for m, _ in now):
+            run(first, end, totals)
+            return
+        with k.For(first, end, 128) as base:
+            accs = self._accumulators(now, 1)
+            run(base, k.let(ir.minimum(base + 128, end)), accs)
+            for (m, _), a, b in zip(now, totals, accs, strict=False):
+                self._combine(m, a, [x.as_node() for x in b])
 
     def _loop_workgroup(self, now: list, stores: Sequence[int], split: Any) -> list[list[Node]]:
         """Elements dealt to the invocations of a workgroup, then a tree."""
@@ -1113,7 +1137,15 @@ class _Rows:
         """One flattened row; with splits, the split varies fastest."""
         k = self.k
         split, rest = None, row
-        if self.split:
+        if self.split and self.block and self.schedule == "invocation":  # neighbours are of neighbouring rows
+            rows: Any = ir.const(1, "u32")
+            for s in self.sizes[self.reduced :]:
+                rows = rows * s
+            rows = k.let(rows)
+            split = k.let(ir.idiv(row, rows))
+            rest = k.let(row - split * rows)
+            row = k.let(rest * self.n_splits + split)
+        elif self.split:
             rest = k.let(ir.idiv(row, self.n_splits))
             split = k.let(row - rest * self.n_splits)
         self.row(self._coordinates(rest) if self.ndim > self.reduced else [], 1, split, row)

@@ -88,7 +88,14 @@ def reduce_rows(
         _reduce_columns(name, function, outs, ins, sizes, key, values, types, enabled)
         return
     few = count <= (2 if vector else 8)
-    cut = splits and per_row and few and length >= LONG_ROW and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
+    pieces = 256 >> min(count, 8)  # of a row that is cut, on a GPU
+    if t.schedule_class == "block":
+        # About 1024 workgroups in all; where rows lie side by side, one takes 128 of them.
+        side_by_side = len(sizes) > reduced and is_one(in_strides[0][reduced]) and not is_one(in_strides[0][0])
+        pieces = 1 << max((17 if side_by_side else 10) - count, 0)
+        few = pieces > 1
+    enough = 8 if t.schedule_class == "block" else LONG_ROW
+    cut = splits and per_row and few and length >= enough and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
     layout = (
         tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(outs, out_strides)),
         tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(ins, in_strides)),
@@ -103,7 +110,7 @@ def reduce_rows(
         scalars = built.scalars(sizes, [*out_strides, *in_strides], values)
         launch(built.kernel, [*out_tensors, *in_tensors], scalars, when(built.groups(sizes)))
         return
-    n_splits = minimum(sizes[reduced - 1], 4 * t.compute_units if vector else 256 >> min(count, 8))
+    n_splits = minimum(sizes[reduced - 1], 4 * t.compute_units if vector else pieces)
     rows = product(sizes[reduced:])
     partials = [empty([rows * n_splits], dtype) for dtype in built.partial_dtypes]
     first, second = built.first, built.second
