@@ -150,3 +150,11 @@ def test_segment_reduce(device, reduce):
         return torch.cat([out.flatten(), x.grad.flatten()])
 
     check(device, f, torch.randn(6, 4), torch.tensor([2, 0, 3, 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16])
+def test_cat_of_small_types_at_any_offset(device, dtype):
+    for n in (1, 2, 3, 9):
+        for offset in range(5):
+            a, b = (torch.randn(offset) > 0).to(dtype), (torch.randn(n) > 0).to(dtype)
+            check(device, lambda a, b: torch.cat([a, b]), a, b)

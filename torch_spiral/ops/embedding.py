@@ -16,7 +16,7 @@ from .items import Item, each
 BAG_SUM, BAG_MEAN, BAG_MAX = range(3)
 
 
-# ---- embedding --------------------------------------------------------------------------------------------------------
+# ---- embedding -----------------------------------------------------------------------------------------------------
 
 
 def _embedding_backward(it: Item) -> None:
@@ -90,7 +90,7 @@ def embedding_renorm_(self: Any, indices: Any, max_norm: float, norm_type: float
     return self
 
 
-# ---- embedding_bag ----------------------------------------------------------------------------------------------------
+# ---- embedding_bag -------------------------------------------------------------------------------------------------
 
 
 def _bag_end(it: Item, bag: Any) -> Any:
@@ -263,8 +263,9 @@ def embedding_bag_dense_backward(
         fill(counts, 0)
         count_indices("embedding_bag", indices, counts)
         operands["counts"] = counts
-    weighted = per_sample_weights is not None and mode == BAG_SUM
-    if weighted:
+    weighted = False
+    if per_sample_weights is not None and mode == BAG_SUM:
+        weighted = True
         operands["scale"] = per_sample_weights
     each(
         "bag_backward",

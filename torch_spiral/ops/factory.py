@@ -23,7 +23,7 @@ def _precise(dtype: str) -> str:
     return "f64" if target().float64 else "f32"
 
 
-# ---- arange and range -------------------------------------------------------------------------------------------------
+# ---- arange and range ----------------------------------------------------------------------------------------------
 
 
 def _sequence(it: Item) -> None:
@@ -90,7 +90,7 @@ def range_out(start: Any, end: Any, step: Any = 1, *, out: Any) -> Any:
     return _write_sequence(out, math.floor((end - start) / step) + 1, start, step)
 
 
-# ---- linspace and logspace --------------------------------------------------------------------------------------------
+# ---- linspace and logspace -----------------------------------------------------------------------------------------
 
 
 def _linear(it: Item) -> None:
@@ -165,7 +165,7 @@ def logspace_out(start: Any, end: Any, steps: int, base: float = 10.0, *, out: A
     return _linspace("logspace", start, end, steps, float(base), out)
 
 
-# ---- eye, tril, triu --------------------------------------------------------------------------------------------------
+# ---- eye, tril, triu -----------------------------------------------------------------------------------------------
 
 
 def _eye(it: Item) -> None:

@@ -43,7 +43,7 @@ from .items import Item, each
 MAX, MEAN, MIN, SUM, PROD = range(5)  # at::native::ReductionType
 
 
-# ---- helpers ----------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------------------
 
 
 def bits(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def replace(at: Sequence[Any], dim: int, index: Any) -> tuple[Any, ...]:
     return (*at[:dim], index, *at[dim + 1 :])
 
 
-# ---- cat --------------------------------------------------------------------------------------------------------------
+# ---- cat -----------------------------------------------------------------------------------------------------------
 
 
 @structured("cat")
@@ -155,7 +155,7 @@ def cat(tensors: Sequence[Tensor], dim: int, valid: int, out: Tensor) -> None:
         place = place + x.sizes[dim]
 
 
-# ---- gather and scatter -----------------------------------------------------------------------------------------------
+# ---- gather and scatter --------------------------------------------------------------------------------------------
 
 
 def _gather(it: Item) -> None:
@@ -266,7 +266,7 @@ def scatter_scalar_reduce(dim: int, index: Tensor, value: Any, reduce: int, self
     scatter_into("scatter", self, dim, index, value, reduce, self.dtype)
 
 
-# ---- rows by a vector of indices: index_select, index_add, index_reduce, embedding ------------------------------------
+# ---- rows by a vector of indices: index_select, index_add, index_reduce, embedding ---------------------------------
 
 
 def _select(it: Item) -> None:
@@ -354,8 +354,7 @@ def _wrap(dim: int, ndim: int) -> int:
 def _no_overlap(name: str, out: Any, *inputs: Any) -> None:
     if not out._is_view() and out.is_contiguous() and all(out.data_ptr() != x.data_ptr() for x in inputs):
         return
-    torch._C._debug_has_internal_overlap  # noqa: B018 (the name that the checks below go by)
-    if torch._debug_has_internal_overlap(out) == 1:
+    if torch._C._VariableFunctions._debug_has_internal_overlap(out) == 1:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
             "Please clone() the tensor before performing the operation."
@@ -521,7 +520,7 @@ def count_indices(name: str, index: Tensor, counts: Tensor) -> None:
     )
 
 
-# ---- index, index_put and their kin over iterators --------------------------------------------------------------------
+# ---- index, index_put and their kin over iterators -----------------------------------------------------------------
 
 
 def whole(o: IterOperand, it: Iter) -> Tensor:
@@ -793,7 +792,7 @@ def put(it: Iter, accumulate: bool, self: Tensor) -> None:
     )
 
 
-# ---- masks ------------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------------------------
 
 
 def _masked_fill(self: Any, mask: Any, value: Any, *imag: Any) -> Any:
@@ -879,7 +878,7 @@ def masked_fill_tensor_(self: Any, mask: Any, value: Any) -> Any:
         return self.masked_fill_(mask, value.item())
     if mask.dtype != torch.bool:
         raise RuntimeError(f"masked_fill_ only supports boolean masks, but got mask with dtype {mask.dtype}")
-    if torch._debug_has_internal_overlap(self) == 1:
+    if torch._C._VariableFunctions._debug_has_internal_overlap(self) == 1:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
             "Please clone() the tensor before performing the operation."
@@ -1171,7 +1170,7 @@ def masked_scatter_(self: Tensor, mask: Tensor, source: Tensor) -> None:
         copy_to(self, x)
 
 
-# ---- counting ---------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------------------------
 
 
 @composite("count_nonzero.dim_IntList")

@@ -36,7 +36,7 @@ RUN = 32  # elements sorted by insertion
 RUN_BITS = 5
 
 
-# ---- sort -------------------------------------------------------------------------------------------------------------
+# ---- sort ----------------------------------------------------------------------------------------------------------
 
 
 def key_dtype(dtype: str) -> str:
@@ -231,10 +231,12 @@ def topk(self: Tensor, k: Any, dim: int, largest: bool, sorted: bool, values: Te
     sort_into(self, dim, largest, values, indices)
 
 
-# ---- selection --------------------------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------------------------
 
 
-def _finish(values: Any, indices: Any, out_values: Any, out_indices: Any) -> Any:
+def _finish(results: tuple[Any, Any], out_values: Any, out_indices: Any) -> Any:
+    """results in the tensors of an out= overload."""
+    values, indices = results
     out_values.resize_(values.shape).copy_(values)
     out_indices.resize_(indices.shape).copy_(indices)
     return out_values, out_indices
@@ -274,7 +276,7 @@ def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False, *, values:
     x, dim = _shaped("kthvalue", self, dim, keepdim)
     if not 1 <= k <= x.shape[dim]:
         raise RuntimeError("kthvalue(): selected number k out of range for dimension " + str(dim))
-    return _finish(*_select_sorted(x, dim, keepdim, self.dim() == 0, k - 1), values, indices)
+    return _finish(_select_sorted(x, dim, keepdim, self.dim() == 0, k - 1), values, indices)
 
 
 def _median(self: Any, dim: int, keepdim: bool, ignore_nan: bool) -> tuple[Any, Any]:
@@ -293,13 +295,13 @@ def _median(self: Any, dim: int, keepdim: bool, ignore_nan: bool) -> tuple[Any, 
 @composite("median.dim_values")
 def median_dim(self: Any, dim: int, keepdim: bool = False, *, values: Any, indices: Any) -> Any:
     """The lower median along dim; NaN where there is one."""
-    return _finish(*_median(self, dim, keepdim, False), values, indices)
+    return _finish(_median(self, dim, keepdim, False), values, indices)
 
 
 @composite("nanmedian.dim_values")
 def nanmedian_dim(self: Any, dim: int, keepdim: bool = False, *, values: Any, indices: Any) -> Any:
     """The lower median along dim of what is not NaN."""
-    return _finish(*_median(self, dim, keepdim, True), values, indices)
+    return _finish(_median(self, dim, keepdim, True), values, indices)
 
 
 def _median_all(self: Any, ignore_nan: bool) -> Any:
@@ -369,10 +371,10 @@ def mode_values(self: Any, dim: int = -1, keepdim: bool = False, *, values: Any,
         raise RuntimeError(f"expected scalar type '{self.dtype}' for values but got '{values.dtype}'")
     if indices.dtype != torch.int64:
         raise RuntimeError(f"expected scalar type 'Long' for indices but got '{indices.dtype}'")
-    return _finish(*mode(self, dim, keepdim), values, indices)
+    return _finish(mode(self, dim, keepdim), values, indices)
 
 
-# ---- searching --------------------------------------------------------------------------------------------------------
+# ---- searching -----------------------------------------------------------------------------------------------------
 
 
 def _search(it: Item) -> None:
@@ -595,7 +597,7 @@ def isin(elements: Tensor, test_elements: Tensor, invert: bool, out: Tensor) -> 
     each("isin", _isin, out.sizes, operands, {"n": test.sizes[0]}, static=(bool(invert),), cost=16)
 
 
-# ---- unique -----------------------------------------------------------------------------------------------------------
+# ---- unique --------------------------------------------------------------------------------------------------------
 
 
 def _groups(changed: Any, order: Any, return_inverse: bool, return_counts: bool) -> tuple[Any, Any, Any]:
@@ -690,7 +692,7 @@ def unique_consecutive(
     return _unique_rows(self, dim, return_inverse, return_counts, True)
 
 
-# ---- counting ---------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------------------------
 
 
 @composite("bincount")
@@ -852,11 +854,11 @@ def histogram_out(
     hist: Any,
     bin_edges: Any,
 ) -> Any:
-    return _finish(*histogram(self, bins, range=range, weight=weight, density=density), hist, bin_edges)
+    return _finish(histogram(self, bins, range=range, weight=weight, density=density), hist, bin_edges)
 
 
 @composite("histogram.bins_tensor_out")
 def histogram_bins_out(
     self: Any, bins: Any, *, weight: Any = None, density: bool = False, hist: Any, bin_edges: Any
 ) -> Any:
-    return _finish(*histogram_bins(self, bins, weight=weight, density=density), hist, bin_edges)
+    return _finish(histogram_bins(self, bins, weight=weight, density=density), hist, bin_edges)
