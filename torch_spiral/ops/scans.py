@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels import ir, nest
+from ..kernels.ir import Complex
 from ..kernels.kernel import DTYPES, compute_dtype
 from ..lowering import Tensor, bucket, cdiv, empty, lowering, maximum, stub, target
 from .common import contiguous, copy_to, out_variant
@@ -31,6 +32,16 @@ def _logaddexp(kind: str) -> Any:
     return combine
 
 
+def _complex_logaddexp(a: tuple, b: tuple) -> tuple:
+    """log(exp(a) + exp(b)), from the one with the larger real part; minus infinity is neutral."""
+    swap = ir.lt(a[0], b[0])
+    high = Complex(ir.where(swap, b[0], a[0]), ir.where(swap, b[1], a[1]))
+    low = Complex(ir.where(swap, a[0], b[0]), ir.where(swap, a[1], b[1]))
+    total = high + ir.log(ir.exp(low - high) + 1.0)
+    alone = ir.eq(low.re, float("-inf"))
+    return ir.where(alone, high.re, total.re), ir.where(alone, high.im, total.im)
+
+
 def _extreme_at(better: Any) -> Any:
     """Of (value, index): the later of the best so far; a NaN is the best."""
 
@@ -46,12 +57,13 @@ def _monoid(op: str, dtype: str) -> nest.Monoid:
     """The scan's monoid; element and result are values of its dtypes."""
     kind = compute_dtype(dtype)
     if DTYPES[dtype].kind == "complex":
-        if op == "logcumsumexp":
-            raise NotImplementedError("logcumsumexp of complex numbers")
         combine = {
             "cumsum": lambda a, b: (a[0] + b[0], a[1] + b[1]),
             "cumprod": lambda a, b: (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]),
+            "logcumsumexp": _complex_logaddexp,
         }[op]
+        if op == "logcumsumexp":
+            return nest.Monoid(op, (kind, kind), (float("-inf"), 0), combine)
         return nest.Monoid(op, (kind, kind), (int(op == "cumprod"), 0), combine)
     if op == "cumsum":
         return nest.Monoid(op, (kind,), (0,), lambda a, b: (ir.or_(a[0], b[0]) if kind == "bool" else a[0] + b[0],))
@@ -65,7 +77,7 @@ def _monoid(op: str, dtype: str) -> nest.Monoid:
 
 def _element(it: Item, op: str, dtype: str, at: Sequence[Any], c: Any) -> tuple:
     x = as_dtype(it.load("x", at), dtype)
-    if isinstance(x, ir.Complex):
+    if isinstance(x, Complex):
         return x.re, x.im
     return (x, c) if op in ("cummax", "cummin") else (x,)
 
@@ -130,7 +142,7 @@ def _scan_body(it: Item) -> None:
 
     def store(at: Any, values: list[Any]) -> None:
         if DTYPES[dtype].kind == "complex":
-            it.store("out", ir.Complex(*values), at)
+            it.store("out", Complex(*values), at)
             return
         it.store("out", values[0], at)
         if len(values) == 2:
