@@ -260,7 +260,7 @@ def _add_timing(table: Any, t: Timing, aim: float | None) -> None:
             f"{t.milliseconds[name]:.3g}",
             f"{t.milliseconds[t.ours]:.3g}",
             f"{ratio:.2f}",
-            f"{low:.2f}–{high:.2f}",  # noqa: RUF001
+            f"{low:.2f}–{high:.2f}",
             "" if bar is None else f"{bar:g}" + (f" (aim {aim:g})" if aim else ""),
             verdict,
         )

@@ -4,7 +4,7 @@ python -m benchmarks.kernels_vector [gemm] [linear] [gemv] [attention] [conv] [d
 
 Every line: median of the paired ratios torch / ours over interleaved runs, and the best time of each.
 """
-# ruff: noqa: B023, E501, E731 (every closure is called within its own iteration; lists of scalars stay on a line)
+# ruff: noqa: B023, E731 (every closure is called within its own iteration; lists of scalars stay on a line)
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Fixtures for all tests. The CPU fallback is refused: an operator without a kernel fails its test."""
 
 import os
+import zlib
 
 os.environ["SPIRAL_FALLBACK"] = "error"
 
@@ -25,6 +26,23 @@ def pytest_report_header(config):
         f"spiral:{i}: {p.engine}, {p.name}" for i in ENGINES.values() for p in [torch.spiral.get_device_properties(i)]
     ]
     return [*lines, *(f"{r['engine']}: {r['why']}" for r in torch.spiral.engines() if r["why"])]
+
+
+# Kernels take a second each to compile on a software adapter: the everyday tier runs a fixed sixth of its tests there, the rest
+# waits for `make test-full`. These files test what differs between engines and always run whole.
+ALWAYS_WHOLE = ("test_engine", "test_wgpu_engine", "test_memory", "test_stream_event", "test_device")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    wgpu = ENGINES.get("wgpu")
+    if wgpu is None or torch.spiral.get_device_properties(wgpu).type != "software":
+        return
+    for item in items:
+        whole = item.path.stem in ALWAYS_WHOLE or "upstream" in item.path.parts  # upstream's tier is thinned by coverage.stratum
+        slow = any(word in item.name for word in ("wgpu", "wgsl", "lavapipe"))
+        if slow and not whole and zlib.crc32(item.nodeid.encode()) % 6:
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(params=sorted(ENGINES) or ["none"])

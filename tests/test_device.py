@@ -1,10 +1,10 @@
 """Devices: which there are, which is current, what PyTorch's own interfaces say of them, and how a process ends."""
 
-import warnings
 import os
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """Contractions of the vector class (OpenCL on CPU devices) against float64 PyTorch."""
-# ruff: noqa: E501 (lists of launch scalars stay on a line)
+
 
 from __future__ import annotations
 

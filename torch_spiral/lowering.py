@@ -28,9 +28,7 @@ from .kernels.kernel import DTYPES, Kernel, Target
 CODES = {
     name: number
     for number, name in enumerate(
-        "Add Sub Mul FloorDiv Mod CeilDiv Min Max Neg Eq Lt Le And Or Not Select "
-        "FAdd FSub FMul FDiv FPow FMin FMax FNeg FEq FLt FLe FSqrt FExp FLog FFloor ToFloat ToInt "
-        "PhiloxSeed PhiloxOffset".split()
+        ["Add", "Sub", "Mul", "FloorDiv", "Mod", "CeilDiv", "Min", "Max", "Neg", "Eq", "Lt", "Le", "And", "Or", "Not", "Select", "FAdd", "FSub", "FMul", "FDiv", "FPow", "FMin", "FMax", "FNeg", "FEq", "FLt", "FLe", "FSqrt", "FExp", "FLog", "FFloor", "ToFloat", "ToInt", "PhiloxSeed", "PhiloxOffset"]
     )
 }
 NONE = 0xFFFFFFFF  # kNone and kErrorBuffer of plan.h
@@ -58,7 +56,7 @@ Number = Union["Sym", int, float]
 class Sym:
     """A number of the call: a slot, a constant, or an expression over them. kind is "i" (int64) or "f" (double)."""
 
-    __slots__ = ("_ref", "kind", "_recorder", "_hint", "factor")
+    __slots__ = ("_hint", "_recorder", "_ref", "factor", "kind")
 
     def __init__(self, ref: tuple[str, int], kind: str, recorder: Recorder, hint: int | float):
         self._ref, self.kind, self._recorder, self._hint = ref, kind, recorder, hint
@@ -235,9 +233,7 @@ class Tensor:
             if isinstance(stride, Stride):
                 if not (stride.is_one if inner else stride.is_dense):
                     return False
-            elif inner and not is_one(stride):
-                return False
-            elif not inner and not isinstance(stride, _Dense) and (dense is None or not is_plain(stride, dense)):
+            elif (inner and not is_one(stride)) or (not inner and not isinstance(stride, _Dense) and (dense is None or not is_plain(stride, dense))):
                 return False
             inner = False
             dense = dense * size if dense is not None and isinstance(size, int) else None
@@ -417,7 +413,7 @@ class Recorder:
         if key in self.expr_numbers and not code.startswith("Philox"):
             return self.expr_numbers[key]
         self.exprs.append((CODES[code], *refs))
-        kind = "f" if code in ("FDiv FAdd FSub FMul FPow FMin FMax FNeg FSqrt FExp FLog FFloor ToFloat").split() else "i"
+        kind = "f" if code in ["FDiv", "FAdd", "FSub", "FMul", "FPow", "FMin", "FMax", "FNeg", "FSqrt", "FExp", "FLog", "FFloor", "ToFloat"] else "i"
         if code == "Select":
             kind = args[1].kind
         sym = Sym(("e", len(self.exprs) - 1), kind, self, _evaluate(code, [a._hint for a in args]))
@@ -698,12 +694,12 @@ def build(builder: Callable[..., Any], *key: Any) -> Any:
     return _build(recorder().target, builder, key)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(target: Target, builder: Callable[..., Any], key: tuple) -> Any:
     return builder(target, *key)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(device: int, kernel: Kernel, divisible: tuple[tuple[int, int], ...] = ()) -> int:
     if kernel.language == "triton":
         from .kernels.triton_binary import compile_kernel, gpu_target

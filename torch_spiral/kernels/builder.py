@@ -26,16 +26,9 @@ from .emit import BufferDecl, Emitter, ScalarDecl, header, language
 from .ir import Complex, Node, Operators
 from .kernel import COMPUTE, DTYPES, Kernel, Target, Unsupported, compute_dtype
 
-
 # Words of WGSL and OpenCL C that someone may well call a buffer.
 RESERVED = frozenset(
-    "as async await auto become case char class const constexpr continue default delete demote do double enum export extends extern "
-    "filter final float for from get goto global half handle if impl implements import inline instanceof int interface is kernel layout "
-    "let local long loop macro match meta mod module move mut namespace new nil null of operator out override package packed pass "
-    "patch pixelfragment precise precision premerge priv private protected pub public read ref regardless register reinterpret_cast "
-    "require resource restrict return self set shared short signed sizeof smooth snorm static std struct subroutine super switch "
-    "target template this throw trait true try type typedef typename union unless unorm unsafe unsigned use using var virtual void "
-    "volatile while with write yield".split()
+    ["as", "async", "await", "auto", "become", "case", "char", "class", "const", "constexpr", "continue", "default", "delete", "demote", "do", "double", "enum", "export", "extends", "extern", "filter", "final", "float", "for", "from", "get", "goto", "global", "half", "handle", "if", "impl", "implements", "import", "inline", "instanceof", "int", "interface", "is", "kernel", "layout", "let", "local", "long", "loop", "macro", "match", "meta", "mod", "module", "move", "mut", "namespace", "new", "nil", "null", "of", "operator", "out", "override", "package", "packed", "pass", "patch", "pixelfragment", "precise", "precision", "premerge", "priv", "private", "protected", "pub", "public", "read", "ref", "regardless", "register", "reinterpret_cast", "require", "resource", "restrict", "return", "self", "set", "shared", "short", "signed", "sizeof", "smooth", "snorm", "static", "std", "struct", "subroutine", "super", "switch", "target", "template", "this", "throw", "trait", "true", "try", "type", "typedef", "typename", "union", "unless", "unorm", "unsafe", "unsigned", "use", "using", "var", "virtual", "void", "volatile", "while", "with", "write", "yield"]
 )
 
 

@@ -47,8 +47,7 @@ INFIX = {
 }  # fmt: skip
 # Functions of the vendor's library, under the names that Triton's libdevice gives them.
 LIBDEVICE = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh atan2 pow fmod hypot "
-    "copysign nextafter erf erfc erfinv lgamma rsqrt trunc rint".split()
+    ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "atan2", "pow", "fmod", "hypot", "copysign", "nextafter", "erf", "erfc", "erfinv", "lgamma", "rsqrt", "trunc", "rint"]
 )
 HEADER = "# warps: {warps}, stages: {stages}\n"
 IMPORTS = "import triton\nimport triton.language as tl\n"

@@ -36,7 +36,7 @@ from ..lowering import (
     target,
 )
 from .common import contiguous
-from .contraction import _ordered, allow_tf32, matrix
+from .contraction import allow_tf32, matrix
 from .contraction import product as matrix_product
 from .reduce import _sum, accumulator, reduce_rows
 

@@ -5,7 +5,7 @@ H = Hk * group. K is read from panels of keys ("columns": pack_columns) and V fr
 made by gemm.pack_b; padding and 16-bit conversions happen there. Scores are kept in base 2: scale * log2(e) multiplies Q once.
 A fully masked row gives 0 and a logsumexp of -inf, as PyTorch's fused kernels do.
 """
-# ruff: noqa: E501 (lines of kernel text)
+
 
 from __future__ import annotations
 

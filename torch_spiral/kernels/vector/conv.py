@@ -8,7 +8,7 @@ Backward for input is a forward convolution of the gradient with flipped weights
 takes negative strides. With stride > 1 that multiplies zeros; a caller may launch once per phase of the output instead (strided
 outputs, every stride-th tap). 1x1 convolutions with stride 1 are `gemm` on [Co, Ci] x [Ci, pixels].
 """
-# ruff: noqa: E501 (lines of kernel text)
+
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ there are along each, and any grid is correct, so balancing is the caller's form
 of the reduction A is packed into private memory, so that the inner loop reads it as consecutive broadcasts. Partial sums of earlier
 blocks wait in a private tile: C is written once, in its own dtype, and rounding errors grow with K / kc + kc only.
 """
-# ruff: noqa: E501 (lines of kernel text)
+
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The templates are for OpenCL on CPU devices: one invocation works on a large tile with explicit vectors, without barriers.
 """
-# ruff: noqa: E501, PERF401 (lines of kernel text)
+# ruff: noqa: PERF401 (lines of kernel text)
 
 from __future__ import annotations
 
