@@ -494,7 +494,7 @@ class Recorder:
                 assert r.number >= self.operand_count, f"{self.name} may only return tensors that it allocated"
                 self.allocations[r.number - self.operand_count][0] = True
         # Lifting may add constants, which move the expressions: first lift everything, then number.
-        for pass_ in range(2):
+        for _ in range(2):
             steps = []
             for kind, when, buffers, *rest in self.steps:
                 described = [(b.number, self.index(b.offset), b.windows, size) for b, size in buffers]

@@ -265,10 +265,7 @@ class TritonEmitter(Emitter):
 
     def varies(self, node: Any) -> bool:
         node = ir.as_node(node)
-        for n in ir.walk(node):
-            if n.op == "tmp" and n.attr in self.varying:
-                return True
-        return False
+        return any(n.op == "tmp" and n.attr in self.varying for n in ir.walk(node))
 
     def tmp(self, dtype: str, text: str, lanes: int = 1, varying: bool = True) -> Node:
         node = super().tmp(dtype, text, lanes)
