@@ -66,12 +66,12 @@ class Sym:
     def __bool__(self) -> bool:
         raise TypeError("a Sym has no value while a plan is recorded: branch on size classes (is_one, bucket …) or use where()")
 
-    __int__ = __float__ = __index__ = __bool__  # type: ignore[assignment]
+    __int__ = __float__ = __index__ = __bool__
 
     def __eq__(self, other: object) -> bool:
         raise TypeError("compare Syms with eq(), lt() or le(), which give a Sym")
 
-    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__  # type: ignore[assignment]
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
     __hash__ = object.__hash__
 
     def __add__(self, other: Number) -> Sym:
@@ -412,7 +412,8 @@ class Recorder:
         key = (code, refs)
         if key in self.expr_numbers and not code.startswith("Philox"):
             return self.expr_numbers[key]
-        self.exprs.append((CODES[code], *refs))
+        x, y, z = refs
+        self.exprs.append((CODES[code], x, y, z))
         kind = "f" if code in ["FDiv", "FAdd", "FSub", "FMul", "FPow", "FMin", "FMax", "FNeg", "FSqrt", "FExp", "FLog", "FFloor", "ToFloat"] else "i"
         if code == "Select":
             kind = args[1].kind
@@ -495,7 +496,7 @@ class Recorder:
                 self.allocations[r.number - self.operand_count][0] = True
         # Lifting may add constants, which move the expressions: first lift everything, then number.
         for _ in range(2):
-            steps = []
+            steps: list[tuple] = []
             for kind, when, buffers, *rest in self.steps:
                 described = [(b.number, self.index(b.offset), b.windows, size) for b, size in buffers]
                 if kind == LAUNCH:
@@ -938,7 +939,7 @@ def composite(*names: str) -> Callable:
         global _library
         if _library is None:
             _library = torch.library.Library("aten", "IMPL")
-        autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 
         @functools.wraps(function)
         def body(*args: Any, **kwargs: Any) -> Any:

@@ -70,7 +70,7 @@ def keep_operators(names: list[str]) -> None:
             call = fallback_handler(op, add_to_fallback_set=False)
 
             def choose(*args: Any, lower: Any = lower, call: Any = call, **kwargs: Any) -> Any:
-                ours = any(isinstance(a, TensorBox) and a.get_device().type == "spiral" for a in args)
+                ours = any(isinstance(a, TensorBox) and getattr(a.get_device(), "type", None) == "spiral" for a in args)
                 return (call if ours else lower)(*args, **kwargs)
 
             lowerings[op] = choose

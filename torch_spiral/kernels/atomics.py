@@ -50,6 +50,7 @@ class Atomics:
                 return None
             if op != "add" or not wgsl:
                 raise Unsupported(f"atomic {op} of {b.dtype}: this device has no 64-bit atomics")
+            assert isinstance(k.lang, Wgsl)
             low, high = k.lang._split(e, values[0])
             at, old = e.fresh(), e.fresh()
             e.line(f"let {at} = 2u * ({b.name}_offset + {k.index_text(index)});")
@@ -60,7 +61,7 @@ class Atomics:
             if op != "add":
                 raise TypeError(f"atomic {op} of {b.dtype}")
             for part in (0, 1):
-                self._exchange(b, index, part, lambda old, part=part: old + values[part])
+                self._exchange(b, index, part, lambda old, part=part: old + values[part])  # type: ignore[misc]
             return None
         value: Any = Complex(*values) if len(values) == 2 else values[0]
         self.update(b, index, lambda old: _UPDATE[op](old, value))
@@ -101,6 +102,7 @@ class Atomics:
                 at = f"2u * {at} + {part}u"
             e.line(f"let {place} = {at};")
             read = f"atomicLoad(&{b.name}[{place}])"
+            assert isinstance(k.lang, Wgsl)
             native = k.lang.element(k.target, b.decl) == "atomic<i64>"
         else:
             type_ = "ulong" if size == 8 else "uint"

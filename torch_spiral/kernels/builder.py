@@ -68,8 +68,8 @@ class ComplexVar(Complex):
     def __init__(self, re: Var, im: Var) -> None:
         self._vars = (re, im)
 
-    re = property(lambda self: self._vars[0].as_node())  # type: ignore[assignment]
-    im = property(lambda self: self._vars[1].as_node())  # type: ignore[assignment]
+    re = property(lambda self: self._vars[0].as_node())
+    im = property(lambda self: self._vars[1].as_node())
 
     def set(self, value: Any) -> None:
         value = value if isinstance(value, Complex) else Complex(ir.as_node(value, self.dtype), ir.const(0, self.dtype))
@@ -426,7 +426,7 @@ class KernelBuilder:
     def halves(self, v: Any) -> tuple[Any, Any]:
         """The lower and upper lanes."""
         v = ir.as_node(v)
-        return tuple(self.let(Node(op, v.dtype, v, lanes=v.lanes // 2)) for op in ("lo", "hi"))  # type: ignore[return-value]
+        return tuple(self.let(Node(op, v.dtype, v, lanes=v.lanes // 2)) for op in ("lo", "hi"))
 
     def extract(self, v: Any, lane: int) -> Node:
         """One lane of v."""
@@ -530,11 +530,11 @@ def lane_stride(node: Node) -> int | None:
             return None
         return a + b if node.op == "add" else a - b
     if node.op == "mul":
-        a, b = node.args
-        if b.lanes > 1:
-            a, b = b, a
-        s = lane_stride(a)
-        return s * b.attr if s is not None and b.op == "const" else None
+        vector, factor = node.args
+        if factor.lanes > 1:
+            vector, factor = factor, vector
+        s = lane_stride(vector)
+        return s * factor.attr if s is not None and factor.op == "const" else None
     if node.op == "cast":
         return lane_stride(node.args[0])
     return None

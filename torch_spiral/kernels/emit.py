@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class Language:
     """One kernel language: how types, constants, operations and memory are written. Statements are C-like in both."""
 
     name = ""
+    loop = ""
+    """The head of a loop that only `break` leaves."""
 
     def prefix(
         self,
@@ -94,6 +97,20 @@ class Language:
 
     def operation(self, emitter: Emitter, node: Node, args: list[str]) -> str | None:
         """Text of an operation on atoms; None where it is to be lowered by functions.LOWER."""
+        raise NotImplementedError
+
+    def load(self, k: Emitter, b: BufferDecl, index: str, lanes: int) -> list[Node]:
+        """The elements from index on as a node, or two for pairs."""
+        raise NotImplementedError
+
+    def gather(self, k: Emitter, b: BufferDecl, index: Node) -> list[Node]:
+        """The elements at a vector of indices."""
+        raise NotImplementedError
+
+    def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
+        raise NotImplementedError
+
+    def scatter(self, k: Emitter, b: BufferDecl, index: Node, values: list[Node]) -> None:
         raise NotImplementedError
 
 
@@ -223,8 +240,8 @@ def language(target: Target) -> Language:
 def header(
     target: Target,
     name: str,
-    buffers: list[BufferDecl | tuple],
-    scalars: list[ScalarDecl | tuple],
+    buffers: Sequence[BufferDecl | tuple],
+    scalars: Sequence[ScalarDecl | tuple],
     workgroup: tuple[int, int, int],
     errors: bool = False,
     *,

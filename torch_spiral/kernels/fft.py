@@ -67,9 +67,9 @@ def _butterfly(k: KernelBuilder, x: list[Complex], sign: Any) -> list[Complex]:
     n = len(x)
     if n == 1:
         return x
+    out: list[Any] = [None] * n
     if n % 2 == 0:
         even, odd = _butterfly(k, x[::2], sign), _butterfly(k, x[1::2], sign)
-        out: list[Any] = [None] * n
         for j in range(n // 2):
             angle = 2 * math.pi * j / n
             c, s = math.cos(angle), math.sin(angle)
@@ -89,18 +89,18 @@ def _butterfly(k: KernelBuilder, x: list[Complex], sign: Any) -> list[Complex]:
     total = x[0]
     for a in sums:
         total = total + a
-    out = [k.let(total)] + [None] * (n - 1)
+    out[0] = k.let(total)
     for j in range(1, half + 1):
-        real, turned = x[0], None
+        real, across = x[0], None
         for i in range(1, half + 1):
             angle = 2 * math.pi * (i * j % n) / n
             c, s = math.cos(angle), math.sin(angle)
             a, d = sums[i - 1], differences[i - 1]
             real = Complex(real.re + a.re * c, real.im + a.im * c)
             part = Complex(d.re * s, d.im * s)
-            turned = part if turned is None else turned + part
-        assert turned is not None
-        real, turned = k.let(real), k.let(_rotate(turned, sign))
+            across = part if across is None else across + part
+        assert across is not None
+        real, turned = k.let(real), k.let(_rotate(across, sign))
         out[j], out[n - j] = k.let(real + turned), k.let(real - turned)
     return out
 

@@ -595,6 +595,7 @@ def erfc(x: Node) -> Node:
 
 @lower
 def erfinv(x: Node) -> Node:
+    table: tuple[float, ...]
     w = -ir.log((1.0 - x) * (1.0 + x))
     w = where(ir.lt(ir.abs(x), by_dtype(x, 2.0**-6, 2.0**-6)), -ir.log1p(-(x * x)), w)
     if x.dtype == "f32":

@@ -754,8 +754,8 @@ class _Rows:
         for n in nodes:
             self.level[n] = max((self.level[a] for a in n.args), default=0) + (n.op == "red")
             if n.op == "leaf":
-                o = self.leaf_of.get(n.attr)
-                self.varies[n] = o is None or any(c != "0" for c in o.strides[: self.reduced])
+                leaf = self.leaf_of.get(n.attr)
+                self.varies[n] = leaf is None or any(c != "0" for c in leaf.strides[: self.reduced])
             else:
                 self.varies[n] = n.op != "red" and any(self.varies[a] for a in n.args)
         self.groups: dict[tuple[Monoid, tuple[Node, ...]], int] = {}
@@ -895,7 +895,7 @@ class _Rows:
 
     def _combine(self, monoid: Monoid, acc: list[Any], values: Sequence[Any]) -> None:
         """acc <- combine(acc, values)."""
-        new = monoid.combine(tuple(a.as_node() for a in acc), tuple(values))
+        new: Sequence[Any] = monoid.combine(tuple(a.as_node() for a in acc), tuple(values))
         new = [self.k.let(n) if len(acc) > 1 else n for n in new]
         for a, n in zip(acc, new, strict=False):
             a.set(n)
@@ -974,13 +974,13 @@ class _Rows:
                     j.set(c + 1)
             elif blocked:
                 with k.While(lambda: j < last):
-                    accs = self._accumulators(now, lanes_r)
+                    block_accs = self._accumulators(now, lanes_r)
                     stop = k.let(ir.minimum(j + block, last))
                     with k.While(lambda: j < stop):
                         c = j.as_node()
-                        self._element(now, accs, stores, {**at, 0: c}, place + c)
+                        self._element(now, block_accs, stores, {**at, 0: c}, place + c)
                         j.set(c + 1)
-                    for (m, _), a, b in zip(now, totals, accs, strict=False):
+                    for (m, _), a, b in zip(now, totals, block_accs, strict=False):
                         self._combine(m, a, [x.as_node() for x in b])
             else:
                 with k.While(lambda: j < last):
@@ -1286,7 +1286,7 @@ class SplitRows:
 
     def second_shape(
         self, sizes: Sequence[Any], splits: Any, out_strides: Sequence[Sequence[Any]]
-    ) -> tuple[list[Any], list[Sequence[Any]]]:
+    ) -> tuple[list[Any], list[list[Any]]]:
         """Sizes and strides of the second launch. out_strides: of the outputs over the row dimensions."""
         row_sizes = list(sizes[self.first.reduced :])
         strides, step = [1], splits

@@ -167,7 +167,8 @@ class Triton(Language):
     def gather(self, k: Emitter, b: BufferDecl, index: Node) -> list[Node]:
         raise Unsupported("explicit vectors are of the schedule class `vector`")
 
-    scatter = gather  # type: ignore[assignment]
+    def scatter(self, k: Emitter, b: BufferDecl, index: Node, values: list[Node]) -> None:
+        raise Unsupported("explicit vectors are of the schedule class `vector`")
 
     def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
         assert isinstance(k, TritonEmitter)
@@ -603,8 +604,8 @@ class TritonBuilder(KernelBuilder):
         params = [Node("tmp", t, attr=f"{side}{i}") for side in "ab" for i, t in enumerate(carried)]
         given = [ir.ne(p, 0) if t == "bool" else p for p, t in zip(params, [*dtypes, *dtypes], strict=True)]
         half = len(dtypes)
-        results = combine(tuple(given[:half]), tuple(given[half:]))
-        results = [ir.cast(r, t) for r, t in zip(results, carried, strict=True)]
+        combined = combine(tuple(given[:half]), tuple(given[half:]))
+        results = [ir.cast(r, t) for r, t in zip(combined, carried, strict=True)]
         function = e.define(f"combine_{name}_{'_'.join(dtypes)}", params, results)
         names = [e.fresh("r") for _ in dtypes]
         if half == 1:
@@ -687,8 +688,8 @@ class TritonAtomics(Atomics):
             return out if b.dtype in ("i32", "u32") else None
         if d.is_pair and b.dtype != "c32":
             raise TypeError(f"atomic {op} of {b.dtype}")
-        value: Any = Complex(*values) if len(values) == 2 else values[0]
-        self.update(b, index, lambda old: _UPDATE[op](old, value))
+        term: Any = Complex(*values) if len(values) == 2 else values[0]
+        self.update(b, index, lambda old: _UPDATE[op](old, term))
         return None
 
     def _exchange(self, b: Buffer, index: Node, part: int, f: Callable[[Any], Any]) -> None:

@@ -354,7 +354,7 @@ class Wgsl(Language):
             words = [f"{raw_}.{c}" for c in "xyzw"[: d.size // 4]]
         if d.compute == "f32":
             return [k.tmp("f32", f"bitcast<f32>({w})") for w in words]
-        return [k.tmp(d.compute, self._join(k, *words[i : i + 2], d.compute)) for i in range(0, len(words), 2)]
+        return [k.tmp(d.compute, self._join(k, words[i], words[i + 1], d.compute)) for i in range(0, len(words), 2)]
 
     @staticmethod
     def decode(dtype: str, raw: Node) -> Node:

@@ -191,6 +191,7 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     n, c = x.sizes[0], x.sizes[1]
     co = out.sizes[1]
     o = _spatial(out)
+    step: tuple[int, ...]
     if flip:
         extents = [i + d * (k - 1) for i, d, k in zip(o, g.dilation, g.taps)]
         offset = [d * (k - 1) - p for d, k, p in zip(g.dilation, g.taps, g.padding)]
@@ -272,6 +273,10 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
     ws = _strides(weight)
     xs, ys, ws = ([*s[:2], *s[2:][cut]] for s in (xs, ys, ws))
     pixel = (_spatial(x) if mode == "input" else _spatial(y))[cut]
+    mul: Sequence[int]
+    add: Sequence[int]
+    tap_mul: Sequence[int]
+    div: Sequence[int]
     if mode == "input":
         mul, add, tap_mul, div, size = [1] * nd, padding, [-d for d in dilation], stride, _spatial(y)[cut]
         gs, cs, g_group, c_group, channels = ys, xs, oc * ys[1], ic * xs[1], oc

@@ -74,8 +74,9 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
             values.append(e)
         else:
             static.append(("is", e))
+    outputs = tuple((o.dtype, layout(o), o.tensor.windows) for o in it.outputs)  # type: ignore[union-attr]
     built = build(
-        _kernel, name, function, dtype, bits, len(shape), tuple((o.dtype, layout(o), o.tensor.windows) for o in it.outputs), tuple(inputs),
+        _kernel, name, function, dtype, bits, len(shape), outputs, tuple(inputs),
         tuple(static), it.common, loops,
     )  # fmt: skip
     launch(

@@ -115,7 +115,7 @@ def _most_rows(t: Target, operands: int, shared: int, values: int, row_values: i
     from .. import _C
     from ..lowering import recorder
 
-    bindings = int(_C.device_properties(recorder().device)["max_bindings"])  # type: ignore[index]
+    bindings = int(_C.device_properties(recorder().device)["max_bindings"])
     most = (bindings - shared - 1) // operands
     if t.language == "wgsl":
         return max(min(most, MOST_ROWS), 1)

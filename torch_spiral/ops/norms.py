@@ -552,7 +552,7 @@ def _make_evaluation(flags: tuple) -> Any:
     return lambda *args: _batch_norm_eval(flags, *args)
 
 
-_EVALUATIONS = {(w, b): _make_evaluation((w, b)) for w in (False, True) for b in (False, True)}
+_EVALUATIONS: dict[tuple[bool, ...], Any] = {(w, b): _make_evaluation((w, b)) for w in (False, True) for b in (False, True)}
 
 
 def _per_channel(

@@ -432,6 +432,7 @@ def _xor_sum(r: Any, x: Any) -> Any:
     return r.reduce(Monoid("xor", ("i64",), (0,), lambda a, b: (ir.xor(a[0], b[0]),)), x)
 
 
+_function: Callable[..., Any]
 for _name, _function in {"sum": _sum, "nansum": _nansum, "mean": _mean, "prod": _prod}.items():
 
     @stub(f"{_name}_stub", coarse=False)

@@ -419,7 +419,7 @@ def _renorm(norm: Any, limit: Any) -> Any:
     return where(ir.gt(norm, limit), limit / (norm + 1e-7), ir.const(1.0, norm.dtype))
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "special_bessel_j0_stub": bessel_j0, "special_bessel_j1_stub": bessel_j1, "special_bessel_y0_stub": bessel_y0,
     "special_bessel_y1_stub": bessel_y1, "i0_stub": i0, "special_i0e_stub": i0e, "special_i1_stub": i1, "special_i1e_stub": i1e,
     "special_modified_bessel_i0_stub": i0, "special_modified_bessel_i1_stub": i1, "special_modified_bessel_k0_stub": _k(0, False),
@@ -428,7 +428,7 @@ FUNCTIONS = {
     "special_airy_ai_stub": airy_ai, "special_erfcx_stub": erfcx, "special_log_ndtr_stub": log_ndtr, "special_ndtri_stub": ndtri,
     "trigamma_stub": trigamma, "frexp_stub": frexp, "kaiser_window_stub": _kaiser, "renorm_scale_factor_stub": _renorm,
 }  # fmt: skip
-LOOPS = {
+LOOPS: dict[str, Callable[..., Any]] = {
     "zeta_stub": zeta, "polygamma_stub": polygamma, "igamma_stub": _igamma(False), "igammac_stub": _igamma(True), "gcd_stub": gcd, "lcm_stub": lcm,
     **{f"chebyshev_polynomial_{kind}_stub": _chebyshev_kind(kind, False) for kind in "tuvw"},
     **{f"shifted_chebyshev_polynomial_{kind}_stub": _chebyshev_kind(kind, True) for kind in "tuvw"},

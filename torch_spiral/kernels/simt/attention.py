@@ -443,15 +443,15 @@ def forward(
         zero, one = t_float(t, "0.0"), t_float(t, "1.0")
         t.let("inverse", t.select(f"{one} / total", zero, f"total == {zero}"), "f32")
         t.open("query < queries")
-        for v in range(o.v):
+        for column in range(o.v):
             for j, c in enumerate(COMPONENTS):
-                t.let(f"col{v}_{j}", f"({v * lanes_k}u + tx) * 4u + {j}u")
-                t.open(f"col{v}_{j} < head_v")
+                t.let(f"col{column}_{j}", f"({column * lanes_k}u + tx) * 4u + {j}u")
+                t.open(f"col{column}_{j} < head_v")
                 t.store(
                     "out",
                     "out_base",
-                    f"query * {'head_v' if split else 'out_row'} + col{v}_{j}",
-                    f"o{i}_{v}.{c} * inverse",
+                    f"query * {'head_v' if split else 'out_row'} + col{column}_{j}",
+                    f"o{i}_{column}.{c} * inverse",
                 )
                 t.end()
         t.open("tx == 0u")

@@ -713,8 +713,8 @@ def skinny(
             t.open("ty == 0u")
             total = " + ".join(f"sums[{j * per}u + tx]" for j in range(lanes))
             t.let("total", f"({total})", acc, 4)
-            for j, c in enumerate(COMPONENTS):
-                _skinny_store(t, out, split, str(r) + "u", f"(col + {j}u)", f"total.{c}")
+            for j, component in enumerate(COMPONENTS):
+                _skinny_store(t, out, split, str(r) + "u", f"(col + {j}u)", f"total.{component}")
             t.end()
             t.barrier()
     t.end()
