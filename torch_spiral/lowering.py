@@ -338,10 +338,12 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _not_dense(stride: Any) -> Any:
     if isinstance(stride, _Dense):
-        return Sym(stride._ref, "i", stride._recorder, stride._hint)
+        plain = Sym(stride._ref, "i", stride._recorder, stride._hint)
+        plain.factor = stride.factor
+        return plain
     if isinstance(stride, Stride) and stride.is_dense:
         other = Stride(stride._ref, stride._recorder, stride._hint, 3)  # type: ignore[arg-type]
-        other._divisor = stride._divisor
+        other._divisor = other.factor = stride._divisor
         return other
     return stride
 

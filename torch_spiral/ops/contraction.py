@@ -269,7 +269,7 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     c_layout = "n" if _unit(out, 2) else "s"
     compute = DTYPES[a.dtype].compute
     precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
-    about = [1 if is_one(x) else 3 << bucket(x) >> 1 for x in (m, n, k, batch)]  # the middle of a bucket
+    about = [1 << bucket(x) for x in (m, n, k, batch)]
     s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t")
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
 

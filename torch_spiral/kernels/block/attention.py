@@ -112,9 +112,8 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exa
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
         lines = [
-            *([f"x = j + tl.arange(0, {s.keys})"] if edge or mask else []),
-            f"kt = tl.load(pk{in_k})",
-            f"pk += {s.keys} * k_t",
+            f"x = j + tl.arange(0, {s.keys})",
+            f"kt = tl.load(k_base + rd[:, None] + x[None, :].to(tl.int64) * k_t{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
             *_score(mask, causal, "rq", "x", edge=edge)[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
@@ -123,8 +122,7 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exa
             "alpha = tl.math.exp2(m_i - m_safe)",
             "l_i = l_i * alpha + tl.sum(p, 1)",
             "acc = acc * alpha[:, None]",
-            f"vt = tl.load(pv{_mask('(x[:, None] < keys)' if edge else '', in_v)})",
-            f"pv += {s.keys} * v_t",
+            f"vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :]{_mask('(x[:, None] < keys)' if edge else '', in_v)})",
             f"acc = tl.dot({p}, vt, acc{ip})",
             "m_i = m_new",
         ]  # fmt: skip
@@ -137,9 +135,8 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exa
         f"rd = tl.arange(0, {d})",
         f"rv = tl.arange(0, {dv})",
         f"scale2 = scale * {LOG2E}",
-        f"rk = tl.arange(0, {s.keys})",
-        "pk = k + b * k_b + hk * k_h + rd[:, None] + rk[None, :] * k_t",
-        "pv = v + b * v_b + hk * v_h + rk[:, None] * v_t + rv[None, :]",
+        "k_base = k + b * k_b + hk * k_h",
+        "v_base = v + b * v_b + hk * v_h",
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",

@@ -1,0 +1,290 @@
+"""Triton kernels, run on the CPU by Triton's interpreter. In a process of its own: the interpreter has to be chosen before
+Triton is imported. What only a GPU's compiler does (types, layouts) is checked by compiling for one, which needs no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_by_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    def test_compiles_for_a_gpu(monkeypatch):
+        """A row kernel and a product, to machine code of sm_90."""
+        import dataclasses
+
+        from triton.backends.compiler import GPUTarget
+
+        from torch_spiral.kernels import ir, nest
+        from torch_spiral.kernels.block import gemm
+        from torch_spiral.kernels.kernel import Target
+        from torch_spiral.kernels.triton_binary import compile_kernel
+        from torch_spiral.kernels.vector.gemm import Epilogue
+
+        monkeypatch.setenv("SPIRAL_CACHE", "0")
+        target = Target(language="triton", schedule_class="block", engine="cuda", float64=True, compute_units=132)
+        gpu = GPUTarget("cuda", 90, 32)
+
+        def softmax(r, x):
+            e = ir.exp(x - r.reduce(nest.MAX(), x))
+            return e / r.sum(e)
+
+        ops = [nest.Operand("out", "f16", ("1", "s"))], [nest.Operand("x", "f16", ("1", "s"))]
+        rows = compile_kernel(nest.rows(target, "softmax", *ops, softmax).kernel, gpu, ((0, 16), (1, 16)))
+        assert rows.threads == 256 and rows.image[:4] == b"\x7fELF"
+        schedule = dataclasses.replace(gemm.HALF[-1], stages=3)
+        product = gemm.gemm(target, schedule, "bf16", "bf16", "bf16", "n", "n", "n", "", False, Epilogue(("relu",)))
+        divisible = ((0, 16), (1, 16), *((i, 16) for i in range(3, 12)))
+        binary = compile_kernel(product, gpu, divisible)
+        assert binary.shared >= 2 * 3 * 2 * 64 * 64 / 2  # the loads are pipelined
+
+else:
+    from torch_spiral.testing.triton_interpreter import TARGET, run  # isort: skip
+
+    import torch
+
+    from torch_spiral.kernels import ir, nest
+    from torch_spiral.kernels.block import attention, conv, gemm
+    from torch_spiral.kernels.builder import KernelBuilder
+    from torch_spiral.kernels.kernel import Unsupported
+    from torch_spiral.kernels.nest import Operand
+    from torch_spiral.kernels.vector.gemm import Epilogue
+
+    DTYPES = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64}
+
+    @pytest.fixture(autouse=True)
+    def seed():
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("n", [1, 1000, 1024, 2500])
+    def test_pointwise(n):
+        built = nest.pointwise(
+            TARGET, "f", [Operand("o", "f16", "dense")], [Operand("x", "f16", "dense"), Operand("y", "f32", ("s",))],
+            lambda x, y, a: ir.exp(x) * a + y, 1, scalars=["f32"],
+        )  # fmt: skip
+        x, y, out = torch.randn(n).half(), torch.randn(2 * n)[::2], torch.full((n + 5,), 7.0).half()
+        run(built.kernel, [out, x, y], built.scalars([n], [None, None, (2,)], [1.5]), built.groups([n]))
+        torch.testing.assert_close(out[:n], (x.float().exp() * 1.5 + y).half(), rtol=2e-3, atol=1e-3)
+        assert (out[n:] == 7).all()
+
+    def test_pointwise_strided_and_small_types():
+        built = nest.pointwise(
+            TARGET, "g", [Operand("o", "bool", ("1", "s"))], [Operand("x", "i64", ("s", "1")), Operand("y", "u8", ("1", "0"))],
+            lambda x, y: ir.gt(x, ir.cast(y, "i64")), 2,
+        )  # fmt: skip
+        x, y, out = torch.randint(-9, 9, (5, 7)), torch.randint(0, 5, (5,), dtype=torch.uint8), torch.zeros(7, 5, dtype=torch.bool)
+        run(built.kernel, [out, x, y], built.scalars([5, 7], [(1, 5), (7, 1), (1, 0)]), built.groups([5, 7]))
+        assert (out == (x > y[:, None]).t()).all()
+
+    @pytest.mark.parametrize("d", [1, 700, 1024, 2100])
+    def test_rows(d):
+        def softmax(r, x):
+            e = ir.exp(x - r.reduce(nest.MAX(), x))
+            return e / r.sum(e)
+
+        built = nest.rows(TARGET, "softmax", [Operand("o", "f32", ("1", "s"))], [Operand("x", "f32", ("1", "s"))], softmax)
+        x, out = torch.randn(3, d), torch.zeros(3, d)
+        run(built.kernel, [out, x], built.scalars([d, 3], [(1, d), (1, d)]), built.groups([d, 3]))
+        torch.testing.assert_close(out, x.softmax(-1))
+
+    def test_argmax_propagates_nan():
+        built = nest.rows(
+            TARGET, "argmax", [Operand("v", "f32", ("0", "1")), Operand("i", "i64", ("0", "1"))], [Operand("x", "f32", ("1", "s"))],
+            lambda r, x: r.reduce(nest.ARGMAX(), x, r.index),
+        )  # fmt: skip
+        x = torch.randn(4, 1500)
+        x[1, 1200] = x[1, 1300] = 50
+        x[2, 77] = torch.nan
+        v, i = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+        run(built.kernel, [v, i, x], built.scalars([1500, 4], [(0, 1), (0, 1), (1, 1500)]), built.groups([1500, 4]))
+        expected = x.max(1)
+        assert torch.equal(i, expected.indices) and torch.equal(v.nan_to_num(-1), expected.values.nan_to_num(-1))
+
+    def test_columns_in_splits():
+        """Rows side by side, each cut into pieces: the pieces of one row meet again in the second launch."""
+        s = nest.split_rows(
+            TARGET, "sum", [Operand("o", "f32", ("0", "1"))], [Operand("x", "f32", ("s", "1"))], lambda r, x: r.sum(x)
+        )
+        x, out, n = torch.randn(301, 150), torch.zeros(150), 4
+        partial = torch.zeros(150 * n)
+        run(s.first.kernel, [partial, x], s.first.scalars([301, 150], [(150, 1)], splits=n), s.first.groups([301, 150], n))
+        sizes, strides = s.second_shape([301, 150], n, [(1,)])
+        run(s.second.kernel, [out, partial], s.second.scalars(sizes, strides, [301]), s.second.groups(sizes))
+        torch.testing.assert_close(out, x.sum(0), rtol=1e-5, atol=1e-4)
+
+    def test_control_flow():
+        """Collatz lengths: a While whose lanes end at different times, Break, Else, and a For of varying length."""
+        k = KernelBuilder(TARGET, "collatz")
+        x, steps, total = k.buffer("x", "i32"), k.buffer("steps", "i32", "w"), k.buffer("total", "i32", "w")
+        n = k.scalar("n", "u32")
+        i = k.global_id(64)
+        with k.If(i < n):
+            v, count, both = k.var("i32", x[i]), k.var("i32", 0), k.var("i32", 0)
+            with k.While():
+                with k.If(ir.eq(v, 1)):
+                    k.Break()
+                with k.If(ir.eq(ir.and_(v.as_node(), 1), 0)):
+                    v.set(ir.idiv(v.as_node(), 2))
+                with k.Else():
+                    v.set(v * 3 + 1)
+                count.set(count + 1)
+            with k.For(ir.const(0, "i32"), x[i]) as j:
+                with k.If(ir.eq(ir.irem(j, 2), 1)):
+                    k.Continue()
+                both.set(both + j)
+            steps[i] = count
+            total[i] = both
+        kernel = k.finish(workgroup=(64, 1, 1))
+        values = torch.arange(1, 101, dtype=torch.int32)
+        got, sums = torch.full((110,), -1, dtype=torch.int32), torch.zeros(110, dtype=torch.int32)
+        run(kernel, [values, got, sums], [100], (2,))
+
+        def length(v):
+            return 0 if v == 1 else 1 + length(v // 2 if v % 2 == 0 else 3 * v + 1)
+
+        assert got[:100].tolist() == [length(v) for v in values.tolist()] and (got[100:] == -1).all()
+        assert sums[:100].tolist() == [sum(j for j in range(v) if j % 2 == 0) for v in values.tolist()]
+
+    def test_return_leaves_other_lanes():
+        k = KernelBuilder(TARGET, "leave")
+        out = k.buffer("out", "i32", "w")
+        i = k.global_id(48)  # not a power of two
+        with k.If(ir.eq(ir.irem(i, 3), 0)):
+            k.Return()
+        out[i] = ir.cast(i, "i32")
+        got = torch.full((96,), -1, dtype=torch.int32)
+        run(k.finish(workgroup=(48, 1, 1)), [got], [], (2,))
+        assert got.tolist() == [-1 if i % 3 == 0 else i for i in range(96)]
+
+    @pytest.mark.parametrize("dtype", ["f32", "i32", "f64"])
+    def test_atomic_add(dtype):
+        k = KernelBuilder(TARGET, f"scatter_{dtype}")
+        x, at, out = k.buffer("x", dtype), k.buffer("at", "i64"), k.buffer("out", dtype, "a")
+        n = k.scalar("n", "u32")
+        i = k.global_id(64)
+        with k.If(i < n):
+            out.atomic_add(at[i], x[i])
+        x, at = (torch.randn(200) * 8).to(DTYPES[dtype]), torch.randint(0, 9, (200,))
+        out = torch.zeros(9, dtype=DTYPES[dtype])
+        run(k.finish(workgroup=(64, 1, 1)), [x, at, out], [200], (4,))
+        torch.testing.assert_close(out, torch.zeros_like(out).index_add(0, at, x), rtol=1e-4, atol=1e-4)
+
+    def test_index_errors_are_reported():
+        k = KernelBuilder(TARGET, "gather")
+        x, at, out = k.buffer("x", "f32"), k.buffer("at", "i64"), k.buffer("out", "f32", "w")
+        site = k.scalar("site", "u32")
+        i = k.global_id(32)
+        out[i] = x[k.check_index(at[i], 0, 10, site)]
+        kernel = k.finish(workgroup=(32, 1, 1))
+        x, at, out, words = torch.randn(10), torch.randint(0, 10, (32,)), torch.zeros(32), torch.zeros(2, dtype=torch.int32)
+        run(kernel, [x, at, out], [3], (1,), words)
+        assert torch.equal(out, x[at]) and words.tolist() == [0, 0]
+        at[5] = 12
+        run(kernel, [x, at, out], [3], (1,), words)
+        assert words.tolist() == [3, 12]
+
+    def test_what_has_no_form_is_refused():
+        k = KernelBuilder(TARGET, "shared")
+        with pytest.raises(Unsupported, match="shared memory"):
+            k.shared("f32", 4)
+        with pytest.raises(Unsupported, match="barrier"):
+            k.barrier()
+
+    @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i32"])
+    @pytest.mark.parametrize("layouts", ["nn", "nt", "tn", "tt"])
+    def test_gemm(dtype, layouts):
+        (m, n, k), t = (37, 70, 75), DTYPES[dtype]
+        a, b, c = (torch.randn(2, m, k) * 4).to(t), (torch.randn(2, k, n) * 4).to(t), torch.zeros(2, m, n, dtype=t)
+        a = a.mT.contiguous().mT if layouts[0] == "t" else a
+        b = b.mT.contiguous().mT if layouts[1] == "t" else b
+        s = gemm.WHOLE[0] if dtype == "i32" else gemm.Schedule(32, 32, 16, 4, 3)
+        kernel = gemm.gemm(TARGET, s, dtype, dtype, dtype, *layouts, "n", "ieee" if dtype == "f32" else "", False, Epilogue())
+        values = dict(zip(["ab", "am", "ak", "bb", "bk", "bn", "cb", "cm", "cn", "m", "n", "k"], (*a.stride(), *b.stride(), *c.stride(), m, n, k)))
+        scalars = [values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", False)]
+        run(kernel, [a, b, c], scalars, gemm.groups(s, m, n, 2))
+        tolerance = {"f16": 2e-3, "f64": 1e-12}.get(dtype, 1e-5)
+        torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=tolerance, atol=50 * tolerance)
+
+    def test_gemm_in_splits_with_epilogue():
+        m, n, k, count = 20, 33, 200, 3
+        a, b, bias, c = torch.randn(m, k), torch.randn(k, n), torch.randn(n), torch.zeros(m, n)
+        s = gemm.Schedule(32, 32, 16, 4, 3)
+        span = -(-(-(-k // count)) // s.k) * s.k
+        partial = torch.zeros(count, m, n)
+        kernel = gemm.gemm(TARGET, s, "f32", "f32", "f32", "n", "n", "n", "ieee", True, Epilogue())
+        run(kernel, [a, b, partial], [0, 0, m * n, k, n, n, m * n, m, n, k, span], gemm.groups(s, m, n, 1, count))
+        epilogue = Epilogue(("alpha", ("beta", "f32", "n"), "relu"))
+        finish = gemm.reduce_splits(TARGET, "f32", "f32", "n", epilogue)
+        run(finish, [partial, bias, c], [m * n, n, m * n, 0, m, n, count, 2.0, 0.5], gemm.reduce_groups(m, n, 1))
+        torch.testing.assert_close(c, torch.relu(2 * (a @ b) + 0.5 * bias), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("mask,causal,head,head_v,scale", [
+        ("", True, 32, 32, 0.3), ("", False, 20, 12, -0.2), ("bool", False, 20, 12, 0.3), ("f32", False, 32, 16, 0.3),
+    ])  # fmt: skip
+    def test_attention(mask, causal, head, head_v, scale):
+        batch, heads, kv, queries, keys = 1, 4, 2, 37, 53
+        q, k, v = (torch.randn(batch, h, t, d, requires_grad=True) for h, t, d in ((heads, queries, head), (kv, keys, head), (kv, keys, head_v)))
+        scores = q @ k.repeat_interleave(2, 1).mT * scale
+        m = None
+        if causal:
+            scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -torch.inf)
+        if mask == "bool":
+            m = torch.rand(batch, heads, queries, keys) > 0.3
+            m[0, 0, 3] = False  # sees nothing
+            scores = scores.masked_fill(~m, -torch.inf)
+        if mask == "f32":
+            m = torch.randn(batch, heads, queries, keys)
+            scores = scores + m
+        expected = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
+        g = torch.randn_like(expected)
+        wanted = [x.nan_to_num(0) for x in torch.autograd.grad(expected, (q, k, v), g)]
+        q, k, v = (x.detach() for x in (q, k, v))
+
+        def bht(*tensors):
+            return [s for x in tensors for s in x.stride()[:3]]
+
+        s, classes = attention.Schedule(16, 16, 4, 1), ((head + 31) // 32 * 32, (head_v + 31) // 32 * 32)
+        masks, mask_strides = ([m], list(m.stride())) if m is not None else ([], [])
+        tail = [*mask_strides, heads, heads // kv, queries, keys, head, head_v, scale]
+        key = (s, "f32", *classes, False, mask, causal, "ieee")
+        out, lse = torch.full((batch, heads, queries, head_v), 9.0), torch.zeros(batch, heads, queries)
+        over_queries = attention.groups(16, queries, batch * heads)
+        run(attention.forward(TARGET, *key), [q, k, v, *masks, out, lse], bht(q, k, v, out) + tail, over_queries)
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+        delta = torch.zeros(batch, heads, queries)
+        run(
+            attention.delta(TARGET, "f32", classes[1]), [g, out, delta], bht(g, out) + [heads, queries, head_v],
+            attention.groups(32, queries, batch * heads),
+        )  # fmt: skip
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        buffers = [q, k, v, g, *masks, lse, delta]
+        run(attention.backward_query(TARGET, *key, False), [*buffers, dq], bht(q, k, v, g, dq) + tail, over_queries)
+        over_keys = attention.groups(16, keys, batch * kv)
+        run(attention.backward_key(TARGET, *key), [*buffers, dk, dv], bht(q, k, v, g, dk, dv) + tail, over_keys)
+        for got, want in zip((dq, dk, dv), wanted):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    def test_conv():
+        """Forward, with stride, padding, dilation and groups."""
+        x, w, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 2), torch.randn(6)
+        expected = torch.nn.functional.conv2d(x, w, bias, stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
+        out = torch.zeros_like(expected)
+        height, width = expected.shape[2:]
+        s = gemm.Schedule(16, 32, 16, 4, 1)
+        m, n, k = 3, 2 * height * width, 2 * 6
+        strides = [*x.stride(), 2 * x.stride(1), w.stride(0), w.stride(1), *w.stride()[2:], 3 * w.stride(0)]
+        strides += [out.stride(1), out.stride(0), *out.stride()[2:], 3 * out.stride(1)]
+        scalars = [2, m, n, k, height, width, 3, 2, 2, 2, 1, -1, -2, 1, 2, 1, 1, 9, 8, *strides, 1]
+        kernel = conv.conv(TARGET, s, "forward", "f32", "f32", 2, False, True, "ieee", "f32", False)
+        run(kernel, [x, w, bias, out], scalars, conv.groups(s, m, n, 2))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
