@@ -219,7 +219,7 @@ else:
         m, n, k, count = 20, 33, 200, 3
         a, b, bias, c = torch.randn(m, k), torch.randn(k, n), torch.randn(n), torch.zeros(m, n)
         s = gemm.Schedule(32, 32, 16, 4, 3)
-        span = -(-(-(-k // count)) // s.k) * s.k
+        span = (-((-k // count) // s.k)) * s.k
         partial = torch.zeros(count, m, n)
         kernel = gemm.gemm(TARGET, s, "f32", "f32", "f32", "n", "n", "n", "ieee", True, Epilogue())
         run(kernel, [a, b, partial], [0, 0, m * n, k, n, n, m * n, m, n, k, span], gemm.groups(s, m, n, 1, count))
@@ -263,7 +263,7 @@ else:
         torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
         delta = torch.zeros(batch, heads, queries)
         run(
-            attention.delta(TARGET, "f32", classes[1]), [g, out, delta], bht(g, out) + [heads, queries, head_v],
+            attention.delta(TARGET, "f32", classes[1]), [g, out, delta], [*bht(g, out), heads, queries, head_v],
             attention.groups(32, queries, batch * heads),
         )  # fmt: skip
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -263,6 +263,7 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
 def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None) -> None:
     """mode "forward": x, w → y; "input": y, w → x; "weight": x, y → w (the arguments in that order)."""
     t = target()
+    bias = None if bias is None else contiguous(bias)
     nd = 3 if gathered.ndim == 5 else 2
     cut = slice(3 - nd, 3)
     taps, stride, padding, dilation = g.taps[cut], g.stride[cut], g.padding[cut], g.dilation[cut]
@@ -296,8 +297,6 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
     ]  # fmt: skip
     epilogue = Epilogue((("add", bias.dtype, "m"),) if bias is not None else ())
     operands = [bias] if bias is not None else []
-    if bias is not None:
-        scalars += [0, bias.strides[0], 0]
     divided = mode == "input" and any(s != 1 for s in stride)
     depthwise = g.groups > 1 and is_one(weight.sizes[1])
     dtype = gathered.dtype
