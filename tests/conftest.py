@@ -28,20 +28,25 @@ def pytest_report_header(config):
     return [*lines, *(f"{r['engine']}: {r['why']}" for r in torch.spiral.engines() if r["why"])]
 
 
-# Kernels take a second each to compile on a software adapter: the everyday tier runs a fixed sixth of its tests there, the rest
-# waits for `make test-full`. These files test what differs between engines and always run whole.
+# Files of the everyday tier (`make test`); the others run in `make test-full` until they are timed and their expectations written.
+EVERYDAY = frozenset(
+    "test_activation test_amp test_attention test_compile test_copy test_device test_engine test_generate test_harness test_kernels_ir "
+    "test_memory test_models test_padding test_pooling test_random test_serialization test_stream_event test_threading "
+    "test_wgpu_engine".split()
+)
+# Kernels take a second each to compile on a software adapter: the everyday tier runs a fixed sixth of its tests there. These files
+# test what differs between engines and always run whole.
 ALWAYS_WHOLE = ("test_engine", "test_wgpu_engine", "test_memory", "test_stream_event", "test_device")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     wgpu = ENGINES.get("wgpu")
-    if wgpu is None or torch.spiral.get_device_properties(wgpu).type != "software":
-        return
+    software = wgpu is not None and torch.spiral.get_device_properties(wgpu).type == "software"
     for item in items:
-        whole = item.path.stem in ALWAYS_WHOLE or "upstream" in item.path.parts  # upstream's tier is thinned by coverage.stratum
-        slow = any(word in item.name for word in ("wgpu", "wgsl", "lavapipe"))
-        if slow and not whole and zlib.crc32(item.nodeid.encode()) % 6:
+        thinned = software and item.path.stem not in ALWAYS_WHOLE
+        slow = thinned and any(word in item.name for word in ("wgpu", "wgsl", "lavapipe"))
+        if item.path.stem not in EVERYDAY or (slow and zlib.crc32(item.nodeid.encode()) % 6):
             item.add_marker(pytest.mark.full)
 
 
