@@ -30,9 +30,7 @@ def pytest_report_header(config):
 
 # Files of the everyday tier (`make test`); the others run in `make test-full` until they are timed and their expectations written.
 EVERYDAY = frozenset(
-    "test_activation test_amp test_attention test_compile test_copy test_device test_engine test_generate test_harness test_kernels_ir "
-    "test_memory test_models test_padding test_pooling test_random test_serialization test_stream_event test_threading "
-    "test_wgpu_engine".split()
+    ["test_activation", "test_amp", "test_attention", "test_compile", "test_copy", "test_device", "test_engine", "test_generate", "test_harness", "test_kernels_ir", "test_memory", "test_models", "test_padding", "test_pooling", "test_random", "test_serialization", "test_stream_event", "test_threading", "test_wgpu_engine"]
 )
 # Kernels take a second each to compile on a software adapter: the everyday tier runs a fixed sixth of its tests there. These files
 # test what differs between engines and always run whole.

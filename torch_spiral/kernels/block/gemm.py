@@ -28,7 +28,8 @@ class Schedule:
     group: int = 8
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}"
+        group = "" if self.group == 8 else f"g{self.group}"
+        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}"
 
 
 HALF = Schedule(128, 256, 64, 8, 3), Schedule(128, 128, 64, 8, 4), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
@@ -64,7 +65,7 @@ def splits(target: Target, s: Schedule, m: int, n: int, k: int, batch: int) -> i
     """Into how many runs the reduction is cut, for about these sizes: a power of two, 1 where there is work for all."""
     tiles = -(-m // s.m) * -(-n // s.n) * batch
     count = 1
-    while tiles * count * 2 <= target.compute_units * 2 and k // (count * 2) >= 4 * s.k and count < 32 and s.k > 1:
+    while tiles * count * 2 <= target.compute_units and k // (count * 2) >= 4 * s.k and count < 32 and s.k > 1:
         count *= 2
     return count
 
