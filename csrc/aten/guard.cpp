@@ -4,6 +4,8 @@
 // for an event of the same device is done before it starts.
 #include "runtime/device.h"
 
+#include <chrono>
+#include <thread>
 #include <c10/core/DeviceCapability.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/util/Exception.h>
@@ -78,7 +80,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     DeviceLock lock(d.mutex);
     auto here = d.engine->record(false);
     d.engine->flush();
-    return d.engine->query(*here);
+    // Behind an idle queue the mark completes at once, but not before the device has seen it.
+    for (int tries = 0; tries < 50; ++tries) {
+      if (d.engine->query(*here)) return true;
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    return false;
   }
   void synchronizeStream(const c10::Stream& s) const override { synchronizeDevice(s.device_index()); }
   void synchronizeDevice(const c10::DeviceIndex index) const override {
