@@ -21,7 +21,6 @@ from ..lowering import (
     is_one,
     is_zero,
     launch,
-    maximum,
     minimum,
     packed,
     target,
@@ -376,5 +375,3 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
     )
     launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.groups(schedule, m, n, batch, 1, minimum))
 
-
-__all__ = ["matrix", "maximum", "product"]

@@ -34,10 +34,6 @@ def _mul(a: Any, b: Any) -> Any:
     return ir.and_(a, b) if getattr(a, "dtype", None) == "bool" else ir.mul(a, b)
 
 
-def _div_floor(a: Any, b: Any) -> Any:
-    return ir.floor_divide(a, b)
-
-
 def _abs(a: Any) -> Any:
     return a if getattr(a, "dtype", None) == "bool" else ir.abs(a)
 
@@ -236,14 +232,6 @@ def _bitwise_not(x: Any) -> Any:
     return ir.logical_not(x) if x.dtype == "bool" else ir.not_(x)
 
 
-def _pow(a: Any, b: Any) -> Any:
-    return ir.pow(a, b)
-
-
-def _conj(x: Any) -> Any:
-    return ir.conj(x)
-
-
 def _sigmoid_backward(grad: Any, y: Any) -> Any:
     y = ir.conj(y)
     return grad * ((1.0 - y) * y)
@@ -274,11 +262,6 @@ def _addr(self: Any, a: Any, b: Any, beta: Any, alpha: Any) -> Any:
     return where(ir.eq(beta, 0), alpha * product, beta * self + alpha * product)
 
 
-def _cast_result(op: Any) -> Any:
-    """A comparison: gives bool, whatever the output dtype."""
-    return op
-
-
 STUBS: dict[str, tuple[str, Any]] = {
     # arithmetic
     "add_stub": ("common", _alpha(ir.add)),
@@ -286,11 +269,11 @@ STUBS: dict[str, tuple[str, Any]] = {
     "add_clamp_stub": ("common", lambda a, b, alpha, lo, hi: _clamp(a + alpha * b, lo, hi)),
     "mul_stub": ("common", _mul),
     "div_true_stub": ("common", ir.div),
-    "div_floor_stub": ("common", _div_floor),
+    "div_floor_stub": ("common", ir.floor_divide),
     "div_trunc_stub": ("common", ir.trunc_divide),
     "remainder_stub": ("common", ir.remainder),
     "fmod_stub": ("common", ir.fmod),
-    "pow_tensor_tensor_stub": ("common", _pow),
+    "pow_tensor_tensor_stub": ("common", ir.pow),
     "lerp_kernel_scalar_weight": ("common", _lerp),
     "lerp_kernel_tensor_weight": ("common", _lerp),
     "addcmul_stub": ("common", lambda a, b, c, value: a + value * b * c),
@@ -344,7 +327,7 @@ STUBS: dict[str, tuple[str, Any]] = {
     # functions of one argument
     "abs_stub": ("in", _abs),
     "angle_stub": ("in", lambda a: a * 0 if getattr(a, "dtype", "") == "bool" else ir.angle(a)),
-    "conj_physical_stub": ("common", _conj),
+    "conj_physical_stub": ("common", ir.conj),
     "neg_stub": ("common", ir.neg),
     "reciprocal_stub": ("common", ir.reciprocal),
     "sign_stub": ("common", _sign),
@@ -457,4 +440,4 @@ def copy(it: Iter) -> None:
 @stub("pow_tensor_scalar_stub")
 def pow_tensor_scalar(it: Iter, exponent: Any) -> None:
     """in ** exponent."""
-    pointwise("pow_scalar", it, _pow, "common", (exponent,))
+    pointwise("pow_scalar", it, ir.pow, "common", (exponent,))
