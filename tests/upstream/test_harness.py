@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_spiral.testing import checks, coverage, ledger, upstream
+from torch_spiral.testing import checks, coverage, ledger, randomness, upstream
 
 CPU = torch.device("cpu")
 ITEMS = checks.items()
@@ -63,6 +63,74 @@ def test_a_right_result_passes_every_check() -> None:
     ):
         for check in checks.CHECKS["op"].values():
             check(ITEMS[name], torch.float32, CPU, 2)
+
+
+X = torch.linspace(1.0, 2.0, 40).reshape(8, 5)
+
+
+def dropped(rate: float = 0.5, scale: float = 2.0, features: bool = False) -> torch.Tensor:
+    mask = torch.rand(8, 1 if features else 5) >= rate
+    return X * mask * scale
+
+
+def test_equal_distributions_pass() -> None:
+    for draw in (dropped, lambda: dropped(features=True), lambda: torch.randn(30), lambda: torch.randint(3, (2, 2))):
+        randomness.check_distribution(draw, draw, 1e-4)
+    randomness.check_distribution(lambda: dropped() * (1 + 1e-6), dropped, 1e-4)  # rounding
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda: dropped(0.4), dropped),
+        (lambda: dropped(scale=2.01), dropped),
+        (lambda: dropped(features=True), dropped),
+        (lambda: torch.randn(30) * 1.5, lambda: torch.randn(30)),
+        (lambda: torch.randn(30) + 0.3, lambda: torch.randn(30)),
+        (lambda: torch.randn(1).expand(30), lambda: torch.randn(30)),
+        (lambda: torch.randint(9, (4, 4)), lambda: torch.randint(10, (4, 4))),
+        (lambda: torch.randn(30, generator=torch.Generator().manual_seed(1)), lambda: torch.randn(30)),
+        (lambda: torch.randn(30, generator=GENERATOR), lambda: torch.randn(30)),
+        (lambda: torch.zeros(3), lambda: torch.randn(3)),
+    ],
+    ids=["rate", "scale", "mask", "spread", "shift", "broadcast", "bound", "standing still", "unseeded", "constant"],
+)
+def test_another_distribution_is_found(ours, theirs) -> None:
+    with pytest.raises(AssertionError):
+        randomness.check_distribution(ours, theirs, 1e-4)
+
+
+GENERATOR = torch.Generator()
+
+
+class TwoMasks(torch.autograd.Function):
+    """A dropout whose backward draws a mask of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * (torch.rand_like(x) > 0.5) * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (torch.rand_like(grad) > 0.5) * 2
+
+
+def test_a_gradient_of_another_mask_is_found() -> None:
+    def given() -> torch.Tensor:
+        return X.clone().requires_grad_()
+
+    randomness.check_gradient(lambda x: ([torch.dropout(x, 0.5, True)], [x]), checks.gradients, given)
+    with pytest.raises(AssertionError, match="same seed"):
+        randomness.check_gradient(lambda x: ([TwoMasks.apply(x)], [x]), checks.gradients, given)
+
+
+def test_upstream_no_longer_fixes_the_seed_of_random_ops() -> None:
+    draws = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        draws.add(float(ITEMS["nn.functional.dropout"].info(torch.ones(100)).sum()))
+        draws.add(float(ITEMS["nn.functional.dropout"].info(torch.ones(100)).sum()))
+    assert len(draws) > 2
 
 
 def test_moved_samples_keep_strides_offsets_and_bits() -> None:
