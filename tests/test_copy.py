@@ -274,3 +274,15 @@ def test_copy_on_write(device):
     y.copy_(torch.ones(8))
     same(x.cpu(), torch.arange(8.0))
     same(y.cpu(), torch.ones(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_outputs_larger_than_a_cache(device, dtype, offset):
+    """CPU devices write those around the cache where their address is aligned."""
+    x = torch.randint(0, 100, ((1 << 22) + 37,)).to(dtype)
+    ours = x.to(device)
+    out = torch.zeros_like(ours)
+    torch.add(ours[offset:], ours[offset:], out=out[offset:])
+    assert torch.equal(out[offset:].cpu(), x[offset:] + x[offset:])
+    assert not out[:offset].any()

@@ -36,6 +36,9 @@ def _safe(name: str) -> str:
     return f"{name}_" if name in RESERVED else name
 
 
+STREAM_ELEMENTS = 1 << 22  # outputs of 16 MB of float32 leave no room for anything else in the cache of a laptop's CPU
+
+
 class Var(Operators):
     """A mutable variable; in an expression, its value at that point of the program. Made by KernelBuilder.var."""
 
@@ -117,6 +120,11 @@ class Buffer:
             got = Complex(nodes[0], nodes[1]) if len(nodes) == 2 else nodes[0]
             k.keep_load(key, got)
         return got
+
+    def prefetch(self, index: Any) -> None:
+        """Asks for the cache line of an element that is read soon. OpenCL on CPU devices; the index may be out of range."""
+        k = self._k
+        k.lang.prefetch(k.emitter, self.decl, k.index_text(first_lane(k.index(index))))  # type: ignore[attr-defined]
 
     def store(self, index: Any, value: Any, mask: Any = None) -> None:
         """Stores value, cast to the buffer's dtype; only where `mask`, if given."""
@@ -422,6 +430,11 @@ class KernelBuilder:
         if width == 1:
             return ir.const(0, dtype)
         return Node("lane", dtype, lanes=width)
+
+    def stream(self, elements: Any) -> None:
+        """Vector stores from here on bypass the cache if the kernel writes `elements` (u32) that it could not hold. CPU devices."""
+        large = self.let(ir.le(ir.const(STREAM_ELEMENTS, "u32"), elements))
+        self.emitter.streaming = self.atom(ir.where(large, ir.const(0, "u32"), ir.const(1, "u32")))
 
     def halves(self, v: Any) -> tuple[Any, Any]:
         """The lower and upper lanes."""

@@ -124,6 +124,7 @@ class Emitter:
         self.lines: list[str] = []
         self.scopes: list[dict[Node, str]] = [{}]
         self.count = 0
+        self.streaming = ""  # OpenCL: a variable that is 0 where vector stores bypass the cache (KernelBuilder.stream)
 
     def fresh(self, prefix: str = "") -> str:
         self.count += 1

@@ -305,6 +305,7 @@ class _Pointwise:
         for s in self.sizes[1:]:
             items = items * s
         items = k.let(items)
+        k.stream(product(self.sizes))
         first = k.let(k.group_index() * per_task)
         last = k.let(ir.minimum(first + per_task, items))
         with k.For(first, last) as item:
@@ -912,12 +913,22 @@ class _Rows:
         leaf = self._leaf_loader(index, position)
         exprs = [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
         values = self.evaluate(exprs, leaf)
+        if stores and self.loops > 1 and position.lanes > 1:
+            self._prefetch(index)
         for (monoid, xs), acc in zip(now, accs, strict=False):
             self._combine(monoid, acc, values[: len(xs)])
             values = values[len(xs) :]
         for i, v in zip(stores, values, strict=False):
             o = self.outs[i]
             self.bufs[o.name].store(index(o), v)
+
+    def _prefetch(self, index: Callable[[Operand], Node]) -> None:
+        """A row's last loop works from the cache; meanwhile the row after the next comes in."""
+        if self.ndim != self.reduced + 1:
+            return
+        for o in self.ins:
+            if o.strides[0] == "1" and o.strides[self.reduced] == "s":
+                self.bufs[o.name].prefetch(index(o) + 2 * self.strides[o.name, self.reduced])
 
     def _loop(self, now: list, stores: Sequence[int], lanes_r: int, split: Any) -> list[list[Node]]:
         if self.schedule == "workgroup":
@@ -1152,6 +1163,8 @@ class _Rows:
 
     def _lanes_d(self, per_task: Any) -> None:
         k = self.k
+        if self.elementwise:
+            k.stream(product(self.sizes))
         first = k.let(k.group_index() * per_task)
         last = k.let(ir.minimum(first + per_task, self._rows_total()))
         with k.For(first, last) as row:

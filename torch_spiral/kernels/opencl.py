@@ -16,6 +16,18 @@ POINTEE = {
     "c32": "uint", "c64": "float2", "c128": "double2", "b128": "ulong2",
 }  # fmt: skip
 TYPES = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "u64": "ulong", "bool": "int"}
+# A store that does not first read the cache line it overwrites; the pointer is aligned.
+STREAM = """#if defined(__clang__)
+#define STREAM(value, pointer) __builtin_nontemporal_store(value, pointer)
+#else
+#define STREAM(value, pointer) *(pointer) = (value)
+#endif"""
+# Brings a cache line in ahead of its use; any address will do.
+PREFETCH = """#if defined(__clang__)
+#define PREFETCH(pointer) __builtin_prefetch((const __private void*)(size_t)(pointer))
+#else
+#define PREFETCH(pointer)
+#endif"""
 NATIVE = frozenset(
     [
         "floor",
@@ -238,7 +250,7 @@ class OpenCL(Language):
         if b.dtype == "f16" and n:
             bits = k.fresh()
             k.line(f"ushort{n} {bits}; vstore_half{n}_rte({value}, 0, (__private half*)&{bits});")
-            k.line(f"vstore{n}({bits}, 0, (__global ushort*)({p} + {index}));")
+            self._store_vector(k, f"(__global ushort*)({p} + {index})", "ushort", 2, bits, lanes)
             return
         if b.dtype == "f16":
             k.line(f"vstore_half_rte({value}, 0, {p} + {index});")
@@ -250,7 +262,23 @@ class OpenCL(Language):
             value = f"convert_uchar{n}({value} & 1)" if n else f"(uchar)({value} != 0)"
         elif d.size < 4:
             value = f"convert_{POINTEE[b.dtype]}{n}({value})"
-        k.line(f"vstore{n}({value}, 0, {p} + {index});" if n else f"{p}[{index}] = {value};")
+        if n:
+            self._store_vector(k, f"{p} + {index}", POINTEE[b.dtype], d.size, value, lanes)
+        else:
+            k.line(f"{p}[{index}] = {value};")
+
+    def _store_vector(self, k: Emitter, pointer: str, type_: str, size: int, value: str, lanes: int) -> None:
+        plain = f"vstore{lanes}({value}, 0, {pointer});"
+        if not k.streaming or lanes * size < 16:
+            k.line(plain)
+            return
+        k.module["STREAM"] = STREAM
+        k.line(f"if (((ulong)({pointer}) & {lanes * size - 1}) | {k.streaming}) {plain}")
+        k.line(f"else STREAM({value}, (__global {type_}{lanes}*)({pointer}));")
+
+    def prefetch(self, k: Emitter, b: BufferDecl, index: str) -> None:
+        k.module["PREFETCH"] = PREFETCH
+        k.line(f"PREFETCH({b.name} + {index});")
 
     def scatter(self, k: Emitter, b: BufferDecl, index: Node, values: list[Node]) -> None:
         lanes = index.lanes
