@@ -64,12 +64,15 @@ struct Word {
 struct Step {
   enum class Kind : uint8_t { Launch, Fill, Copy } kind;
   uint32_t when;  // kNone, or the allocation whose packed form this step makes
+  std::vector<uint32_t> first, last;  // temporaries (numbers of allocations) that no earlier, no later step uses
   // Launch
   Kernel* kernel = nullptr;
   std::vector<Buffer> buffers;
   std::vector<Word> words;
   uint32_t params_size = 0;
   uint32_t groups[3] = {0, 0, 0};
+  uint32_t flops = kNone;  // value, computed only while someone traces
+  std::string note;        // which schedule it has and why
   // Fill: buffers[0]; Copy: buffers[0] from buffers[1]. Offsets in elements, bytes is a value.
   uint32_t bytes = 0;
   uint8_t fill_value = 0;
@@ -83,6 +86,9 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<uint32_t> returned;  // allocations, by operand number; kNone for None
   uint32_t operands = 0, slots = 0;
+  size_t needed = 0;     // the first expressions; what follows is for traces
+  uint64_t expires = 0;  // replays until it is recorded anew; 0: never
+  std::atomic<uint64_t> uses{0};
   std::atomic<uint64_t> last_used{0};
 };
 
@@ -91,5 +97,9 @@ struct PlanStatistics {
 };
 PlanStatistics plan_statistics();
 void clear_plans();
+
+// Plans of this thread's calls are looked up and recorded under this number, beside those of others: how the tuner runs one call
+// with several schedules. 0: everybody's.
+void set_plan_variant(uint32_t variant);
 
 }  // namespace spiral

@@ -38,6 +38,7 @@ struct DeviceProperties {
   bool int64 = false;                 // arithmetic; storage always works
   bool int64_atomics = false, float32_atomics = false;
   bool timestamps = false;
+  int ordinal = 0;                    // the driver's number of the device
 };
 
 // Device memory. Opaque to everyone but its engine. Freed through Engine::free.
@@ -62,6 +63,7 @@ struct KernelSource {
   bool params_immediate = true;  // WGSL: block is var<immediate>; else @binding(bindings) var<storage>
   bool trusted = false;        // WGSL: indices are proven in range, drop bounds checks
   uint32_t shared_memory = 0;  // CUDA/HIP: bytes of dynamic shared memory
+  uint32_t scratch = 0;        // CUDA/HIP: bytes of global memory that a workgroup has to itself
 };
 
 // A window of a Memory as a kernel sees it. offset is a multiple of 256.
@@ -86,6 +88,9 @@ class Engine {
 
   virtual Memory* allocate(uint64_t size) = 0;  // size > 0; throws c10::OutOfMemoryError
   virtual uint64_t address(Memory*) const { return 0; }  // CUDA/HIP: the device pointer
+  // CUDA/HIP: memory that someone else owns, and the driver's handle of the queue. Null elsewhere.
+  virtual Memory* adopt(uint64_t address, uint64_t size) { (void)address, (void)size; return nullptr; }
+  virtual void* native_queue() const { return nullptr; }
   virtual void free(Memory*) = 0;               // after the work queued so far; never throws
 
   virtual void write(Memory*, uint64_t offset, const void* data, uint64_t size) = 0;  // data is consumed on return
@@ -106,6 +111,10 @@ class Engine {
   virtual bool query(EventHandle&) = 0;
   virtual void wait(EventHandle&) = 0;
   virtual double elapsed_ms(EventHandle& start, EventHandle& end) = 0;
+  // Of many events from one on; events must have completed.
+  virtual void elapsed_many_ms(EventHandle& start, EventHandle* const* ends, size_t count, double* out) {
+    for (size_t i = 0; i < count; ++i) out[i] = elapsed_ms(start, *ends[i]);
+  }
 
   // Objects created at the compute API so far (buffers, kernels, bind groups, events …): a steady state creates none.
   virtual uint64_t objects_created() const = 0;

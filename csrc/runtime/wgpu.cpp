@@ -324,7 +324,7 @@ class WgpuEngine final : public Engine {
     for (auto& staging : uploads_) api_.BufferRelease(staging->buffer);
     for (auto& staging : downloads_) api_.BufferRelease(staging->buffer);
     for (auto set : query_sets_) api_.QuerySetRelease(set);
-    for (Memory* memory : {params_, resolved_}) {
+    for (Memory* memory : {params_, resolved_, resolved_many_}) {
       if (memory) free(memory);
     }
     api_.QueueRelease(queue_);
@@ -626,6 +626,29 @@ class WgpuEngine final : public Engine {
     uint64_t ticks[33];
     read(resolved_, 0, ticks, sizeof ticks);
     return static_cast<double>(static_cast<int64_t>(ticks[32] - ticks[0])) * api_.QueueGetTimestampPeriod(queue_) * 1e-6;
+  }
+
+  // One read for many.
+  void elapsed_many_ms(EventHandle& start, EventHandle* const* ends, size_t count, double* out) override {
+    if (!properties_.timestamps) return Engine::elapsed_many_ms(start, ends, count, out);
+    constexpr size_t kBatch = 1023, kStride = 256;
+    if (!resolved_many_) resolved_many_ = make_memory((kBatch + 1) * kStride, WGPUBufferUsage_QueryResolve | WGPUBufferUsage_CopySrc);
+    std::vector<uint64_t> ticks((kBatch + 1) * kStride / 8);
+    for (size_t first = 0; first < count; first += kBatch) {
+      const size_t n = std::min(kBatch, count - first);
+      for (size_t i = 0; i <= n; ++i) {
+        const int64_t query = static_cast<WgpuEvent&>(i ? *ends[first + i - 1] : start).query;
+        TORCH_CHECK(query >= 0, "elapsed_ms needs events that were recorded with timing");
+        end_pass();
+        api_.CommandEncoderResolveQuerySet(encoder(), query_sets_[query / kQueries], static_cast<uint32_t>(query % kQueries), 1,
+                                           resolved_many_->buffer, i * kStride);
+      }
+      read(resolved_many_, 0, ticks.data(), (n + 1) * kStride);
+      const double period = api_.QueueGetTimestampPeriod(queue_) * 1e-6;
+      for (size_t i = 1; i <= n; ++i) {
+        out[first + i - 1] = static_cast<double>(static_cast<int64_t>(ticks[i * kStride / 8] - ticks[0])) * period;
+      }
+    }
   }
 
  private:
@@ -1080,7 +1103,7 @@ class WgpuEngine final : public Engine {
   std::unordered_map<std::string, std::list<std::pair<std::string, uint32_t>>::iterator> param_slots_;
   std::string param_key_;
 
-  WgpuMemory* resolved_ = nullptr;
+  WgpuMemory *resolved_ = nullptr, *resolved_many_ = nullptr;
   std::vector<WGPUQuerySet> query_sets_;
   std::shared_ptr<QuerySlots> slots_;
 };
