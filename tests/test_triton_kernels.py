@@ -215,6 +215,37 @@ else:
         tolerance = {"f16": 2e-3, "f64": 1e-12}.get(dtype, 1e-5)
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=tolerance, atol=50 * tolerance)
 
+    @pytest.mark.parametrize("layouts,split,stored,persistent", [
+        ("nn", False, True, False), ("nt", False, False, True), ("tn", True, False, False), ("tt", False, True, True),
+    ])  # fmt: skip
+    def test_gemm_through_descriptors(layouts, split, stored, persistent):
+        """Odd sizes in rows of a multiple of 16 bytes; what lies between the rows is neither read nor written."""
+        m, n, k, batch = 37, 70, 75, 1 if persistent else 2
+
+        def padded(rows, columns, turned=False):
+            rows, columns = (columns, rows) if turned else (rows, columns)
+            x = torch.full((batch, rows, (columns + 7) // 8 * 8), torch.nan, dtype=torch.float16)[:, :, :columns]
+            x.copy_(torch.randn(batch, rows, columns))
+            return x.mT if turned else x
+
+        a, b, c = padded(m, k, layouts[0] == "t"), padded(k, n, layouts[1] == "t"), padded(m, n)
+        expected = a.double() @ b.double()
+        s = gemm.Schedule(32, 32, 16, 4, 3, persistent=persistent)
+        count, span = (3, 32) if split else (1, k)
+        out = torch.zeros(batch * count, m, n) if split else c
+        dtype = "f32" if split else "f16"
+        kernel = gemm.gemm(TARGET, s, "f16", "f16", dtype, *layouts, "n", "", split, Epilogue(), True, stored)
+        cb, cm, cn = out.stride()
+        values = dict(zip(["ab", "am", "ak", "bb", "bk", "bn"], (*a.stride(), *b.stride())))
+        values.update(cb=cb, cm=cm, cn=cn, cs=batch * m * n, m=m, n=n, k=k, span=span)
+        groups = (3, 1, 1) if persistent else gemm.groups(s, m, n, batch, count)
+        run(kernel, [a, b, out], [values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", split)], groups)
+        if split:
+            out = out.view(count, batch, m, n).sum(0)
+        torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=0.1)
+        if not split:
+            assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
+
     def test_gemm_in_splits_with_epilogue():
         m, n, k, count = 20, 33, 200, 3
         a, b, bias, c = torch.randn(m, k), torch.randn(k, n), torch.randn(n), torch.zeros(m, n)
@@ -259,8 +290,11 @@ else:
         key = (s, "f32", *classes, False, mask, causal, "ieee")
         out, lse = torch.full((batch, heads, queries, head_v), 9.0), torch.zeros(batch, heads, queries)
         over_queries = attention.groups(16, queries, batch * heads)
-        run(attention.forward(TARGET, *key), [q, k, v, *masks, out, lse], bht(q, k, v, out) + tail, over_queries)
-        torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+        for described in (True, False) if head % 4 == 0 and head_v % 4 == 0 else (False,):
+            out.fill_(9.0)
+            kernel = attention.forward(TARGET, *key, described)
+            run(kernel, [q, k, v, *masks, out, lse], bht(q, k, v, out) + tail, over_queries)
+            torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
         delta = torch.zeros(batch, heads, queries)
         run(
             attention.delta(TARGET, "f32", classes[1]), [g, out, delta], [*bht(g, out), heads, queries, head_v],

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,31 @@ def _wgpu_library() -> str:
     return ""
 
 
-def _refuse_dlpack() -> None:
-    """A spiral data_ptr is an address that nobody can read: exporting it would hand out a fault."""
-    tensor_export, export = torch.Tensor.__dlpack__, torch.utils.dlpack.to_dlpack
+def _dlpack() -> None:
+    """Exports of the CUDA engine's tensors are those of the CUDA tensors that share their memory. Another engine's memory is
+    opaque: exporting a data_ptr that nobody can read would hand out a fault."""
+    originals = torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__, torch.utils.dlpack.to_dlpack
 
-    def check(tensor: torch.Tensor) -> None:
-        if tensor.device.type == "spiral":
+    def readable(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "spiral":
+            return tensor
+        if _C.device_properties(tensor.device.index)["language"] != "triton" or not torch.cuda.is_available():
             raise BufferError(
                 "spiral tensors cannot be exported through DLPack: their memory is opaque. Use tensor.cpu()"
             )
+        if tensor.requires_grad:
+            raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+        return torch.spiral.to_cuda(tensor)
 
-    @functools.wraps(tensor_export)
-    def __dlpack__(self, *args, **kwargs):
-        check(self)
-        return tensor_export(self, *args, **kwargs)
+    def exporting(original: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(original)
+        def export(tensor, *args, **kwargs):
+            return original(readable(tensor), *args, **kwargs)
 
-    @functools.wraps(export)
-    def to_dlpack(tensor, *args, **kwargs):
-        check(tensor)
-        return export(tensor, *args, **kwargs)
+        return export
 
-    torch.Tensor.__dlpack__ = __dlpack__  # type: ignore[method-assign]
+    dlpack, device, to_dlpack = (exporting(f) for f in originals)
+    torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__ = dlpack, device  # type: ignore[method-assign]
     torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack  # type: ignore[assignment]
 
 
@@ -155,7 +160,7 @@ def _register() -> None:
     torch._register_device_module("spiral", device)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     _keep_parameters()
-    _refuse_dlpack()
+    _dlpack()
     _print_on_the_cpu()
 
 

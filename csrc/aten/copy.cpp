@@ -2,6 +2,7 @@
 //
 // What lies as one piece moves as one piece. Dtypes change on the CPU on the way there or back, and in a kernel between
 // tensors of one device.
+#include "aten/cuda_exchange.h"
 #include "dispatch/iterator.h"
 #include "runtime/device.h"
 #include "runtime/memory.h"
@@ -120,6 +121,35 @@ void copy_between_devices(const at::Tensor& source, const at::Tensor& destinatio
   copy_from_host(host, destination);
 }
 
+// Between torch's CUDA backend and here: on the GPU where both have it, else through the host.
+void copy_from_other(const at::Tensor& source, const at::Tensor& destination) {
+  TORCH_CHECK(source.is_cpu() || source.is_cuda(), "Cannot copy from ", source.device(), " to ", destination.device());
+  const auto index = source.is_cuda() ? device_of_cuda(source.device().index()) : std::nullopt;
+  if (source.is_cpu()) {
+    copy_from_host(source, destination);
+  } else if (index == destination.device().index()) {
+    copy_on_device(view_of_cuda(source), destination);
+    order_with_cuda(*index);
+  } else {
+    copy_from_host(source.cpu(), destination);
+  }
+}
+
+void copy_to_other(const at::Tensor& source, const at::Tensor& destination, bool non_blocking) {
+  TORCH_CHECK(destination.is_cpu() || destination.is_cuda(), "Cannot copy from ", source.device(), " to ", destination.device());
+  const auto index = destination.is_cuda() ? device_of_cuda(destination.device().index()) : std::nullopt;
+  if (destination.is_cpu()) {
+    copy_to_host(source, destination, non_blocking);
+  } else if (index == source.device().index()) {
+    copy_on_device(source, view_of_cuda(destination));
+    order_with_cuda(*index);
+  } else {
+    at::Tensor host = at::empty(source.sizes(), source.options().device(at::kCPU));
+    copy_to_host(source, host, false);
+    destination.copy_(host);
+  }
+}
+
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool non_blocking) {
   if (self.is_same(destination)) return destination;
   TORCH_CHECK(self.layout() == at::kStrided && destination.layout() == at::kStrided,
@@ -133,11 +163,9 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool
   if (target.numel() > 0) {
     const c10::OptionalDeviceGuard guard(on_spiral(target) ? target.device() : source.device());
     if (!on_spiral(source)) {
-      TORCH_CHECK(source.device().is_cpu(), "Cannot copy from ", source.device(), " to ", target.device());
-      copy_from_host(source, target);
+      copy_from_other(source, target);
     } else if (!on_spiral(target)) {
-      TORCH_CHECK(target.device().is_cpu(), "Cannot copy from ", source.device(), " to ", target.device());
-      copy_to_host(source, target, non_blocking && !negate && !conjugate);
+      copy_to_other(source, target, non_blocking && !negate && !conjugate);
     } else if (source.device() == target.device()) {
       copy_on_device(source, target);
     } else {

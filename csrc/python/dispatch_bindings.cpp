@@ -148,6 +148,7 @@ void bind_dispatch(py::module_& m) {
     s.params_immediate = d["immediate"].cast<bool>();
     s.trusted = d["trusted"].cast<bool>();
     if (d.contains("shared_memory")) s.shared_memory = d["shared_memory"].cast<uint32_t>();
+    if (d.contains("scratch")) s.scratch = d["scratch"].cast<uint32_t>();
     return compile(device, s);
   });
   m.def("error_site", &error_site);

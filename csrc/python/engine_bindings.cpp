@@ -44,6 +44,7 @@ py::dict to_dict(const DeviceProperties& p) {
   d["language"] = name_of(p.language);
   d["schedule_class"] = name_of(p.schedule_class);
 #define SPIRAL_PROPERTY(name) d[#name] = p.name;
+  SPIRAL_PROPERTY(ordinal)
   SPIRAL_PROPERTY(total_memory)
   SPIRAL_PROPERTY(max_allocation)
   SPIRAL_PROPERTY(max_binding)
@@ -159,6 +160,7 @@ KernelSource to_source(const py::dict& d) {
     else if (name == "params_immediate") source.params_immediate = value.cast<bool>();
     else if (name == "trusted") source.trusted = value.cast<bool>();
     else if (name == "shared_memory") source.shared_memory = value.cast<uint32_t>();
+    else if (name == "scratch") source.scratch = value.cast<uint32_t>();
     else throw py::key_error("a kernel has no " + name);
   }
   TORCH_CHECK_VALUE(workgroup.size() == 3, "a workgroup has three sizes");

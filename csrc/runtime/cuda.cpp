@@ -32,7 +32,8 @@ using namespace cuda;
 constexpr uint64_t kStagingSegment = 4 << 20;
 constexpr int kStagingSegments = 4;
 
-// Triton appends two pointers to a kernel's parameters, to scratch memory that none of ours asks for.
+// Triton appends two pointers to a kernel's parameters: to scratch memory (tensor descriptors), and to one for profiling, which
+// is never used.
 constexpr size_t kScratchPointers = 2 * sizeof(void*);
 constexpr size_t kMaxParams = 4096;  // CUDA's limit for all devices, scratch pointers included
 
@@ -136,6 +137,7 @@ DeviceProperties query_properties(const Api& api, DeviceHandle device) {
 
 struct CudaMemory final : Memory {
   Address address;
+  bool adopted = false;
 };
 
 struct CudaKernel final : Kernel {
@@ -145,6 +147,7 @@ struct CudaKernel final : Kernel {
   unsigned shared_memory;
   size_t block;   // bytes of the parameter block
   size_t params;  // bytes of all parameters: the block and Triton's scratch pointers
+  size_t scratch;  // bytes a workgroup
 };
 
 // The primary context, current in this thread while this lives.
@@ -203,6 +206,7 @@ class CudaEngine final : public Engine {
         if (event) api_.event_destroy(event);
       }
       if (staging_) api_.host_free(staging_);
+      if (scratch_) api_.free(scratch_);
       api_.stream_destroy(stream_);
       api_.context_pop(&popped);
     }
@@ -228,8 +232,18 @@ class CudaEngine final : public Engine {
 
   uint64_t address(Memory* memory) const override { return static_cast<CudaMemory*>(memory)->address; }
 
+  Memory* adopt(uint64_t address, uint64_t size) override {
+    auto* memory = new CudaMemory;
+    memory->size = size;
+    memory->address = address;
+    memory->adopted = true;
+    return memory;
+  }
+
+  void* native_queue() const override { return stream_; }
+
   void free(Memory* memory) override {
-    if (memory && !is_forked()) {
+    if (memory && !static_cast<CudaMemory*>(memory)->adopted && !is_forked()) {
       Context popped;
       if (api_.context_push(context_) == kSuccess) {
         api_.stream_synchronize(stream_);
@@ -304,6 +318,7 @@ class CudaEngine final : public Engine {
     kernel->threads = source.workgroup[0] * source.workgroup[1] * source.workgroup[2];
     kernel->shared_memory = source.shared_memory;
     kernel->block = source.params_size;
+    kernel->scratch = source.scratch;
     kernel->params = params_of(*kernel);
     kernels_.push_back(std::move(kernel));
     return kernels_.back().get();
@@ -320,6 +335,10 @@ class CudaEngine final : public Engine {
     alignas(16) char block[kMaxParams];
     std::memcpy(block, params, kernel->block);
     if (kernel->params > kernel->block) std::memset(block + kernel->block, 0, kernel->params - kernel->block);
+    if (kernel->scratch) {
+      const Address scratch = scratch_of(kernel->scratch * groups[0] * groups[1] * groups[2]);
+      std::memcpy(block + kernel->block, &scratch, sizeof scratch);
+    }
     size_t size = kernel->params;
     void* extra[] = {kParamBufferPointer, block, kParamBufferSize, &size, api_.dialect->param_end};
     keep(api_.launch(kernel->function, groups[0], groups[1], groups[2], kernel->threads, 1, 1, kernel->shared_memory, stream_,
@@ -421,6 +440,22 @@ class CudaEngine final : public Engine {
     return event;
   }
 
+  // Scratch memory of a launch. Launches follow each other, so they share it.
+  Address scratch_of(size_t size) {
+    if (size > scratch_size_) {
+      if (scratch_) {
+        api_.stream_synchronize(stream_);
+        api_.free(scratch_);
+        scratch_ = scratch_size_ = 0;
+      }
+      size = std::max<size_t>(size, 1 << 20);
+      CUDA_CHECK(api_.allocate(&scratch_, size), "allocating scratch memory");
+      scratch_size_ = size;
+      objects_++;
+    }
+    return scratch_;
+  }
+
   // Pinned memory for a write, free again when the stream has passed the work that is queued until its segment is full.
   void* stage(uint64_t size) {
     if (!staging_) {
@@ -453,6 +488,9 @@ class CudaEngine final : public Engine {
 
   std::mutex events_mutex_;  // handles are given back by whoever drops them
   std::vector<Event> events_[2];
+
+  Address scratch_ = 0;
+  size_t scratch_size_ = 0;
 
   uint8_t* staging_ = nullptr;
   Event segment_events_[kStagingSegments] = {};
@@ -493,6 +531,7 @@ void find_adapters(const Dialect& dialect, std::vector<std::unique_ptr<Adapter>>
     adapter->api = api;
     if (api->device_get(&adapter->device, i) != kSuccess) continue;
     adapter->properties = query_properties(*api, adapter->device);
+    adapter->properties.ordinal = i;
     adapters.push_back(std::move(adapter));
   }
 }

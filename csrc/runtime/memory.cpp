@@ -618,6 +618,26 @@ void delete_block(void* context) {
   memory_of(index).free(block);
 }
 
+// A segment and its only block, in memory that is not ours.
+struct Adopted {
+  Segment segment;
+  Block block;
+  Block* blocks[1];
+  std::shared_ptr<void> keeper;
+};
+
+void delete_adopted(void* context) {
+  auto* adopted = static_cast<Adopted*>(context);
+  if (in_bad_fork()) return;
+  AddressSpace::get().give_back(adopted->segment.address, adopted->segment.size);
+  {
+    Device& owner = device(static_cast<c10::DeviceIndex>(adopted->segment.device));
+    DeviceLock lock(owner.mutex);
+    owner.engine->free(adopted->segment.memory);
+  }
+  delete adopted;
+}
+
 std::atomic<void (*)(c10::DeviceIndex)> reclaimer{nullptr};
 
 class Allocator final : public c10::DeviceAllocator {
@@ -843,6 +863,32 @@ c10::DataPtr allocate(c10::DeviceIndex index, uint64_t size) {
                                      memory_reserved(index), owner);
   }
   return {address, block, &delete_block, owner};
+}
+
+c10::DataPtr adopt(c10::DeviceIndex index, uint64_t address, uint64_t size, std::shared_ptr<void> keeper) {
+  check_not_forked();
+  memory_of(index);  // the range of addresses exists
+  Device& owner = device(index);
+  // As aligned as it is: segments start at multiples of 2 MiB.
+  const uint64_t lead = address % kBlockUnit;
+  auto adopted = std::make_unique<Adopted>();
+  {
+    DeviceLock lock(owner.mutex);
+    adopted->segment.memory = owner.engine->adopt(address - lead, size + lead);
+  }
+  TORCH_CHECK(adopted->segment.memory, "spiral:", static_cast<int>(index), " cannot use memory that others allocated");
+  adopted->segment.size = size + lead;
+  adopted->segment.device = index;
+  adopted->segment.blocks = adopted->blocks;
+  adopted->blocks[0] = &adopted->block;
+  adopted->block.segment = &adopted->segment;
+  adopted->block.size = size + lead;
+  adopted->block.epoch.store(detail::epochs.fetch_add(1, std::memory_order_relaxed), std::memory_order_relaxed);
+  adopted->keeper = std::move(keeper);
+  adopted->segment.address = AddressSpace::get().take(size + lead, &adopted->segment);
+  TORCH_CHECK(adopted->segment.address, "No addresses are left for ", format_bytes(size));
+  auto* data = reinterpret_cast<void*>(adopted->segment.address + lead);
+  return {data, adopted.release(), &delete_adopted, c10::Device(c10::DeviceType::PrivateUse1, index)};
 }
 
 void set_reclaimer(void (*reclaim)(c10::DeviceIndex)) { reclaimer.store(reclaim); }

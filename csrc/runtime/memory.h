@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace spiral {
 
@@ -99,6 +100,9 @@ c10::DeviceAllocator* allocator();
 
 // Throws c10::OutOfMemoryError. Distinct live allocations have distinct addresses, those of 0 bytes too.
 c10::DataPtr allocate(c10::DeviceIndex device, uint64_t size);
+
+// Memory of the device that someone else owns (CUDA/HIP addresses), as that of a storage, which keeps `owner` alive.
+c10::DataPtr adopt(c10::DeviceIndex device, uint64_t address, uint64_t size, std::shared_ptr<void> owner);
 
 // Gives unused segments back to the device.
 void empty_cache(c10::DeviceIndex device);

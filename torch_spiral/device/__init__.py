@@ -27,6 +27,7 @@ from ._devices import (
 )
 from ._fallback import fallback_mode, fallbacks, host_ops, reset_fallbacks, set_fallback_mode
 from .amp import get_amp_supported_dtype
+from .exchange import from_cuda, to_cuda, wait_for_cuda
 from .memory import (
     empty_cache,
     get_memory_budget,

@@ -127,6 +127,7 @@ class Target:
     max_binding: int = 128 << 20
     compute_units: int = 1
     vendor: str = ""
+    capability: int = 0  # CUDA: of sm_90, 90
 
     @staticmethod
     def of(device_index: int | None = None) -> Target:
@@ -173,4 +174,5 @@ def target_from_properties(p: Any) -> Target:
         max_binding=capped("max_binding"),
         compute_units=capped("compute_units"),
         vendor=get("vendor"),
+        capability=int(get("api_version").removeprefix("sm_")) if get("engine") == "cuda" else 0,
     )

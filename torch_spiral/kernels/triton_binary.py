@@ -15,17 +15,19 @@ from typing import Any
 from .kernel import Kernel, Unsupported
 from .triton import signature
 
-FORMAT = 1  # of what is cached
+FORMAT = 2  # of what is cached
 
 
 @dataclass(frozen=True)
 class Binary:
-    """image: the cubin or hsaco. shared: bytes of shared memory. threads: of a workgroup."""
+    """image: the cubin or hsaco. shared: bytes of shared memory. threads: of a workgroup. scratch: bytes of global memory for
+    each workgroup (its tensor descriptors)."""
 
     image: bytes
     entry: str
     shared: int
     threads: int
+    scratch: int = 0
 
 
 def function(source: str, name: str) -> Any:
@@ -82,10 +84,10 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
         path = _keep_failed(kernel)
         raise RuntimeError(f"Triton does not compile kernel {kernel.name} (its source: {path}): {error}") from error
     metadata = compiled.metadata
-    if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
-        raise Unsupported(f"{kernel.name} needs scratch memory")
+    if getattr(metadata, "profile_scratch_size", 0) or metadata.num_ctas != 1:
+        raise Unsupported(f"{kernel.name} needs memory for a profile, or clusters")
     image = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size)
+    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, metadata.global_scratch_size)
 
 
 def _keep_failed(kernel: Kernel) -> str:
@@ -126,7 +128,7 @@ def _load(key: str) -> Binary | None:
         return None
     if entry.get("key") != key or entry.get("sha256") != hashlib.sha256(image).hexdigest():
         return None
-    return Binary(image, entry["entry"], entry["shared"], entry["threads"])
+    return Binary(image, entry["entry"], entry["shared"], entry["threads"], entry["scratch"])
 
 
 def _store(key: str, binary: Binary) -> None:
@@ -135,7 +137,7 @@ def _store(key: str, binary: Binary) -> None:
         return
     head = {
         "key": key, "sha256": hashlib.sha256(binary.image).hexdigest(), "entry": binary.entry, "shared": binary.shared,
-        "threads": binary.threads,
+        "threads": binary.threads, "scratch": binary.scratch,
     }  # fmt: skip
     try:
         descriptor, name = tempfile.mkstemp(dir=folder)

@@ -15,7 +15,21 @@ from ..kernels.block import attention as block
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
 from ..kernels.vector.gemm import schedule
-from ..lowering import Tensor, build, cdiv, composite, empty, fill_bytes, launch, maximum, minimum, structured, target
+from ..lowering import (
+    Tensor,
+    build,
+    cdiv,
+    composite,
+    empty,
+    fill_bytes,
+    is_zero,
+    launch,
+    maximum,
+    minimum,
+    structured,
+    target,
+)
+from .common import described
 from .contraction import allow_tf32
 
 
@@ -143,7 +157,8 @@ def _block_forward(
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
-    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec))
+    tiles = all(not is_zero(x.strides[2]) and described(x, *x.strides[:3]) for x in (k, v))
+    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), tiles)
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
     launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernels import ir, nest
-from ..kernels.kernel import Target, bits_dtype, compute_dtype
-from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch
+from ..kernels.kernel import DTYPES, Target, bits_dtype, compute_dtype
+from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch, target
 from .elementwise import as_dtype
 
 
@@ -130,3 +130,13 @@ def out_variant(name: str, function: str, *outs: str) -> None:
         return targets[0] if len(targets) == 1 else tuple(targets)
 
     composite(name)(body)
+
+
+def described(x: Tensor, *strides: Any) -> bool:
+    """Whether a tensor descriptor can read x (kernels/block): the device has a copy engine that does, and x starts at a multiple
+    of 16 bytes, as do the rows and matrices at these strides (elements)."""
+    step = 16 // DTYPES[x.dtype].size
+    return (
+        target().capability >= 90 and x.offset is None and bool(x.flags >> 27 & 1)
+        and all((s if isinstance(s, int) else s.factor) % step == 0 for s in strides)
+    )  # fmt: skip

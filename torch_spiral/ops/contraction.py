@@ -25,7 +25,7 @@ from ..lowering import (
     packed,
     target,
 )
-from .common import broadcast, contiguous, copy_to, map_tensors
+from .common import broadcast, contiguous, copy_to, described, map_tensors
 
 FLOATS = ("f32", "f16", "bf16", "f64")
 
@@ -260,15 +260,28 @@ def allow_tf32() -> bool:
     return bool(torch._C._get_cublas_allow_tf32())
 
 
+def _described(x: Tensor, layout: str) -> bool:
+    """Whether a tensor descriptor can read the matrices of x."""
+    rows = x.strides[1 if layout == "n" else 2]
+    return layout in ("n", "t") and not is_zero(rows) and described(x, _batch_stride(x), rows)
+
+
 def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
-    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
-    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
-    c_layout = "n" if _unit(out, 2) else "s"
     compute = DTYPES[a.dtype].compute
     precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
     about = [1 << bucket(x) for x in (m, n, k, batch)]
+    if precision == "tf32" and about[0] >= 64 and about[1] >= 64:
+        # The tensor cores read tf32 along the reduction only.
+        if not _unit(a, 2):
+            a = contiguous(a)
+        if not _unit(b, 1):
+            b = contiguous(b.transpose(1, 2)).transpose(1, 2)
+    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
+    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
+    c_layout = "n" if _unit(out, 2) else "s"
+    tiles = _described(a, a_layout) and _described(b, b_layout)
     s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t")
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
 
@@ -284,13 +297,17 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     if count == 1:
-        kernel = build(block.gemm, s, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, precision, False, epilogue)
+        stored = tiles and c_layout == "n" and _described(out, "n")
+        kernel = build(block.gemm, s, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, precision, False, epilogue, tiles, stored)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
-        launch(kernel, [a, b, *operands, out], _ordered(None, named), block.groups(s, m, n, batch))
+        groups = block.groups(s, m, n, batch)
+        if s.persistent:
+            groups = (minimum(groups[0], block.programs(t, s)), 1, 1)
+        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups)
         return
     partial = empty((count, batch, m, n), compute)
     total = batch * m * n
-    kernel = build(block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue())
+    kernel = build(block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue(), tiles)
     span = cdiv(cdiv(k, count), s.k) * s.k
     named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
     launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count))

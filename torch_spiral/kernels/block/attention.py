@@ -48,6 +48,19 @@ def backward_schedule(dtype: str, head: int, keys: bool) -> Schedule:
     return Schedule(32, 64, 4, 2) if keys else Schedule(64, 32, 4, 2)
 
 
+def candidates(dtype: str, head: int, rows: int) -> list[Schedule]:
+    """What a tuner may choose from for forward()."""
+    queries = (64, 128) if rows >= 6 else (32, 64) if rows >= 5 else (16,)
+    return [
+        Schedule(q, k, warps, stages)
+        for q in queries
+        for k in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (1, 2, 3, 4)
+        if head <= 256 and (warps == 4 or q >= 64) and (dtype != "f32" or q * k <= 64 * 64)
+    ]
+
+
 def _names(tensors: str, mask: str) -> list[tuple[str, str]]:
     """Scalars: batch, head and row strides of each tensor, then sizes."""
     names = [(f"{t}_{d}", "i64") for t in tensors.split() for d in "bht"]
@@ -97,37 +110,59 @@ def _precision(dtype: str, precision: str) -> str:
     return f", input_precision={precision!r}" if dtype == "f32" else ""
 
 
-def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> Kernel:
-    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), out, lse [B, H, Tq] (natural logarithm). Scalars:
-    _names("q k v out"). Grid: groups()."""
+def forward(
+    target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str,
+    described: bool = False,
+) -> Kernel:  # fmt: skip
+    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. described: keys and values are read through
+    tensor descriptors; their starts, batch, head and row strides are multiples of 16 bytes. Buffers: q, k, v, (mask), out, lse
+    [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
     in_d = "" if exact and head == d else "(rd[{}] < head)"
     in_v = "" if exact and head_v == dv else "(rv[None, :] < head_v)"
 
-    # Where nothing is added to the scores, their scale is part of the exponential; it is made positive for that.
+    # Where nothing is added to the scores, their scale is part of the exponential; it is made positive for that, and no row's
+    # largest score is -infinity: tiles without a key that the row sees are left out, or come after others.
     fold = not mask
 
     def body(edge: bool) -> list[str]:
-        in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
+        if described:
+            keys, values = ["kt = k_tiles.load([j, 0]).T"], ["vt = v_tiles.load([j, 0])"]
+        else:
+            in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
+            in_x = _mask("(x[:, None] < keys)" if edge else "", in_v)
+            keys, values = [f"kt = tl.load(k_base + k_at{in_k})"], [f"vt = tl.load(v_base + v_at{in_x})"]
+            values += [f"k_base += {s.keys} * k_t", f"v_base += {s.keys} * v_t"]
+        need_x = edge or mask
         lines = [
-            f"x = j + tl.arange(0, {s.keys})",
-            f"kt = tl.load(k_base + rd[:, None] + x[None, :].to(tl.int64) * k_t{in_k})",
+            *([f"x = j + tl.arange(0, {s.keys})"] if need_x else []),
+            *keys,
             f"s = tl.dot(q_tile, kt{ip})",
             *_score(mask, causal, "rq", "x", edge=edge)[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
-            "m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)",
-            f"p = tl.math.exp2(s{' * scale2' * fold} - m_safe[:, None])",
-            "alpha = tl.math.exp2(m_i - m_safe)",
+            *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
+            f"p = tl.math.exp2(s{' * scale2' * fold} - {'m_new' if fold else 'm_safe'}[:, None])",
+            f"alpha = tl.math.exp2(m_i - {'m_new' if fold else 'm_safe'})",
             "l_i = l_i * alpha + tl.sum(p, 1)",
             "acc = acc * alpha[:, None]",
-            f"vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :]{_mask('(x[:, None] < keys)' if edge else '', in_v)})",
+            *values,
             f"acc = tl.dot({p}, vt, acc{ip})",
             "m_i = m_new",
         ]  # fmt: skip
         return ["    " + line for line in lines]
 
+    if described:
+        reads = [
+            f"k_tiles = tl.make_tensor_descriptor(k_base, [keys, head], [k_t, 1], [{s.keys}, {d}])",
+            f"v_tiles = tl.make_tensor_descriptor(v_base, [keys, head_v], [v_t, 1], [{s.keys}, {dv}])",
+        ]
+    else:
+        reads = [
+            f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
+            f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]",
+        ]
     lines = [
         *_place("queries", s.queries, reverse=causal),
         "hk = h // share",
@@ -137,6 +172,7 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exa
         f"scale2 = scale * {LOG2E}",
         "k_base = k + b * k_b + hk * k_h",
         "v_base = v + b * v_b + hk * v_h",
+        *reads,
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
@@ -157,7 +193,8 @@ def forward(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exa
         "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"attention_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
+    flags = ("x" if exact else "") + "d" * described
+    name = f"attention_{dtype}_{head}_{head_v}{flags}_{mask}{'_causal' if causal else ''}{precision}_{s}"
     buffers = [("q", dtype), ("k", dtype), ("v", dtype), *([("mask", mask)] if mask else []), ("out", dtype), ("lse", "f32")]
     return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
 

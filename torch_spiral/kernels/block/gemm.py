@@ -18,7 +18,8 @@ from . import STORAGE, EpilogueText, cdiv, template
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tiles of m x n x k; group: rows of tiles that are walked together, for the cache."""
+    """Tiles of m x n x k; group: rows of tiles that are walked together, for the cache. persistent: a program computes
+    several tiles, one after the other (one batch, no splits)."""
 
     m: int
     n: int
@@ -26,10 +27,11 @@ class Schedule:
     warps: int
     stages: int
     group: int = 8
+    persistent: bool = False
 
     def __str__(self) -> str:
         group = "" if self.group == 8 else f"g{self.group}"
-        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}"
+        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}{'p' * self.persistent}"
 
 
 HALF = Schedule(128, 256, 64, 8, 3), Schedule(128, 128, 64, 8, 4), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
@@ -70,6 +72,44 @@ def splits(target: Target, s: Schedule, m: int, n: int, k: int, batch: int) -> i
     return count
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a product is computed: the tiles, and into how many runs the reduction is cut."""
+
+    schedule: Schedule
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.schedule}/{self.splits}"
+
+
+def candidates(target: Target, dtype: str, precision: str, m: int, n: int, k: int, batch: int) -> list[Choice]:
+    """What a tuner may choose from for about these sizes."""
+    size = {"f16": 2, "bf16": 2, "f32": 4}.get(dtype)
+    if size is None:
+        return []
+    rows = (16, 32, 64) if m < 32 else (32, 64, 128, 256)
+    found = []
+    for tm in rows:
+        for tn in (32, 64, 128, 256):
+            for tk in (32, 64, 128) if size == 2 else (16, 32, 64):
+                for warps in (4, 8):
+                    accumulators = tm * tn // (32 * warps)
+                    if not 4 <= accumulators <= 256 or (warps == 8 and tm * tn < 64 * 64):
+                        continue
+                    for stages in (2, 3, 4, 5):
+                        if stages * (tm + tn) * tk * size > target.max_workgroup_memory and stages > 2:
+                            continue
+                        tiles = cdiv(m, tm) * cdiv(n, tn) * batch
+                        count = 1
+                        while True:
+                            found.append(Choice(Schedule(tm, tn, tk, warps, stages), count))
+                            count *= 2
+                            if tiles * count > 4 * target.compute_units or k // count < 4 * tk or count > 32:
+                                break
+    return found
+
+
 def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> list[tuple[str, str]]:
     """(name, type), but for the epilogue's. Layouts: "n" unit stride along columns, "t" along rows, "s" none."""
     names = ["ab", "bb", "cb"]
@@ -81,10 +121,14 @@ def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> li
 
 def gemm(
     target: Target, s: Schedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, precision: str, split: bool,
-    epilogue: Epilogue,
+    epilogue: Epilogue, described: bool = False, stored: bool = False,
 ) -> Kernel:  # fmt: skip
     """Buffers: a, b, epilogue operands, c. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
-    batches, splits). split: c is partial sums, one matrix (stride cs) for each run of `span` of the reduction."""
+    batches, splits), or with s.persistent, of one batch, programs(). split: c is partial sums, one matrix (stride cs) for each
+    run of `span` of the reduction.
+
+    described: the operands are read through tensor descriptors, by the copy engine, which takes no registers for addresses;
+    layouts are "n" or "t", and starts, batch strides and strides multiples of 16 bytes. stored: c is written so too."""
     compute = compute_dtype(a)
     acc = TYPES[compute]
     e = EpilogueText(target, epilogue, compute)
@@ -94,70 +138,114 @@ def gemm(
     cast = "" if a == b and a != "bool" else f".to({acc})"
     dot = f", input_precision={precision!r}" if precision else ""
     out_type = f", out_dtype={acc}" if compute == "f64" else ""
-    lines = [
-        f"tiles_m = tl.cdiv(m, {s.m})",
-        f"tiles_n = tl.cdiv(n, {s.n})",
-        "tiles = tiles_m * tiles_n",
-        "z = (tl.program_id(0) // tiles).to(tl.int64)",
-        "tile = tl.program_id(0) % tiles",
+    product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
+    place = [
         f"first = tile // ({s.group} * tiles_n) * {s.group}",
         f"height = tl.minimum(tiles_m - first, {s.group})",
         f"within = tile % ({s.group} * tiles_n)",
-        f"ra = (first + within % height) * {s.m} + tl.arange(0, {s.m})",
-        f"rb = (within // height) * {s.n} + tl.arange(0, {s.n})",
-        f"rk = tl.arange(0, {s.k})",
-        # What is out of range is computed from the first row or column, and not stored.
-        f"ca = tl.max_contiguous(tl.multiple_of(tl.where(ra < m, ra, 0), {s.m}), {s.m})",
-        f"cb = tl.max_contiguous(tl.multiple_of(tl.where(rb < n, rb, 0), {s.n}), {s.n})",
-    ]
-    if split:
-        lines += ["start = tl.program_id(1) * span", "length = tl.minimum(span, k - start)"]
-    else:
-        lines += ["length = k"]
-    start = "start + " if split else ""
-    lines += [
-        f"pa = a + z * ab + (ca[:, None] * {unit['am']} + ({start}rk)[None, :] * {unit['ak']})",
-        f"pb = b + z * bb + (({start}rk)[:, None] * {unit['bk']} + cb[None, :] * {unit['bn']})",
+        f"row = (first + within % height) * {s.m}",
+        f"column = (within // height) * {s.n}",
+        f"ra = row + tl.arange(0, {s.m})",
+        f"rb = column + tl.arange(0, {s.n})",
         f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
     ]
-    step = [f"pa += {s.k} * {unit['ak']}", f"pb += {s.k} * {unit['bk']}"]
-    if s.k == 1:
-        lines += [
-            "for i in range(0, length):",
-            f"    acc += tl.load(pa).to({acc}) * tl.load(pb).to({acc})",
-            *("    " + t for t in step),
-        ]
-    else:
-        product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
-        lines += [
-            f"for i in range(0, length // {s.k}):",
-            f"    x = tl.load(pa){cast}",
-            f"    y = tl.load(pb){cast}",
-            f"    {product}",
-            *("    " + t for t in step),
-            f"rest = length % {s.k}",
-            "if rest > 0:",
-            f"    x = tl.load(pa, mask=rk[None, :] < rest, other=0){cast}",
-            f"    y = tl.load(pb, mask=rk[:, None] < rest, other=0){cast}",
-            f"    {product}",
-        ]
-    lines += [
+    finish = [
         "inside = (ra[:, None] < m) & (rb[None, :] < n)",
         "ra = ra.to(tl.int64)",
         "rb = rb.to(tl.int64)",
-        e.text(),
-        f"pc = c + z * cb_ + ra[:, None] * cm + rb[None, :] * {unit['cn']}" + (" + tl.program_id(1).to(tl.int64) * cs" if split else ""),
-        f"tl.store(pc, acc.to({STORAGE[c]}), mask=inside)",
+        *e.text().split("\n"),
     ]
-    body = "\n".join(line for line in lines if line)
+    part = " + tl.program_id(1).to(tl.int64) * cs" if split else ""
+    if stored:
+        finish.append(f"c_tiles.store([row, column], acc.to({STORAGE[c]}))")
+    else:
+        finish += [
+            f"pc = c + z * cb_ + ra[:, None] * cm + rb[None, :] * {unit['cn']}{part}",
+            f"tl.store(pc, acc.to({STORAGE[c]}), mask=inside)",
+        ]
+    lines = [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
+    if s.persistent:
+        lines.append("z = tl.full([], 0, tl.int64)")
+    else:
+        lines += ["z = (tl.program_id(0) // tiles).to(tl.int64)", "tile = tl.program_id(0) % tiles"]
+    if split:
+        lines += ["start = tl.program_id(1) * span", "end = tl.minimum(start + span, k)"]
+    else:
+        lines += ["start = 0", "end = k"]
+    if described:
+
+        def tiles(name: str, base: str, sizes: tuple[str, str], strides: tuple[str, str], block: tuple[int, int], turned: bool) -> str:
+            (i, j), (p, q), (u, v) = (x[::-1] if turned else x for x in (sizes, strides, block))
+            return f"{name} = tl.make_tensor_descriptor({base}, [{i}, {j}], [{p}, {q}], [{u}, {v}])"
+
+        def load(name: str, rows: str, columns: str, turned: bool) -> str:
+            return f"{name}.load([{columns}, {rows}]).T" if turned else f"{name}.load([{rows}, {columns}])"
+
+        lines += [
+            tiles("a_tiles", "a + z * ab", ("m", "end"), (unit["am"], unit["ak"]), (s.m, s.k), a_layout == "t"),
+            tiles("b_tiles", "b + z * bb", ("end", "n"), (unit["bk"], unit["bn"]), (s.k, s.n), b_layout == "t"),
+        ]
+        if stored:
+            lines.append(tiles("c_tiles", f"c + z * cb_{part}", ("m", "n"), ("cm", "1"), (s.m, s.n), False))
+        work = [
+            *place,
+            f"for j in range(start, end, {s.k}):",
+            f"    x = {load('a_tiles', 'row', 'j', a_layout == 't')}{cast}",
+            f"    y = {load('b_tiles', 'j', 'column', b_layout == 't')}{cast}",
+            f"    {product}",
+            *finish,
+        ]
+    else:
+        step = [f"pa += {s.k} * {unit['ak']}", f"pb += {s.k} * {unit['bk']}"]
+        work = [
+            *place,
+            f"rk = tl.arange(0, {s.k})",
+            # What is out of range is computed from the first row or column, and not stored.
+            f"ca = tl.max_contiguous(tl.multiple_of(tl.where(ra < m, ra, 0), {s.m}), {s.m})",
+            f"cb = tl.max_contiguous(tl.multiple_of(tl.where(rb < n, rb, 0), {s.n}), {s.n})",
+            f"pa = a + z * ab + (ca[:, None] * {unit['am']} + (start + rk)[None, :] * {unit['ak']})",
+            f"pb = b + z * bb + ((start + rk)[:, None] * {unit['bk']} + cb[None, :] * {unit['bn']})",
+        ]
+        if s.k == 1:
+            work += [
+                "for i in range(start, end):",
+                f"    acc += tl.load(pa).to({acc}) * tl.load(pb).to({acc})",
+                *("    " + t for t in step),
+            ]
+        else:
+            work += [
+                f"for i in range(0, (end - start) // {s.k}):",
+                f"    x = tl.load(pa){cast}",
+                f"    y = tl.load(pb){cast}",
+                f"    {product}",
+                *("    " + t for t in step),
+                f"rest = (end - start) % {s.k}",
+                "if rest > 0:",
+                f"    x = tl.load(pa, mask=rk[None, :] < rest, other=0){cast}",
+                f"    y = tl.load(pb, mask=rk[:, None] < rest, other=0){cast}",
+                f"    {product}",
+            ]
+        work += finish
+    if s.persistent:
+        assert not split
+        lines += ["for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):", *("    " + t for t in work)]
+    else:
+        lines += work
+    body = "\n".join(line for line in lines if line.strip())
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, split)] + e.scalars
-    name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{'_split' if split else ''}_{s}_{epilogue}"
+    flags = "_split" * split + "_d" * described + "_st" * stored
+    name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{flags}_{s}_{epilogue}"
     return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, s.stages, e.module)
 
 
 def groups(s: Schedule, m: Any, n: Any, batch: Any, count: Any = 1) -> tuple[Any, Any, Any]:
     """The grid of gemm()."""
     return (cdiv(m, s.m) * cdiv(n, s.n) * batch, count, 1)
+
+
+def programs(target: Target, s: Schedule) -> int:
+    """How many programs of a persistent schedule the device runs at a time."""
+    return target.compute_units
 
 
 REDUCE = (16, 128)  # tile of reduce_splits
