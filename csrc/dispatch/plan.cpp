@@ -288,8 +288,9 @@ struct Replay {
         }
       }
     }
-    alignas(8) char params[1024];
-    TORCH_INTERNAL_ASSERT(step.params_size <= sizeof params, "parameter block too large");
+    alignas(8) char params[4096];  // CUDA's limit; other engines take less
+    TORCH_CHECK(step.params_size <= sizeof params, op(call.op_).name, ": a parameter block of ", step.params_size, " bytes, the most is ",
+                sizeof params);
     char* out = params;
     auto put = [&out](auto v) {
       std::memcpy(out, &v, sizeof v);
