@@ -122,6 +122,7 @@ def _keep_parameters() -> None:
         except Exception:  # whatever fn is, it is not a move
             there = ""
         if ("spiral" in here | {there}) and here | {there} != {"spiral"}:
+            lazy = _take_uninitialized(self, recurse)
             ties: dict[int, list[tuple[torch.nn.Module, str]]] = {}
             for module in self.modules():
                 for name, p in module._parameters.items():
@@ -134,6 +135,10 @@ def _keep_parameters() -> None:
                     raise
             finally:
                 torch.__future__.set_swap_module_params_on_conversion(False)
+                for module, name, p in lazy:
+                    like = fn(torch.empty(0, dtype=p.dtype))
+                    torch.utils.swap_tensors(p, type(p)(p.requires_grad, like.device, like.dtype))
+                    module._parameters[name] = p
             warnings.warn(
                 "parameters of the module are in use by a live autograd graph, so the moved module gets new ones: "
                 "make optimizers after the move",
@@ -147,6 +152,19 @@ def _keep_parameters() -> None:
         return apply(self, fn, recurse)
 
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _take_uninitialized(root: torch.nn.Module, recurse: bool) -> list[tuple[torch.nn.Module, str, Any]]:
+    """Takes the parameters that wait for their shapes out of their modules: a tensor on another device loses that."""
+    lazy = [
+        (module, name, p)
+        for module in (root.modules() if recurse else [root])
+        for name, p in module._parameters.items()
+        if torch.nn.parameter.is_lazy(p)
+    ]
+    for module, name, _ in lazy:
+        module._parameters[name] = None
+    return lazy
 
 
 def _register() -> None:

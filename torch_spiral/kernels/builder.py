@@ -185,13 +185,16 @@ class Buffer:
 
 
 class Shared:
-    """An array in workgroup memory, of a compute dtype; its contents start undefined."""
+    """An array in workgroup memory, of a compute dtype; its contents start undefined. bool is kept as u32: drivers have been
+    seen to lose neighbours' stores to arrays of bool."""
 
     def __init__(self, k: KernelBuilder, name: str, dtype: str, size: int) -> None:
-        self._k, self.name, self.dtype, self.size = k, name, dtype, size
+        self._k, self.name, self.size = k, name, size
+        self.dtype, self.boolean = ("u32", True) if dtype == "bool" else (dtype, False)
 
     def __getitem__(self, index: Any) -> Node:
-        return self._k.emitter.tmp(self.dtype, f"{self.name}[{self._text(index)}]")
+        value = self._k.emitter.tmp(self.dtype, f"{self.name}[{self._text(index)}]")
+        return ir.ne(value, 0) if self.boolean else value
 
     def __setitem__(self, index: Any, value: Any) -> None:
         v = self._k.emitter.value(ir.cast(ir.as_node(value, self.dtype), self.dtype))

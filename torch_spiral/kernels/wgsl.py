@@ -18,7 +18,7 @@ VECTOR4 = {"f32": "vec4<f32>", "i32": "vec4<i32>", "u32": "vec4<u32>", "f16": "v
 
 
 def is_atomic(b: BufferDecl) -> bool:
-    """Whether the buffer's words are atomic<u32>: elements narrower than a word are stored by atomicXor."""
+    """Whether the buffer's words are atomic<u32>: those of elements narrower than a word are, where they are stored."""
     return b.mode == "a" or (b.mode != "r" and DTYPES[b.dtype].size < 4)
 
 
@@ -380,9 +380,8 @@ class Wgsl(Language):
         return and_(cast(v, "u32"), (1 << 8 * DTYPES[dtype].size) - 1)
 
     def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
-        """Stores compute-dtype values. Elements narrower than a word go by atomicXor(old ^ new), which is right as
-        long as
-        nobody else stores to the same element at the same time."""
+        """Stores compute-dtype values. Elements narrower than a word are exchanged in it until nobody came between, so
+        that of several stores to one element (scattered by equal indices) one wins."""
         d = DTYPES[b.dtype]
         at = k.fresh()
         k.line(f"let {at} = {self.place(b, index)};")
@@ -392,8 +391,16 @@ class Wgsl(Language):
             word, shift = f"{at} >> {per // 2}u", k.fresh()
             k.line(f"let {shift} = ({at} & {per - 1}u) * {bits}u;")
             target = self.reference(k, b, word)
-            old = f"((atomicLoad(&{target}) >> {shift}) & {(1 << bits) - 1}u)"
-            k.line(f"atomicXor(&{target}, ({old} ^ {new}) << {shift});")
+            old, got = k.fresh(), k.fresh()
+            k.line(f"var {old} = atomicLoad(&{target});")
+            k.line("loop {")
+            k.line(
+                f"  let {got} = atomicCompareExchangeWeak(&{target}, {old}, "
+                f"insertBits({old}, {new}, {shift}, {bits}u));"
+            )
+            k.line(f"  if ({got}.exchanged) {{ break; }}")
+            k.line(f"  {old} = {got}.old_value;")
+            k.line("}")
             return
         element = self.element(k.target, b)
         if d.size == 4:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels import ir, nest
 from ..kernels.kernel import DTYPES, Target, bits_dtype, compute_dtype
-from ..lowering import Iter, IterOperand, Sym, build, is_one, is_zero, launch
+from ..lowering import Iter, IterOperand, Sym, build, is_one, is_zero, launch, where
 
 SCALAR_TYPES = {"f32": "f32", "f64": "f64", "i32": "i32", "i64": "i64", "u32": "u32", "u64": "i64", "bool": "i32"}
 
@@ -29,12 +29,14 @@ def as_dtype(x: Any, dtype: str) -> Any:
     return ir.cast(x, part)
 
 
-def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, extras: Sequence[Any] = (), loops: bool = False) -> None:
+def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, extras: Sequence[Any] = (), loops: bool = False,
+              enabled: Any = None) -> None:  # fmt: skip
     """outputs = function(*inputs, *extras) for every element.
 
     compute: "common", "in" or "out" as in pointwise.py, a dtype's name, or "copy": bits where the dtypes agree, else a
     conversion. extras: Syms (and pairs of them, for complex numbers) become scalars of the kernel; anything else is part
-    of it. loops: function takes the KernelBuilder first, and emits statements; its values have one lane."""
+    of it. loops: function takes the KernelBuilder first, and emits statements; its values have one lane. enabled: a Sym, 0 on
+    calls that skip the launch."""
     first = it.outputs[0].dtype
     dtype = {"common": it.common or first, "in": it.inputs[0].dtype if it.inputs else first, "out": first}.get(compute, compute)
     bits = False
@@ -79,11 +81,12 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
         _kernel, name, function, dtype, bits, len(shape), outputs, tuple(inputs),
         tuple(static), it.common, loops,
     )  # fmt: skip
+    grid = built.groups(shape)
     launch(
         built.kernel,
         [o.tensor for o in tensors],  # type: ignore[misc]
         built.scalars(shape, [strides(o) for o in tensors], values),
-        built.groups(shape),
+        grid if enabled is None else (where(enabled, grid[0], 0), *grid[1:]),
     )
 
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ..kernels import ir
 from ..kernels.ir import where
-from ..lowering import Iter, stub
+from ..kernels.kernel import compute_dtype
+from ..lowering import Iter, any_of, eq, stub
 from .elementwise import pointwise
 
 
@@ -135,7 +138,7 @@ def _logit(x: Any, eps: Any) -> Any:
 
 def _logit_backward(grad: Any, x: Any, eps: Any) -> Any:
     inside = where(ir.lt(eps, 0.0), ir.and_(ir.ge(x, 0.0), ir.le(x, 1.0)), ir.and_(ir.ge(x, eps), ir.le(x, 1.0 - eps)))
-    outside = where(ir.lt(eps, 0.0), math.nan, 0.0)
+    outside = where(ir.lt(eps, 0.0), ir.const(math.nan, x.dtype), 0.0)
     return where(inside, grad / (x * (1.0 - x)), outside)
 
 
@@ -251,8 +254,17 @@ def _polar(r: Any, theta: Any) -> Any:
     return ir.Complex(r * ir.cos(theta), r * ir.sin(theta))
 
 
-def _nan_to_num(x: Any, nan: Any, posinf: Any, neginf: Any) -> Any:
-    return where(ir.isnan(x), nan, where(ir.eq(x, math.inf), posinf, where(ir.eq(x, -math.inf), neginf, x)))
+def _nan_to_num(low: float, high: float) -> Any:
+    """Infinities become `high` and `low`, the extremes of the storage dtype, unless the call gives numbers."""
+
+    def number(x: Any, nan: Any, posinf: Any, neginf: Any) -> Any:
+        if isinstance(x, ir.Complex):
+            return ir.Complex(number(x.re, nan, posinf, neginf), number(x.im, nan, posinf, neginf))
+        finite = where(ir.eq(x, -math.inf), low if neginf is None else neginf, x)
+        finite = where(ir.eq(x, math.inf), high if posinf is None else posinf, finite)
+        return where(ir.isnan(x), 0.0 if nan is None else nan, finite)
+
+    return number
 
 
 def _addr(self: Any, a: Any, b: Any, beta: Any, alpha: Any) -> Any:
@@ -369,7 +381,6 @@ STUBS: dict[str, tuple[str, Any]] = {
     "logit_stub": ("common", _logit),
     "sinc_stub": ("common", _sinc),
     "special_entr_stub": ("common", _entr),
-    "nan_to_num_stub": ("common", _nan_to_num),
     "complex_stub": ("in", lambda re, im: ir.Complex(re, im)),
     "polar_stub": ("in", _polar),
     # activations
@@ -437,7 +448,41 @@ def copy(it: Iter) -> None:
     pointwise("copy", it, lambda x: x, "copy", ())
 
 
+_LARGEST = {
+    "f16": 65504.0,
+    "bf16": float(torch.finfo(torch.bfloat16).max),
+    "f32": float(torch.finfo(torch.float32).max),
+    "f64": float(torch.finfo(torch.float64).max),
+}
+_TO_NUMBERS = {dtype: _nan_to_num(-largest, largest) for dtype, largest in _LARGEST.items()}
+
+
+@stub("nan_to_num_stub")
+def nan_to_num(it: Iter, nan: Any, posinf: Any, neginf: Any) -> None:
+    """Numbers in the place of NaN and infinities."""
+    part = {"c32": "f16", "c64": "f32", "c128": "f64"}.get(it.outputs[0].dtype, it.outputs[0].dtype)
+    pointwise(f"nan_to_num_{part}", it, _TO_NUMBERS[part], "common", (nan, posinf, neginf))
+
+
+def _small_power(x: Any, e: Any) -> Any:
+    """x ** e for e among SMALL_POWERS, by products: correctly rounded where one is enough."""
+    square = x * x
+    r = where(ir.eq(e, 2), square, square * x)
+    if isinstance(x, ir.Complex) or x.dtype in ir.FLOATS:
+        one = ir.const(1, x.dtype)
+        r = where(ir.eq(e, -1), one / x, where(ir.eq(e, -2), one / square, r))
+    return r
+
+
+SMALL_POWERS = (2, 3, -1, -2)
+
+
 @stub("pow_tensor_scalar_stub")
 def pow_tensor_scalar(it: Iter, exponent: Any) -> None:
-    """in ** exponent."""
-    pointwise("pow_scalar", it, ir.pow, "common", (exponent,))
+    """in ** exponent. One of two kernels runs: the exponent is a number of the call, not of the plan."""
+    if isinstance(exponent, tuple) or it.common == "bool":
+        pointwise("pow_scalar", it, ir.pow, "common", (exponent,))
+        return
+    small = any_of(*(eq(exponent, e) for e in SMALL_POWERS[: None if compute_dtype(it.common or "f32") in ir.FLOATS else 2]))
+    pointwise("small_power", it, _small_power, "common", (exponent,), enabled=small)
+    pointwise("pow_scalar", it, ir.pow, "common", (exponent,), enabled=eq(small, 0))

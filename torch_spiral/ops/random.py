@@ -517,15 +517,15 @@ def fused_dropout(x: Tensor, keep: Any, generator: None = None) -> tuple[Tensor,
 
 
 def _masked_scale(grad: Any, mask: Any, scale: Any) -> Any:
-    part = grad.re.dtype if isinstance(grad, ir.Complex) else grad.dtype
+    part = grad.dtype if grad.dtype in ir.FLOATS else "f32"
     factor = ir.cast(mask, part) * ir.cast(scale, part)
-    return ir.Complex(grad.re * factor, grad.im * factor) if isinstance(grad, ir.Complex) else grad * factor
+    return ir.Complex(grad.re * factor, grad.im * factor) if isinstance(grad, ir.Complex) else ir.cast(grad, part) * factor
 
 
 @lowering("native_dropout_backward", "_masked_scale", coarse=True)
 def native_dropout_backward(grad: Tensor, mask: Tensor, scale: Any) -> Tensor:
-    """grad * mask * scale."""
-    out = empty(grad.sizes, grad.dtype)
+    """grad * mask * scale; of integers in float32."""
+    out = empty(grad.sizes, grad.dtype if DTYPES[grad.dtype].kind in ("float", "complex") else "f32")
     map_tensors("masked_scale", _masked_scale, [out], [grad, broadcast(mask, grad.sizes)], (scale,), ("f64" if grad.dtype in ("f64", "c128") else "f32",))
     return out
 

@@ -483,7 +483,6 @@ def _searchsorted(
             raise RuntimeError(
                 f"torch.searchsorted(): sorter must be a tensor of long dtype but got dtype {sorter.dtype}"
             )
-        sorter = sorter.contiguous().view(-1, bounds.shape[-1])
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=bounds.device)
     else:
@@ -505,7 +504,7 @@ def _searchsorted(
         bounds.contiguous().view(rows, bounds.shape[-1]),
         None if scalar else values.contiguous().view(rows, m),
         values if scalar else None,
-        sorter,
+        None if sorter is None else sorter.contiguous().view(rows, bounds.shape[-1]),
         right,
     )
     return out if target_ is out else out.copy_(target_)
