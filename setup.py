@@ -65,14 +65,14 @@ class Build(BuildExtension):
 
 setup(
     ext_modules=[
-        # torch_python is left out: nothing here needs it, and its ABI is narrower than torch_cpu's.
+        # torch_python is for compiled graphs alone, which take Python's tensors without the dispatcher.
         Extension(
             "torch_spiral._C",
             sources(),
             language="c++",
             include_dirs=include_dirs(),
             library_dirs=library_paths(),
-            libraries=["torch", "torch_cpu", "c10"],
+            libraries=["torch", "torch_cpu", "c10", "torch_python"],
             extra_compile_args=FLAGS,
         )
     ],

@@ -378,3 +378,63 @@ def test_generated_source():
             fused_0((buf1, buf0), (), (8,), (24,))
             return (buf1, )"""
     )
+
+
+# ---- calls --------------------------------------------------------------------------------------------------------------
+
+
+def test_inference_is_called_without_python(device):
+    """A graph that needs nothing of AOTAutograd is the compiled function itself."""
+    called = []
+
+    def backend(gm, inputs):
+        from torch_spiral.compiler import backend
+
+        called.append(backend(gm, inputs))
+        return called[-1]
+
+    def f(x, w):
+        return ((x @ w).relu() @ w).softmax(-1), (x + 1).t()
+
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    with torch.no_grad():
+        g = torch.compile(f, backend=backend)
+        for _ in range(3):
+            for a, b in zip(f(x, w), g(x.to(device), w.to(device)), strict=True):
+                assert a.stride() == b.stride()
+                torch.testing.assert_close(b.cpu(), a)
+    assert [type(c) for c in called] == [_C.GraphCall]
+    with pytest.raises(TypeError, match="2 arguments"):
+        called[0](x.to(device))
+    with pytest.raises(TypeError, match="no tensor"):
+        called[0](x.to(device), 3)
+
+
+def test_written_arguments_count_the_write(device):
+    f = torch.compile(lambda x, y: x.add_(y), backend="spiral", fullgraph=True)
+    x, y = torch.zeros(5, device=device), torch.ones(5, device=device)
+    for n in range(1, 4):
+        before = x._version
+        with torch.no_grad():
+            assert f(x, y) is x
+        assert x._version > before and x.sum().item() == 5 * n
+
+
+def test_temporaries_share_memory(device):
+    """A chain of products holds two intermediate results at a time, not all of them."""
+
+    def f(x, w):
+        for _ in range(8):
+            x = (x @ w).softmax(-1)
+        return x
+
+    g = torch.compile(f, backend="spiral", fullgraph=True)
+    x, w = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
+    with torch.no_grad():
+        for _ in range(3):
+            y = g(x, w)
+        torch.spiral.reset_peak_memory_stats(device)
+        before = torch.spiral.memory_allocated(device)
+        y = g(x, w)  # noqa: F841
+    one = 4 * 512 * 512
+    assert torch.spiral.max_memory_allocated(device) - before <= 8 * one

@@ -390,6 +390,8 @@ class Recorder:
         self.steps: list[list] = []
         self.kernels: list[str] = []  # names of what is launched, for reports
         self.when = NONE
+        self.note = ""  # which schedule the launches have and why, for traces
+        self.expires = 0  # replays until the plan is recorded anew; 0: never
 
     def constant(self, value: int | float) -> Sym:
         kind = "f" if isinstance(value, float) else "i"
@@ -496,15 +498,19 @@ class Recorder:
             if r is not None:
                 assert r.number >= self.operand_count, f"{self.name} may only return tensors that it allocated"
                 self.allocations[r.number - self.operand_count][0] = True
-        # Lifting may add constants, which move the expressions: first lift everything, then number.
-        for _ in range(2):
+        # Lifting may add constants, which move the expressions: first lift everything, then number. What only traces ask for comes last.
+        needed, flops = 0, [NONE] * len(self.steps)
+        for numbering in (False, True):
             steps: list[tuple] = []
-            for kind, when, buffers, *rest in self.steps:
+            for i, (kind, when, buffers, *rest) in enumerate(self.steps):
                 described = [(b.number, self.index(b.offset), b.windows, size) for b, size in buffers]
                 if kind == LAUNCH:
-                    kernel, words, params_size, groups = rest
+                    kernel, words, params_size, groups, work, note = rest
                     words = [(w, v if w < 3 else self.index(v)) for w, v in words]
-                    steps.append((kind, when, described, kernel, words, params_size, [self.index(g) for g in groups]))
+                    grid = [self.index(g) for g in groups]
+                    if numbering and work is not None:
+                        flops[i] = self.index(work())
+                    steps.append((kind, when, described, kernel, words, params_size, grid, flops[i], note))
                 else:
                     steps.append((kind, when, described, self.index(rest[0]), rest[1]))
             allocations = [
@@ -517,6 +523,11 @@ class Recorder:
                 for c, exception, text, args in self.checks
             ]
             constants = list(self.constants)
+            if not numbering:
+                needed = len(self.exprs)
+                for *_, work, _ in (s for s in self.steps if s[0] == LAUNCH):
+                    if work is not None:
+                        self.lift(work())
 
         def place(ref: tuple[str, int]) -> int:
             where, i = ref
@@ -529,6 +540,8 @@ class Recorder:
             "allocations": allocations,
             "steps": steps,
             "returned": [NONE if r is None else r.number for r in results],
+            "needed": needed,
+            "expires": self.expires,
         }
 
 
@@ -584,6 +597,11 @@ def _binary(code: str, a: Number, b: Number) -> Any:
     elif is_plain(b, 1) and code in ("FloorDiv", "CeilDiv"):
         return a
     return r.node(code, r.lift(a), r.lift(b))
+
+
+def hint(n: Number) -> int:
+    """The value of a size in the very call that is being recorded, for a tuner to measure with. Nothing of a plan may depend on it."""
+    return int(n._hint if isinstance(n, Sym) else n)
 
 
 def is_plain(n: Any, value: int) -> bool:
@@ -779,8 +797,11 @@ def packed(x: Tensor, sizes: Sequence[Any], dtype: str, kind: str) -> Iterator[T
         yield p
 
 
-def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], groups: Sequence[Any]) -> None:
-    """Queues a kernel. scalars in the order of kernel.scalars; groups: workgroups in each dimension; none if one is 0."""
+def launch(
+    kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], groups: Sequence[Any], flops: Callable[[], Any] | None = None
+) -> None:
+    """Queues a kernel. scalars in the order of kernel.scalars; groups: workgroups in each dimension; none if one is 0. flops: how many
+    floating point operations it does, for telemetry."""
     r = recorder()
     assert len(buffers) == len(kernel.windows), f"{kernel.name} takes {len(kernel.windows)} buffers, got {len(buffers)}"
     assert len(scalars) == len(kernel.scalars), f"{kernel.name} takes scalars {kernel.scalars}, got {len(scalars)}"
@@ -809,7 +830,7 @@ def launch(kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], gr
     grid = tuple(groups) + (1,) * (3 - len(groups))
     compiled = _compiled(r.device, kernel, divisible)
     r.kernels.append(kernel.name)
-    r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid])
+    r.steps.append([LAUNCH, r.when, described, compiled, words, kernel.params_size, grid, flops, r.note])
 
 
 def fill_bytes(x: Tensor, value: int) -> None:
@@ -903,6 +924,12 @@ def operator(schema: str, slots: tuple[str, ...] = (), coarse: bool = False) -> 
         _definitions = torch.library.Library("spiral", "FRAGMENT")
     _definitions.define(schema)
     return lowering("spiral::" + schema.partition("(")[0], slots=slots, coarse=coarse)
+
+
+def internal(name: str, function: Callable) -> None:
+    """A lowering without an operator: C++ calls it by its name. Replaces one of the same name."""
+    registered[name] = "lowering"
+    lowerings[name] = function
 
 
 def structured(*names: str, coarse: bool = False) -> Callable:

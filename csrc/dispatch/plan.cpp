@@ -19,6 +19,7 @@
 #include "ops.h"
 #include "packed.h"
 #include "recording.h"
+#include "trace.h"
 
 namespace spiral {
 namespace {
@@ -82,6 +83,8 @@ void publish(const Key& key, const std::shared_ptr<Plan>& plan) {
   p.by_key.insert_or_assign(key, plan);
 }
 
+thread_local uint32_t plan_variant = 0;
+
 double to_double(int64_t v) {
   double d;
   std::memcpy(&d, &v, sizeof d);
@@ -125,6 +128,7 @@ struct Replay {
   c10::SmallVector<c10::DataPtr, 4> temporaries;
   c10::SmallVector<at::Tensor, 4> outputs;
   c10::SmallVector<int8_t, 8> make_packed;  // per allocation: steps that make its packed form run
+  const bool traced = tracing();
 
   Replay(Call& c, const Plan& p) : call(c), plan(p), device(spiral::device(c.device_)) {}
 
@@ -135,7 +139,9 @@ struct Replay {
     int64_t* out = values.data() + plan.slots + plan.constants.size();
     const int64_t* v = values.data();
     int64_t seed = 0;
-    for (const Expr& e : plan.exprs) {
+    const size_t count = traced ? plan.exprs.size() : plan.needed;
+    for (size_t i = 0; i < count; ++i) {
+      const Expr& e = plan.exprs[i];
       const int64_t a = v[e.a], b = v[e.b];
       int64_t r = 0;
       switch (e.code) {
@@ -210,51 +216,59 @@ struct Replay {
     return bytes <= limit ? 1 : (bytes + limit - 1) / limit;
   }
 
-  // False: an allocation needs another number of windows than the plan's kernels were built for.
+  // Places of operands and allocations. A temporary is given back before later ones are made, so that these take its memory: the
+  // queue is in order, and no other thread may queue anything in between (the caller holds the device's lock until all steps
+  // are queued). False: an allocation needs another number of windows than the plan's kernels were built for.
   bool allocate() {
-    places.reserve(plan.operands + plan.allocations.size());
-    for (const Call::Operand& operand : call.operands_) places.push_back(place(operand.data));
+    places.resize(plan.operands + plan.allocations.size());
+    for (size_t i = 0; i < plan.operands; ++i) places[i] = place(call.operands_[i].data);
     make_packed.assign(plan.allocations.size(), 1);
     for (size_t i = 0; i < plan.allocations.size(); ++i) {
       const Allocation& a = plan.allocations[i];
-      if (a.output) {
-        c10::SmallVector<int64_t, 6> sizes, strides;
-        for (uint32_t s : a.sizes) sizes.push_back(values[s]);
-        if (a.strides.empty()) {
-          strides.resize(sizes.size());
-          int64_t dense = 1;
-          for (size_t d = sizes.size(); d-- > 0;) {
-            strides[d] = dense;
-            dense *= std::max<int64_t>(sizes[d], 1);
-          }
-        } else {
-          for (uint32_t s : a.strides) strides.push_back(values[s]);
-        }
-        outputs.push_back(at::detail::empty_strided_generic(
-            sizes, strides, spiral::allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), a.dtype));
-        const at::Tensor& t = outputs.back();
-        const uint64_t bytes = t.storage().nbytes();
-        if (windows(bytes) != a.windows) return false;
-        places.push_back(place(t.numel() ? t.mutable_data_ptr() : nullptr));
+      if (!a.output) {
+        if (windows(bytes(a)) != a.windows) return false;
         continue;
       }
-      const auto bytes = static_cast<uint64_t>(std::max<int64_t>(values[a.bytes], 0));
-      if (windows(bytes) != a.windows) return false;
-      if (a.packed_operand != kNone) {
-        const Call::Operand& operand = call.operands_[a.packed_operand];
-        c10::SmallVector<int64_t, 12> layout;
-        for (uint32_t s = 0; s < 2u * operand.ndim; ++s) layout.push_back(values[operand.first_slot + s]);
-        const Packed packed = find_packed(call.device_, operand.data, operand.storage, layout, a.packed_kind, bytes);
-        make_packed[i] = packed.stale;
-        if (packed.data) {
-          places.push_back(place(packed.data));
-          continue;
+      c10::SmallVector<int64_t, 6> sizes, strides;
+      for (uint32_t s : a.sizes) sizes.push_back(values[s]);
+      if (a.strides.empty()) {
+        strides.resize(sizes.size());
+        int64_t dense = 1;
+        for (size_t d = sizes.size(); d-- > 0;) {
+          strides[d] = dense;
+          dense *= std::max<int64_t>(sizes[d], 1);
         }
+      } else {
+        for (uint32_t s : a.strides) strides.push_back(values[s]);
       }
-      temporaries.push_back(spiral::allocate(call.device_, bytes));
-      places.push_back(place(bytes ? temporaries.back().get() : nullptr));
+      outputs.push_back(at::detail::empty_strided_generic(
+          sizes, strides, spiral::allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), a.dtype));
+      const at::Tensor& t = outputs.back();
+      if (windows(t.storage().nbytes()) != a.windows) return false;
+      places[plan.operands + i] = place(t.numel() ? t.mutable_data_ptr() : nullptr);
+    }
+    temporaries.resize(plan.allocations.size());
+    for (const Step& step : plan.steps) {
+      for (uint32_t i : step.first) places[plan.operands + i] = temporary(i);
+      for (uint32_t i : step.last) temporaries[i].clear();
     }
     return true;
+  }
+
+  uint64_t bytes(const Allocation& a) const { return static_cast<uint64_t>(std::max<int64_t>(values[a.bytes], 0)); }
+
+  Place temporary(uint32_t i) {
+    const Allocation& a = plan.allocations[i];
+    if (a.packed_operand != kNone) {
+      const Call::Operand& operand = call.operands_[a.packed_operand];
+      c10::SmallVector<int64_t, 12> layout;
+      for (uint32_t s = 0; s < 2u * operand.ndim; ++s) layout.push_back(values[operand.first_slot + s]);
+      const Packed packed = find_packed(call.device_, operand.data, operand.storage, layout, a.packed_kind, bytes(a));
+      make_packed[i] = packed.stale;
+      if (packed.data) return place(packed.data);
+    }
+    temporaries[i] = spiral::allocate(call.device_, bytes(a));
+    return place(bytes(a) ? temporaries[i].get() : nullptr);
   }
 
   uint64_t element_offset(const Buffer& b) const {
@@ -315,11 +329,55 @@ struct Replay {
     }
     std::memset(out, 0, static_cast<size_t>(params + step.params_size - out));
     plans().launches.fetch_add(1, std::memory_order_relaxed);
+    auto start = traced ? trace_start(device) : nullptr;
     device.engine->enqueue(step.kernel, bindings.data(), static_cast<uint32_t>(bindings.size()), params, groups);
+    if (start) {
+      LaunchRecord r = describe(step, step.kernel->name);
+      std::copy(groups, groups + 3, r.groups);
+      trace_stop(device, std::move(start), std::move(r));
+    }
+  }
+
+  // What a step works on, for a trace.
+  LaunchRecord describe(const Step& step, const std::string& kernel) const {
+    LaunchRecord r;
+    r.op = op(call.op_).name;
+    r.kernel = kernel;
+    r.note = step.note;
+    if (step.flops != kNone) r.flops = values[step.flops];
+    c10::SmallVector<uint32_t, 16> seen;
+    for (const Buffer& b : step.buffers) {
+      if (b.operand == kErrorBuffer || std::find(seen.begin(), seen.end(), b.operand) != seen.end()) continue;
+      seen.push_back(b.operand);
+      std::vector<int64_t> shape;
+      int64_t elements = 1;  // that exist: a broadcast dimension counts once
+      if (b.operand < plan.operands) {
+        const Call::Operand& o = call.operands_[b.operand];
+        uint32_t sizes = o.first_slot, strides = o.first_slot + o.ndim;
+        if (o.is_iterator) {
+          strides = o.first_slot;
+          for (const Call::Iterator& it : call.iterators_) {
+            if (b.operand >= it.first_operand && b.operand < it.first_operand + it.operands) sizes = it.shape_slot;
+          }
+        }
+        for (uint32_t d = 0; d < o.ndim; ++d) {
+          shape.push_back(values[sizes + d]);
+          if (values[strides + d] != 0) elements *= shape.back();
+        }
+        if (o.is_iterator) std::reverse(shape.begin(), shape.end());
+        r.dtypes.push_back(o.dtype);
+      } else {
+        const Allocation& a = plan.allocations[b.operand - plan.operands];
+        for (uint32_t s : a.sizes) elements *= shape.emplace_back(values[s]);
+        r.dtypes.push_back(static_cast<int8_t>(a.dtype));
+      }
+      r.bytes += elements * static_cast<int64_t>(c10::elementSize(static_cast<c10::ScalarType>(r.dtypes.back())));
+      r.shapes.push_back(std::move(shape));
+    }
+    return r;
   }
 
   void steps() {
-    DeviceLock lock(device.mutex);
     for (const Step& step : plan.steps) {
       if (step.when != kNone && !make_packed[step.when]) continue;
       if (step.kind == Step::Kind::Launch) {
@@ -330,11 +388,17 @@ struct Replay {
       if (bytes == 0) continue;
       const Buffer& to = step.buffers[0];
       const uint64_t at = element_offset(to) * to.element_size;
+      auto start = traced ? trace_start(device) : nullptr;
       if (step.kind == Step::Kind::Fill) {
         device.engine->fill(places[to.operand].memory, at, bytes, step.fill_value);
       } else {
         const Buffer& from = step.buffers[1];
         device.engine->copy(places[from.operand].memory, element_offset(from) * from.element_size, places[to.operand].memory, at, bytes);
+      }
+      if (start) {
+        LaunchRecord r = describe(step, step.kind == Step::Kind::Fill ? "fill" : "copy");
+        r.bytes = static_cast<int64_t>(bytes) * (step.kind == Step::Kind::Fill ? 1 : 2);
+        trace_stop(device, std::move(start), std::move(r));
       }
     }
     for (const Call::Operand& operand : call.operands_) {
@@ -345,6 +409,7 @@ struct Replay {
   bool run() {
     evaluate();
     check();
+    DeviceLock lock(device.mutex);
     try {
       if (!allocate()) return false;
       steps();
@@ -382,9 +447,11 @@ struct Replay {
     if (device_properties(call.device_).language == Language::Triton) {
       call.key_.push_back(0xfdull << 56 | static_cast<uint64_t>(at::globalContext().allowTF32CuBLAS()));
     }
-    if (std::shared_ptr<Plan> plan = find(call.key_)) {
+    if (plan_variant) call.key_.push_back(0xfcull << 56 | plan_variant);
+    std::shared_ptr<Plan> known = find(call.key_);
+    if (known && (!known->expires || known->uses.fetch_add(1, std::memory_order_relaxed) < known->expires)) {
       plans().hits.fetch_add(1, std::memory_order_relaxed);
-      if (Replay(call, *plan).run()) return;
+      if (Replay(call, *known).run()) return;
     }
     plans().misses.fetch_add(1, std::memory_order_relaxed);
     std::shared_ptr<Plan> plan = Recording{call}.record();
@@ -400,6 +467,8 @@ PlanStatistics plan_statistics() {
   std::shared_lock lock(p.mutex);
   return {p.hits.load(), p.misses.load(), p.by_key.size(), p.evicted.load(), p.launches.load()};
 }
+
+void set_plan_variant(uint32_t variant) { plan_variant = variant; }
 
 void clear_plans() {
   Plans& p = plans();

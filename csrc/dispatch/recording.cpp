@@ -29,6 +29,24 @@ py::tuple stride_classes(uint32_t first, size_t ndim, const int64_t* slots, cons
   return result;
 }
 
+// Between which steps each temporary lives.
+void plan_memory(Plan& plan) {
+  std::vector<std::pair<Step*, Step*>> lives(plan.allocations.size(), {nullptr, nullptr});
+  for (Step& step : plan.steps) {
+    for (const Buffer& b : step.buffers) {
+      if (b.operand == kErrorBuffer || b.operand < plan.operands) continue;
+      auto& [first, last] = lives[b.operand - plan.operands];
+      if (!first) first = &step;
+      last = &step;
+    }
+  }
+  for (uint32_t i = 0; i < lives.size(); ++i) {
+    if (plan.allocations[i].output || !lives[i].first) continue;
+    lives[i].first->first.push_back(i);
+    lives[i].second->last.push_back(i);
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Plan> Recording::record() {
@@ -116,6 +134,7 @@ std::shared_ptr<Plan> Recording::record() {
       record_plan(call.op_, call.device_, py::make_tuple(args, slot_values, call.operands_.size()));
   plan->operands = static_cast<uint32_t>(call.operands_.size());
   plan->slots = static_cast<uint32_t>(call.slots_.size());
+  plan_memory(*plan);
   return plan;
 }
 

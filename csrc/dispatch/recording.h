@@ -13,6 +13,9 @@ uint64_t stride_class(int64_t stride, int64_t dense);  // call.cpp
 struct Recording {
   const Call& call;
   std::shared_ptr<Plan> record();
+
+  // The class of a size in keys.
+  static uint64_t size_class(int64_t n) { return Call::size_class(n, false); }
 };
 
 }  // namespace spiral

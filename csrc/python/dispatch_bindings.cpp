@@ -10,6 +10,7 @@
 #include "../dispatch/ops.h"
 #include "../dispatch/packed.h"
 #include "../dispatch/plan.h"
+#include "../dispatch/trace.h"
 #include "../runtime/device.h"
 #include "../runtime/memory.h"
 
@@ -64,6 +65,8 @@ std::vector<uint32_t> indices(const py::handle& list) {
 
 std::shared_ptr<Plan> make_plan(const py::dict& d) {
   auto plan = std::make_shared<Plan>();
+  plan->needed = d["needed"].cast<size_t>();
+  plan->expires = d["expires"].cast<uint64_t>();
   plan->constants = d["constants"].cast<std::vector<int64_t>>();
   for (auto e : d["exprs"]) {
     auto t = e.cast<py::tuple>();
@@ -97,6 +100,8 @@ std::shared_ptr<Plan> make_plan(const py::dict& d) {
       step.params_size = t[5].cast<uint32_t>();
       auto g = indices(t[6]);
       std::copy(g.begin(), g.end(), step.groups);
+      step.flops = t[7].cast<uint32_t>();
+      step.note = t[8].cast<std::string>();
     } else {
       step.bytes = t[3].cast<uint32_t>();
       step.fill_value = t[4].cast<uint8_t>();
@@ -164,6 +169,28 @@ void bind_dispatch(py::module_& m) {
     return d;
   });
   m.def("clear_plans", &clear_plans);
+  m.def("set_plan_variant", &set_plan_variant);
+  m.def("set_packing", &set_packing);
+  m.def("release_packed", &release_packed, py::call_guard<py::gil_scoped_release>());
+  m.def("packed_statistics", [](int device, uint32_t holder) {
+    const PackedStatistics s = packed_statistics(static_cast<c10::DeviceIndex>(device), holder);
+    return py::make_tuple(s.entries, s.bytes);
+  });
+  m.def("tracing", &tracing);
+  m.def("trace_begin", &trace_begin, py::call_guard<py::gil_scoped_release>());
+  m.def("trace_end", [](uint64_t token) {
+    std::vector<LaunchRecord> records;
+    {
+      py::gil_scoped_release release;
+      records = trace_end(token);
+    }
+    py::list list;
+    for (const LaunchRecord& r : records) {
+      list.append(py::make_tuple(static_cast<int>(r.device), r.op, r.kernel, r.note, r.shapes, r.dtypes, r.bytes, r.flops,
+                                 py::make_tuple(r.groups[0], r.groups[1], r.groups[2]), r.start_ns, r.duration_ns));
+    }
+    return list;
+  }, "What was launched since the token: (device, op, kernel, note, shapes, dtypes, bytes, flops, grid, start_ns, duration_ns).");
 }
 
 }  // namespace spiral

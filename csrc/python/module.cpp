@@ -9,10 +9,9 @@ namespace spiral {
 void bind_engine(py::module_&);    // engine_bindings.cpp: raw engines, for tests and tools
 void bind_runtime(py::module_&);   // runtime_bindings.cpp: devices, memory, streams, events
 void bind_dispatch(py::module_&);  // dispatch_bindings.cpp: lowerings, plans, fallback
+void bind_graphs(py::module_&);    // graph_bindings.cpp: compiled graphs
 
-namespace {
-
-// torch's own translator lives in torch_python, which this library does not link.
+// torch's own translator is not registered for this module, and would add backtraces.
 void translate(std::exception_ptr pointer) {
   try {
     std::rethrow_exception(pointer);
@@ -31,7 +30,6 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
-}  // namespace
 }  // namespace spiral
 
 PYBIND11_MODULE(_C, m) {
@@ -39,4 +37,5 @@ PYBIND11_MODULE(_C, m) {
   spiral::bind_engine(m);
   spiral::bind_runtime(m);
   spiral::bind_dispatch(m);
+  spiral::bind_graphs(m);
 }

@@ -36,18 +36,35 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
         )
     from torch._inductor.compile_fx import compile_fx
 
-    from . import device
+    from . import compat, device
 
     device.register()
+    compat.forget_stream(gm)
     try:
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)})
-        return compiled
+        with compat.parts_of_compilation() as parts:
+            compiled: Any = compile_fx(
+                gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)}
+            )
+        return _direct(compat.plain_inference(parts), len(example_inputs)) or compiled
     except Exception as error:
         if _fullgraph():
             raise
         reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"spiral runs a graph of {len(gm.graph.nodes)} nodes eagerly: {type(error).__name__}: {reason}", stacklevel=2)
+        warnings.warn(
+            f"spiral runs a graph of {len(gm.graph.nodes)} nodes eagerly: {type(error).__name__}: {reason}",
+            stacklevel=2,
+        )
         return gm.forward
+
+
+def _direct(module: dict[str, Any] | None, arguments: int) -> Callable[..., Any] | None:
+    """The generated function itself, for graphs that need nothing of AOTAutograd around them."""
+    if module is None or "call" not in module:
+        return None
+    if "direct" in module:
+        return module["direct"] if module["arguments"] == arguments else None
+    call = module["call"]
+    return lambda *args: call(list(args))
 
 
 def inductor_classes() -> dict[str, Any]:

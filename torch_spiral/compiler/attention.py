@@ -14,7 +14,9 @@ MAX_HEAD = 256
 Shape = tuple[Sequence[int], Sequence[int]]  # sizes, strides
 
 
-def plan(backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str]) -> dict[str, Any] | None:
+def plan(
+    backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str]
+) -> dict[str, Any] | None:
     """Keyword arguments of forward() or backward() below for a call of the operator, or None where C++ must look at it. shapes and
     dtypes: of the operator's first arguments, (g,) q, k, v."""
     if any(s is None for s in shapes) or len(set(dtypes)) != 1 or dtypes[0] not in ("f32", "f16", "bf16"):
@@ -28,7 +30,11 @@ def plan(backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes:
         return None
 
     def argument(index: int, name: str, default: Any) -> Any:
-        found = node.args[index] if index < len(node.args) else next((k.value for k in node.keywords if k.arg == name), None)
+        found = (
+            node.args[index]
+            if index < len(node.args)
+            else next((k.value for k in node.keywords if k.arg == name), None)
+        )
         return default if found is None else ast.literal_eval(found)
 
     try:
@@ -80,11 +86,16 @@ def forward(*args: Any, causal: bool, scale: float, classes: Any, strides: Any, 
     return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
 
 
-def backward(*args: Any, causal: bool, scale: float, classes: Any, strides: Any, wanted: Sequence[bool], **_: Any) -> Any:
+def backward(
+    *args: Any, causal: bool, scale: float, classes: Any, strides: Any, wanted: Sequence[bool], **_: Any
+) -> Any:
     g, q, k, v = args[:4]
     out, lse = args[6:8]
     dq = low.empty(q.sizes, q.dtype, strides[0]) if wanted[0] else None
-    dk, dv = (low.empty(x.sizes, x.dtype, s) if wanted[1] or wanted[2] else None for x, s in ((k, strides[1]), (v, strides[2])))
+    dk, dv = (
+        low.empty(x.sizes, x.dtype, s) if wanted[1] or wanted[2] else None
+        for x, s in ((k, strides[1]), (v, strides[2]))
+    )
     low.lowerings[f"{NAME}_backward"](
         g, q, k, v, None, out, lse, causal, low.recorder().lift(float(scale)), *classes, dq, dk, dv, None
     )

@@ -35,7 +35,12 @@ class _Variables(compat.CSE):
             n = ir.cast(n, compute_dtype(name))
             if name in ("i8", "i16", "u8", "u16") and n.op not in ("load", "where", "const"):
                 n = ir.round_to(n, name)
-        var = Value(f"{self.name_prefix}{next(self.iter_buffer_ids)}", bounds or compat.ValueRanges.unknown(), dtype or TORCH[n.dtype], shape)
+        var = Value(
+            f"{self.name_prefix}{next(self.iter_buffer_ids)}",
+            bounds or compat.ValueRanges.unknown(),
+            dtype or TORCH[n.dtype],
+            shape,
+        )
         var.node = n
         return var
 
@@ -151,7 +156,9 @@ class FusedKernel(compat.SIMDKernel):
         assert self.inside_reduction and self.mask is None
         key = (src_dtype, reduction_type, value)
         if key not in self.cse.reduction_cache:
-            out = self._reduce(dtype, reduction_type, [node(v) for v in (value if isinstance(value, tuple) else (value,))])
+            out = self._reduce(
+                dtype, reduction_type, [node(v) for v in (value if isinstance(value, tuple) else (value,))]
+            )
             wrap = [self.cse.generate(self.compute, n, dtype=d, shape=()) for n, d in out]
             self.cse.reduction_cache[key] = wrap[0] if len(wrap) == 1 else tuple(wrap)
         return self.cse.reduction_cache[key]
@@ -248,7 +255,8 @@ class FusedKernel(compat.SIMDKernel):
             return ir.Node("load", n.dtype, *args, attr=names[real.get(n.attr, n.attr)])
 
         program_stores = [
-            Store(names[real.get(s[0], s[0])], *ir_pair(s, rename, memo), s[3], s[4] and bool(sizes[True])) for s in stores
+            Store(names[real.get(s[0], s[0])], *ir_pair(s, rename, memo), s[3], s[4] and bool(sizes[True]))
+            for s in stores
         ]
         numbers = {reduced: [index_node(s) for s in sizes[reduced]] for reduced in sizes}
         everything = ir.walk(*[n for s in program_stores for n in (s.index, s.value)], *numbers[False], *numbers[True])
@@ -315,6 +323,7 @@ def _dimensions(tree: Any, entries: Sequence[Any]) -> tuple[list[sympy.Expr], di
     marks.sort(key=compat.hint)
     chain = all(compat.multiple_of(b, a) for a, b in itertools.pairwise(marks)) and compat.equal(marks[-1], numel)
     if not chain:
+
         def general(entry: Any) -> Any:
             def make(leaves: Sequence[ir.Node]) -> ir.Node:
                 q = leaves[0] if entry.divisor == 1 else ir.idiv(leaves[0], index_node(entry.divisor))
@@ -357,11 +366,15 @@ class Scheduling(compat.SIMDScheduling):
         return compat.OrderedSet([compat.BackendFeature.REDUCE_TO_SINGLE_ELEMENT])
 
     @classmethod
-    def get_tiling_and_scores(cls, node_schedule: Any, numel: Any, reduction_numel: Any = sympy.S.One, *args: Any, **kwargs: Any) -> Any:
+    def get_tiling_and_scores(
+        cls, node_schedule: Any, numel: Any, reduction_numel: Any = sympy.S.One, *args: Any, **kwargs: Any
+    ) -> Any:
         return cls.create_tiling([numel], [reduction_numel]), None
 
     @classmethod
-    def select_tiling(cls, node_schedule: Any, numel: Any, reduction_numel: Any = sympy.S.One, *args: Any, **kwargs: Any) -> Any:
+    def select_tiling(
+        cls, node_schedule: Any, numel: Any, reduction_numel: Any = sympy.S.One, *args: Any, **kwargs: Any
+    ) -> Any:
         return cls.create_tiling([numel], [reduction_numel])
 
     def define_kernel(self, src_code: str, node_schedule: Any, kernel: FusedKernel) -> str:

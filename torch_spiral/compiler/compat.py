@@ -6,12 +6,18 @@ Importing this module imports Inductor (a second or two), so only what compiles 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dynamo import decorators
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
+from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
+from torch._functorch._aot_autograd.schemas import OutputType
 from torch._inductor import config, metrics, scheduler, utils
 from torch._inductor.codegen.common import (
     CSE,
@@ -25,9 +31,11 @@ from torch._inductor.codegen.common import (
 )
 from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.custom_graph_pass import CustomGraphModulePass
 from torch._inductor.ir import ComputedBuffer, ExternKernel, TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering
 from torch._inductor.ops_handler import OpsHandler
+from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.utils import get_kernel_metadata, sympy_index_symbol, sympy_subs
 from torch._inductor.virtualized import OpsValue, V, ops
 from torch.utils._ordered_set import OrderedSet
@@ -66,7 +74,10 @@ def reorder_loops() -> None:
 def keep_operators(names: list[str]) -> None:
     """Has Inductor call these operators on spiral tensors instead of fusing them. names: without "special_"."""
     for op, lower in list(lowerings.items()):
-        if isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::").removeprefix("special_") in names:
+        if (
+            isinstance(op, torch._ops.OpOverload)
+            and op._schema.name.removeprefix("aten::").removeprefix("special_") in names
+        ):
             call = fallback_handler(op, add_to_fallback_set=False)
 
             def choose(*args: Any, lower: Any = lower, call: Any = call, **kwargs: Any) -> Any:
@@ -74,6 +85,102 @@ def keep_operators(names: list[str]) -> None:
                 return (call if ours else lower)(*args, **kwargs)
 
             lowerings[op] = choose
+
+
+def call_directly(kinds: tuple[type, ...]) -> None:
+    """Has Dynamo call compiled functions of these types (without frames of Python, which it might trace) without a wrapper in Python,
+    and without marks for the profiler around a call: together a third of what Dynamo costs a call."""
+    disable = decorators.disable
+
+    @functools.wraps(disable)
+    def unless_direct(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return fn if isinstance(fn, kinds) else disable(fn, *args, **kwargs)
+
+    decorators.disable = unless_direct
+    if hasattr(torch._dynamo.config, "record_runtime_overhead"):
+        torch._dynamo.config.record_runtime_overhead = False
+
+
+def forget_stream(gm: torch.fx.GraphModule) -> None:
+    """Has Dynamo not hand the current stream to this graph on every call, if the graph has no use for streams. While the graph is
+    being compiled."""
+    try:
+        from torch._dynamo import graph_bytecode_inputs as inputs
+    except ImportError:  # 2.11 hands over what a graph asks for
+        return
+    uses = (
+        getattr(n.target, "__module__", None) == inputs.__name__ or "streams" in str(n.target)
+        for n in gm.graph.nodes
+        if n.op == "call_function"
+    )
+    if len(inputs.index_to_bytecode_constructor) == 1 and not any(uses):
+        inputs.index_to_bytecode_constructor.clear()
+
+
+@dataclass
+class Parts:
+    """What compile_fx made of a graph: Inductor's graphs, and AOTAutograd's description of what it does around them."""
+
+    graphs: list[Any] = field(default_factory=list)
+    inference: list[Any] = field(default_factory=list)
+
+
+_parts = threading.local()
+
+
+@functools.cache
+def _collect() -> None:
+    def hook(owner: type, note: Callable[..., None]) -> None:
+        original = owner.post_compile
+
+        @functools.wraps(original)
+        def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if getattr(_parts, "now", None) is not None:
+                note(_parts.now, self, kwargs)
+            return result
+
+        owner.post_compile = post_compile
+
+    def wrapped(parts: Parts, wrapper: Any, kwargs: Any) -> None:
+        parts.inference.append(None if wrapper.trace_joint else kwargs["runtime_metadata"])
+
+    hook(CompiledFxGraph, lambda parts, graph, kwargs: parts.graphs.append(graph))
+    hook(RuntimeWrapper, wrapped)
+
+
+@contextlib.contextmanager
+def parts_of_compilation() -> Iterator[Parts]:
+    """Collects what compilations in this context are made of."""
+    _collect()
+    before, _parts.now = getattr(_parts, "now", None), Parts()
+    try:
+        yield _parts.now
+    finally:
+        _parts.now = before
+
+
+def plain_inference(parts: Parts) -> Any:
+    """The generated module's globals, where AOTAutograd does nothing but call it: no views, mutations outside, subclasses, random
+    states or effects to take care of. Else None."""
+    if len(parts.graphs) != 1 or len(parts.inference) != 1 or parts.inference[0] is None:
+        return None
+    meta: Any = parts.inference[0]
+    plain_outputs = (OutputType.non_alias, OutputType.unsafe_view_alias)
+    subclasses = [*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta]
+    if (
+        meta.num_mutated_inp_runtime_indices
+        or meta.num_intermediate_bases
+        or meta.is_rng_op_functionalized
+        or meta.tokens
+        or getattr(meta, "num_graphsafe_rng_states", 0)
+        or any(o.output_type not in plain_outputs for o in meta.output_info)
+        or any(i.mutates_data and i.mutations_hidden_from_autograd for i in meta.input_info)
+        or any(not isinstance(m, int) and type(m).__name__ != "PlainTensorMeta" for m in subclasses)
+    ):
+        return None
+    call = parts.graphs[0].current_callable
+    return getattr(getattr(call, "__func__", call), "__globals__", None)
 
 
 @contextlib.contextmanager
@@ -122,6 +229,7 @@ __all__ = [
     "CeilDiv",
     "CleanDiv",
     "ComputedBuffer",
+    "CustomGraphModulePass",
     "DeviceInterface",
     "DeviceOpOverrides",
     "ExternKernel",
@@ -143,8 +251,10 @@ __all__ = [
     "V",
     "ValueRanges",
     "Where",
+    "call_directly",
     "config",
     "equal",
+    "forget_stream",
     "fusion_reasons",
     "get_interface_for_device",
     "get_kernel_metadata",
@@ -157,6 +267,8 @@ __all__ = [
     "multiple_of",
     "new_variable",
     "ops",
+    "parts_of_compilation",
+    "plain_inference",
     "register_backend_for_device",
     "register_device_op_overrides",
     "register_interface_for_device",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import _C, lowering
 from .. import device as spiral
 from . import compat
 
@@ -64,7 +65,6 @@ class Interface(compat.DeviceInterface):
 
     @staticmethod
     def get_compute_capability(device: Any = None) -> str:
-        """What Inductor's caches are keyed by besides source: kernels are built for a target."""
         from ..kernels.kernel import Target
 
         return repr(Target.of(None))
@@ -103,13 +103,16 @@ def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
     from .codegen import Scheduling
     from .ops import OPERATORS
+    from .passes import Passes
     from .wrapper import Wrapper
 
     for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
         compat.register_interface_for_device(name, Interface)
     compat.register_device_op_overrides("spiral", Overrides())
-    compat.register_backend_for_device("spiral", Scheduling, Wrapper)
+    compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=Passes())
     compat.reorder_loops()
+    compat.call_directly((_C.GraphCall,))
+    _C.set_recorder(torch._dynamo.disable(lowering._record, reason="lowerings are not part of what is compiled"))
     compat.keep_operators(OPERATORS)
 
 

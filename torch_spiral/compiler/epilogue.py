@@ -89,7 +89,11 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     count = math.prod(sizes)
     if store.index is not acc.args[0] or count != math.prod(shape) or count > LIMIT or acc.dtype != "f32":
         return None
-    grid = np.indices(list(reversed(sizes)), dtype=np.int64).reshape(len(sizes), -1)[::-1] if sizes else np.zeros((0, 1), np.int64)
+    grid = (
+        np.indices(list(reversed(sizes)), dtype=np.int64).reshape(len(sizes), -1)[::-1]
+        if sizes
+        else np.zeros((0, 1), np.int64)
+    )
     leaves = {Node("leaf", "i32", attr=f"x{d}"): grid[d] for d in range(len(sizes))}
     steps: list[str | Operand] = []
     try:
@@ -120,7 +124,9 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
 def _strides(index: np.ndarray) -> tuple[int, ...] | None:
     """Strides of an affine index of three dimensions."""
     first = index[0, 0, 0]
-    strides = tuple(int(index[tuple(int(d == e) for e in range(3))] - first) if index.shape[d] > 1 else 0 for d in range(3))
+    strides = tuple(
+        int(index[tuple(int(d == e) for e in range(3))] - first) if index.shape[d] > 1 else 0 for d in range(3)
+    )
     b, m, n = (np.arange(s) * t for s, t in zip(index.shape, strides, strict=True))
     return strides if np.array_equal(index, first + b[:, None, None] + m[:, None] + n) else None
 

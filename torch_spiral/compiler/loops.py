@@ -277,7 +277,9 @@ class _Reduction(_Evaluation, _Rows):
         for loop in range(self.loops):
             now = [g for g, at in self.groups.items() if at == loop]
             here = self.elementwise if loop == self.loops - 1 else []
-            self._hoist([x for _, xs in now for x in xs] + [e for i in here for e in (stores[i].index, stores[i].value)])
+            self._hoist(
+                [x for _, xs in now for x in xs] + [e for i in here for e in (stores[i].index, stores[i].value)]
+            )
             results = self._loop(now, here, lanes_r, split)
             for (monoid, xs), values in zip(now, results, strict=True):
                 for i, (t, v) in enumerate(zip(monoid.dtypes, values, strict=True)):

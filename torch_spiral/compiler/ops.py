@@ -237,7 +237,11 @@ class Overrides(compat.OpOverrides):
     @staticmethod
     def constant(value: Any, dtype: torch.dtype) -> ir.Node:
         name = dtype_name(dtype)
-        return ir.round_to(ir.const(value, compute_dtype(name)), name) if name in SMALL else ir.const(value, compute_dtype(name))
+        return (
+            ir.round_to(ir.const(value, compute_dtype(name)), name)
+            if name in SMALL
+            else ir.const(value, compute_dtype(name))
+        )
 
     @staticmethod
     def index_expr(expr: sympy.Expr, dtype: torch.dtype) -> ir.Node:
@@ -251,7 +255,9 @@ class Overrides(compat.OpOverrides):
         return ir.cast(index_node(V.kernel.prepare_indexing(expr)), dtype_name(dtype))
 
     @staticmethod
-    def to_dtype(x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, use_compute_types: bool = True) -> ir.Node:
+    def to_dtype(
+        x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, use_compute_types: bool = True
+    ) -> ir.Node:
         name = dtype_name(dtype)
         x = node(x)
         if name in ("f16", "bf16"):
@@ -307,7 +313,10 @@ class Overrides(compat.OpOverrides):
             result = body()
         value = node(result)
         return kernel.cse.generate(
-            kernel.compute, ir.where(whole, value, ir.cast(node(other, value.dtype), value.dtype)), dtype=TORCH[value.dtype], shape=()
+            kernel.compute,
+            ir.where(whole, value, ir.cast(node(other, value.dtype), value.dtype)),
+            dtype=TORCH[value.dtype],
+            shape=(),
         )
 
     @staticmethod
@@ -352,8 +361,12 @@ class Overrides(compat.OpOverrides):
     floor, ceil, trunc, round = _unary(ir.floor), _unary(ir.ceil), _unary(ir.trunc), _unary(ir.rint)
     exp, exp2, expm1 = _float_unary(ir.exp), _float_unary(ir.exp2), _float_unary(ir.expm1)
     log, log2, log10, log1p = (_float_unary(getattr(ir, n)) for n in ("log", "log2", "log10", "log1p"))
-    sin, cos, tan, asin, acos, atan = (_float_unary(getattr(ir, n)) for n in ["sin", "cos", "tan", "asin", "acos", "atan"])
-    sinh, cosh, tanh, asinh, acosh, atanh = (_float_unary(getattr(ir, n)) for n in ["sinh", "cosh", "tanh", "asinh", "acosh", "atanh"])
+    sin, cos, tan, asin, acos, atan = (
+        _float_unary(getattr(ir, n)) for n in ["sin", "cos", "tan", "asin", "acos", "atan"]
+    )
+    sinh, cosh, tanh, asinh, acosh, atanh = (
+        _float_unary(getattr(ir, n)) for n in ["sinh", "cosh", "tanh", "asinh", "acosh", "atanh"]
+    )
     sqrt, rsqrt, erf, erfc, erfinv = (_float_unary(getattr(ir, n)) for n in ["sqrt", "rsqrt", "erf", "erfc", "erfinv"])
     lgamma, digamma, sigmoid = _float_unary(ir.lgamma), _float_unary(ir.digamma), _float_unary(ir.sigmoid)
     reciprocal = _float_unary(ir.reciprocal)

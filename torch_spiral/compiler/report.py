@@ -45,7 +45,11 @@ class Explanation:
             lines += [f"  {k}" for k in kernels]
         for g in self.groups:
             size = "" if g.bytes is None else f", {g.bytes} bytes, {g.flops} floating-point operations"
-            lines += [f"{g.name}{size}", *(f"  {line}" for line in g.origins.split("\n")), *(f"    {s}" for s in g.source.split("\n"))]
+            lines += [
+                f"{g.name}{size}",
+                *(f"  {line}" for line in g.origins.split("\n")),
+                *(f"    {s}" for s in g.source.split("\n")),
+            ]
         if self.unfused:
             lines += ["not fused:", *(f"  {u}" for u in self.unfused)]
         return "\n".join(lines)
@@ -78,9 +82,14 @@ def _group(r: Any) -> FusedGroup:
     nodes = ir.walk(*stores)
     inner = _inner(nodes)
     moved = sum(itemsize(dtypes[n.attr]) * (elements if n in inner else rows) for n in nodes if n.op == "load")
-    moved += sum(itemsize(dtypes[s.buffer]) * (elements if s.per_element or not r.program.reduced else rows) for s in r.program.stores)
+    moved += sum(
+        itemsize(dtypes[s.buffer]) * (elements if s.per_element or not r.program.reduced else rows)
+        for s in r.program.stores
+    )
     free = ("const", "leaf", "load", "check", "cast")
-    flops = sum(elements if n in inner or n.op == "red" else rows for n in nodes if n.dtype in ir.FLOATS and n.op not in free)
+    flops = sum(
+        elements if n in inner or n.op == "red" else rows for n in nodes if n.dtype in ir.FLOATS and n.op not in free
+    )
     return FusedGroup(r.kernel.name, r.origins, r.kernel.source, moved, flops)
 
 

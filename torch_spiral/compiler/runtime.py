@@ -31,7 +31,9 @@ class Fused:
     lanes: int = 1
     sites: tuple[str, ...] = ()
 
-    def __call__(self, buffers: Sequence[Tensor], symbols: Sequence[Any], rows: Sequence[Any], reduced: Sequence[Any]) -> None:
+    def __call__(
+        self, buffers: Sequence[Tensor], symbols: Sequence[Any], rows: Sequence[Any], reduced: Sequence[Any]
+    ) -> None:
         scalars = [*symbols, *(error_site(text) for text in self.sites)]
         if self.schedule in ("tasks", "lanes_d", "lanes_r"):
             scalars.append(self._per_task(rows, reduced))
@@ -60,12 +62,18 @@ class Fused:
 
 def empty(sizes: Sequence[Any], strides: Sequence[Any], dtype: str) -> Tensor:
     """A buffer of a graph."""
-    dense = all(low.is_plain(a, 1) or _same(b, c) for a, b, c in zip(sizes, strides, low.contiguous_strides(sizes), strict=True))
+    dense = all(
+        low.is_plain(a, 1) or _same(b, c) for a, b, c in zip(sizes, strides, low.contiguous_strides(sizes), strict=True)
+    )
     return low.empty(sizes, dtype, None if dense else strides)
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a._ref == b._ref if isinstance(a, low.Sym) and isinstance(b, low.Sym) else not isinstance(a, low.Sym) and not isinstance(b, low.Sym) and a == b
+    return (
+        a._ref == b._ref
+        if isinstance(a, low.Sym) and isinstance(b, low.Sym)
+        else not isinstance(a, low.Sym) and not isinstance(b, low.Sym) and a == b
+    )
 
 
 def reinterpret(x: Tensor, sizes: Sequence[Any], strides: Sequence[Any], offset: Any = 0) -> Tensor:
@@ -87,7 +95,9 @@ class Externs:
             "convolution_overrideable", x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed,
             list(output_padding), groups,
         )  # fmt: skip
-        if strides is None or all(low.is_one(n) or _same(a, b) for n, a, b in zip(result.sizes, result.strides, strides, strict=True)):
+        if strides is None or all(
+            low.is_one(n) or _same(a, b) for n, a, b in zip(result.sizes, result.strides, strides, strict=True)
+        ):
             return result
         from ..ops.common import copy_to
 
@@ -96,7 +106,15 @@ class Externs:
         return other
 
 
-def matrix_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], alpha: Any = 1, beta: Any = 1) -> None:
+def matrix_product(
+    kind: str,
+    args: Sequence[Any],
+    out: Tensor,
+    shape: Sequence[int],
+    steps: Sequence[Any],
+    alpha: Any = 1,
+    beta: Any = 1,
+) -> None:
     """A matrix product ("mm", "bmm", "addmm", "baddbmm") with an epilogue. out takes the result [batch, rows, columns],
     contiguous. steps: names of activations, and (kind, tensor, strides, offset) as in epilogue.Operand."""
     from ..ops import contraction
@@ -104,11 +122,14 @@ def matrix_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[
     bias, (a, b) = (args[0], args[1:3]) if kind in ("addmm", "baddbmm") else (None, args[:2])
     if kind in ("mm", "addmm"):
         a, b = contraction.matrix(a, 0, 1), contraction.matrix(b, 0, 1)
-    terms = [
-        (s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps
-    ]
+    terms = [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
     contraction.product(
-        a, b, out.view(shape), None if alpha == 1 else _number(alpha), None if bias is None else (_number(float(beta)), bias), terms
+        a,
+        b,
+        out.view(shape),
+        None if alpha == 1 else _number(alpha),
+        None if bias is None else (_number(float(beta)), bias),
+        terms,
     )
 
 
@@ -159,19 +180,30 @@ recorded: collections.deque[Graph] = collections.deque(maxlen=256)
 
 
 class Graph:
-    """A stretch of a compiled graph without anything but kernels of ours: one call, replayed from one plan.
+    """A stretch of a compiled graph without anything but kernels of ours, replayed from one plan.
 
     name: by its content, so that equal graphs share plans. body(inputs, written, sizes) runs on handles and gives the handles
-    that leave the graph."""
+    that leave the graph. counts: of inputs, written buffers and sizes. `call` takes all of them, in this order, and returns a
+    tuple of tensors."""
 
-    def __init__(self, name: str, body: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Sequence[Tensor]], outputs: int):
-        self.name, self.body, self.outputs = name, body, outputs
+    def __init__(
+        self, name: str, body: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Any]], Sequence[Tensor]],
+        counts: tuple[int, int, int], device: int,
+    ):  # fmt: skip
+        self.name, self.body, self.device = name, body, device
         self.kernels: tuple[str, ...] = ()
-        if f"spiral::{name}" not in low.registered:
-            low.operator(
-                f"{name}(Tensor[] inputs, Tensor(a!)[] written, int[] sizes, int[] classes) -> Tensor[]", slots=("sizes",)
-            )(self._record)
-        self._op = getattr(torch.ops.spiral, name).default
+        low.internal(f"spiral::{name}", self._record)
+        a, b, c = counts
+        self.call = _C.graph_call(
+            f"spiral::{name}",
+            device,
+            a + b + c,
+            list(range(a)),
+            list(range(a, a + b)),
+            list(range(a + b, a + b + c)),
+            [],
+            [],
+        )
 
     def _record(self, inputs: Any, written: Any, sizes: Any, classes: Any) -> Any:
         r = low.recorder()
@@ -181,23 +213,28 @@ class Graph:
         recorded.append(self)
         return results
 
-    def __call__(self, inputs: Sequence[torch.Tensor], written: Sequence[torch.Tensor], sizes: Sequence[int]) -> Any:
-        if not inputs and not written:
-            inputs = [_anchor(_C.current_device())]
-        return self._op(inputs, written, sizes, [size_class(s) for s in sizes])
+    def direct(
+        self,
+        arguments: int,
+        inputs: Sequence[int],
+        written: Sequence[int],
+        sizes: Sequence[int],
+        outputs: Sequence[tuple],
+    ) -> Any:
+        """What a whole compiled function is when it is nothing but this graph: takes the function's arguments, returns its results.
 
-
-@functools.cache
-def _anchor(device: int) -> torch.Tensor:
-    """A tensor that tells the dispatcher where a graph without operands runs."""
-    return torch.empty(0, device=torch.device("spiral", device))
-
-
-def size_class(n: int) -> int:
-    """As Call::size_class in csrc/dispatch/call.cpp."""
-    if n < 2:
-        return max(n, 0)
-    return 2 + (n.bit_length() - 1) * 3 + (2 if n % 16 == 0 else 1 if n % 4 == 0 else 0)
+        inputs, written, sizes: positions among the arguments. outputs: ("returned", number, (), (), 0), ("view", number of the
+        tensor, sizes, strides, offset), ("argument", position, (), (), 0) or ("none", 0, (), (), 0)."""
+        return _C.graph_call(
+            f"spiral::{self.name}",
+            self.device,
+            arguments,
+            list(inputs),
+            list(written),
+            list(sizes),
+            list(outputs),
+            list(written),
+        )
 
 
 __all__ = ["GLOBALS", "OUT_EXTERNS", "Fused", "Graph", "Kernel", "empty", "recorded", "reinterpret"]

@@ -59,6 +59,7 @@ class Wrapper(compat.PythonWrapperCodegen):
         self.fused_origins: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
         self.graphs: list[str] = []
+        self.device_index = 0
         super().__init__()
 
     @staticmethod
@@ -77,12 +78,16 @@ class Wrapper(compat.PythonWrapperCodegen):
             strip=True,
         )
 
-    def define_fused(self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], program: Program, origins: str) -> None:
+    def define_fused(
+        self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], program: Program, origins: str
+    ) -> None:
         """Puts a kernel into the module."""
         digest = hashlib.sha256(repr((built, tuple(sites))).encode()).hexdigest()[:16]
         kernel = dataclasses.replace(built.kernel, name=f"fused_{digest}")
         rest = ", ".join(
-            f"{f.name}={getattr(kernel, f.name)!r}" for f in dataclasses.fields(kernel) if f.name not in ("name", "source")
+            f"{f.name}={getattr(kernel, f.name)!r}"
+            for f in dataclasses.fields(kernel)
+            if f.name not in ("name", "source")
         )
         lines = [
             f"{name} = spiral.Fused(Kernel(",
@@ -110,15 +115,25 @@ class Wrapper(compat.PythonWrapperCodegen):
 
     def codegen_device_guard_enter(self, device_idx: int, *args: Any, **kwargs: Any) -> None:
         """None: a Graph runs where its operands are, and so do operators."""
-        self._spiral_index = device_idx
+        self.device_index = device_idx
 
     def codegen_device_guard_exit(self) -> None:
         pass
 
+    def generate(self, is_inference: bool) -> Any:
+        # Buffers keep their own names: a plan gives temporaries the memory of earlier ones by itself, and a name that is used
+        # twice looks to epilogues as if it were read later.
+        with compat.config.patch(allow_buffer_reuse=False):
+            return super().generate(is_inference)
+
     def generate_return(self, output_refs: list[str]) -> None:
         super().generate_return(output_refs)
         text = self.wrapper_call.getvalue()
-        lines = _Cutter(self, text).cut()
+        cutter = _Cutter(self, text)
+        lines = cutter.cut()
+        direct = cutter.direct()
+        if direct is not None:
+            self.header.writeline(f"direct, arguments = graph_0.direct({direct}), {len(V.graph.graph_input_names)}")
         self.wrapper_call.clear()
         with self.wrapper_call.indent():
             for line in lines:
@@ -140,8 +155,13 @@ class _Cutter:
                 self.statements += s.body
             else:
                 self.statements.append(s)
-        self.outer: set[str] = set(V.graph.graph_input_names) | set(V.graph.constants) | set(map(str, V.graph.graph_inputs))
+        self.outer: set[str] = (
+            set(V.graph.graph_input_names) | set(V.graph.constants) | set(map(str, V.graph.graph_inputs))
+        )
         self.out: list[str] = []
+        self.calls: list[
+            tuple[list[str], list[str], list[str], list[str]]
+        ] = []  # per graph: what it reads, writes, its sizes, its results
         self.base: dict[str, tuple[str, str]] = {}  # views and aliases: what they are of, how they are made
 
     def cut(self) -> list[str]:
@@ -161,6 +181,58 @@ class _Cutter:
                 index += 1
         return self.out
 
+    def direct(self) -> str | None:
+        """Arguments of Graph.direct, where the function is one graph on its arguments; else None."""
+        if len(self.calls) != 1:
+            return None
+        read, write, sizes, roots = self.calls[0]
+        inputs = V.graph.graph_inputs
+        arguments = [
+            str(inputs[name]) if inputs[name] is not None and SIZE.match(str(inputs[name])) else name
+            for name in V.graph.graph_input_names
+        ]
+        values: dict[str, tuple[Any, ...]] = {
+            name: ("argument", at, (), (), 0) for at, name in enumerate(arguments)
+        }  # as Graph.direct says
+        for s in ast.parse("def call():\n" + "\n".join(f"    {line}" for line in self.out)).body[0].body:  # type: ignore[attr-defined]
+            found = _call(getattr(s, "value", None))
+            if isinstance(s, ast.Delete) or (found and found[0] == "call_0"):
+                values.update({name: ("returned", at, (), (), 0) for at, name in enumerate(roots)} if found else {})
+            elif isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name):
+                name = s.targets[0].id
+                if isinstance(s.value, ast.Name) and s.value.id in values:
+                    values[name] = values[s.value.id]
+                elif found and found[0] == "reinterpret_tensor" and all(map(_literal, found[1].args[1:])):
+                    base = values.get(ast.unparse(found[1].args[0]), ("",))
+                    if base[0] != "returned":
+                        return None
+                    values[name] = ("view", base[1], *(ast.literal_eval(a) for a in found[1].args[1:]))
+                else:
+                    return None
+            elif isinstance(s, ast.Return) and isinstance(s.value, ast.Tuple):
+                outputs = []
+                for e in s.value.elts:
+                    if isinstance(e, ast.Constant) and e.value is None:
+                        outputs.append(("none", 0, (), (), 0))
+                        continue
+                    found = _call(e)
+                    if found and found[0] == "reinterpret_tensor" and all(map(_literal, found[1].args[1:])):
+                        base = values.get(ast.unparse(found[1].args[0]), ("",))
+                        if base[0] != "returned":
+                            return None
+                        outputs.append(("view", base[1], *(ast.literal_eval(a) for a in found[1].args[1:])))
+                    elif isinstance(e, ast.Name) and e.id in values:
+                        outputs.append(values[e.id])
+                    else:
+                        return None
+                if not outputs or not all(name in arguments for name in [*read, *write, *sizes]):
+                    return None
+                places = [[arguments.index(name) for name in part] for part in (read, write, sizes)]
+                return f"{len(arguments)}, {places[0]}, {places[1]}, {places[2]}, {outputs}"
+            else:
+                return None
+        return None
+
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 
     def _epilogues(self) -> None:
@@ -168,7 +240,11 @@ class _Cutter:
         index = 0
         while index < len(self.statements):
             found = _call(getattr(self.statements[index], "value", None))
-            if found and found[0].removeprefix("extern_kernels.") in OUT_EXTERNS and found[0].startswith("extern_kernels."):
+            if (
+                found
+                and found[0].removeprefix("extern_kernels.") in OUT_EXTERNS
+                and found[0].startswith("extern_kernels.")
+            ):
                 self._epilogue(index, found[0].removeprefix("extern_kernels."), found[1])
             index += 1
 
@@ -185,7 +261,9 @@ class _Cutter:
             if isinstance(s, ast.Delete):
                 continue
             found = _call(getattr(s, "value", None))
-            if isinstance(s, ast.Assign) and (isinstance(s.value, ast.Name) or (found and found[0] in ("empty", "reinterpret_tensor"))):
+            if isinstance(s, ast.Assign) and (
+                isinstance(s.value, ast.Name) or (found and found[0] in ("empty", "reinterpret_tensor"))
+            ):
                 if not (found and found[0] == "empty") and _root(s.value) in names:
                     names |= set(_stored(s))
                 continue
@@ -344,7 +422,9 @@ class _Cutter:
                 deleted += [t.id for t in s.targets if isinstance(t, ast.Name)]
                 continue
             found = _call(getattr(s, "value", None))
-            if (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) or (found and found[0].startswith("assert_")):
+            if (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) or (
+                found and found[0].startswith("assert_")
+            ):
                 continue
             for name in _loaded(s):
                 if SIZE.match(name):
@@ -390,18 +470,32 @@ class _Cutter:
             lines.append(f"    ({', '.join(write)},) = written")
         if sizes:
             lines.append(f"    ({', '.join(sizes)},) = sizes")
-        text = [re.sub(r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten|attention|attention_backward)\b(?=[(.])", r'spiral.GLOBALS["\1"]', line) for line in body]
+        text = [
+            re.sub(
+                r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten|attention|attention_backward)\b(?=[(.])",
+                r'spiral.GLOBALS["\1"]',
+                line,
+            )
+            for line in body
+        ]
         lines += [f"    {line}" for line in text]
         lines.append(f"    return ({''.join(f'{r}, ' for r in roots)})")
-        digest = hashlib.sha256("\n".join([*lines[1:], *(self.wrapper.fused[n][0] for n in self._kernels(stretch))]).encode())
+        digest = hashlib.sha256(
+            "\n".join([*lines[1:], *(self.wrapper.fused[n][0] for n in self._kernels(stretch))]).encode()
+        )
         self.wrapper.graphs.append("\n".join(lines))
         for line in lines:
             self.wrapper.header.writeline(line)
         self.wrapper.header.writeline("")
-        self.wrapper.header.writeline(f'graph_{number} = spiral.Graph("graph_{digest.hexdigest()[:24]}", graph_{number}, {len(roots)})')
+        counts = (len(read), len(write), len(sizes))
+        self.wrapper.header.writeline(
+            f'graph_{number} = spiral.Graph("graph_{digest.hexdigest()[:24]}", graph_{number}, {counts}, {self.wrapper.device_index})'
+        )
+        self.wrapper.header.writeline(f"call_{number} = graph_{number}.call")
         self.wrapper.header.writeline("")
-        call = f"graph_{number}([{', '.join(read)}], [{', '.join(write)}], [{', '.join(sizes)}])"
-        self.out.append(f"[{', '.join(roots)}] = {call}" if roots else call)
+        call = f"call_{number}({', '.join([*read, *write, *sizes])})"
+        self.out.append(f"({', '.join(roots)},) = {call}" if roots else call)
+        self.calls.append((read, write, list(sizes), list(roots)))
         self.out += made
         self.outer |= set(roots) | set(live)
         self._forget(deleted, later)
