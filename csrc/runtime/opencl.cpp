@@ -544,7 +544,7 @@ class OpenCLEngine final : public Engine {
     cl_event busy_until = nullptr;
   };
 
-  static constexpr uint32_t kHeld = 32, kHeldBindings = 8, kHeldParams = 256, kMaxBindings = 256;
+  static constexpr uint32_t kHeld = 256, kHeldBindings = 8, kHeldParams = 256, kMaxBindings = 256;
   struct Held {
     CLKernel* kernel;
     uint32_t count;
