@@ -162,6 +162,15 @@ class Profiler final : public libkineto::IActivityProfiler {
 #endif
 
 }  // namespace
+
+bool native_profiler() {
+#ifdef SPIRAL_KINETO
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace spiral
 
 #ifdef SPIRAL_KINETO

@@ -45,4 +45,7 @@ void trace_stop(Device&, std::unique_ptr<EventHandle> start, LaunchRecord&&);
 void push_correlation(uint64_t id);
 void pop_correlation();
 
+// Whether torch.profiler shows what we record on a timeline of its own (csrc/aten/profiler.cpp).
+bool native_profiler();
+
 }  // namespace spiral

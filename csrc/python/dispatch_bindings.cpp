@@ -177,6 +177,7 @@ void bind_dispatch(py::module_& m) {
     return py::make_tuple(s.entries, s.bytes);
   });
   m.def("tracing", &tracing);
+  m.attr("native_profiler") = native_profiler();
   m.def("trace_begin", &trace_begin, py::call_guard<py::gil_scoped_release>());
   m.def("trace_end", [](uint64_t token) {
     std::vector<LaunchRecord> records;

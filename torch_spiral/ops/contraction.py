@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .. import autotune
 from ..kernels import ir
 from ..kernels.block import gemm as block
 from ..kernels.kernel import DTYPES
@@ -18,6 +19,7 @@ from ..lowering import (
     cdiv,
     divisible_by,
     empty,
+    hint,
     is_one,
     is_zero,
     launch,
@@ -43,6 +45,12 @@ def _unit(x: Tensor, dim: int) -> bool:
 
 def _batch_stride(x: Tensor) -> Any:
     return 0 if is_one(x.sizes[0]) else x.strides[0]
+
+
+def _tuned(key: str, sizes: Sequence[Any], default: Any, candidates: Any) -> Any:
+    """The choice for a product of sizes (m, n, k, batch): the default, or what was measured to be faster."""
+    key += " " + " ".join(f"{name}{bucket(size)}" for name, size in zip("mnkb", sizes))
+    return autotune.choose("gemm", key, default, candidates, [hint(s) for s in sizes])
 
 
 def product(
@@ -211,17 +219,20 @@ def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, opera
         kernel = build(vector.gemm_dot, a.dtype, b.dtype, out.dtype, 1 if is_one(m) else 0, c_layout, epilogue)
         launch(
             kernel, [a, b, out, *operands], scalars([ab, am, bb, b.strides[2], cb, cm, cn], [m, n, k]),
-            vector.gemm_dot_groups(m, n, batch, units),
+            vector.gemm_dot_groups(m, n, batch, units), lambda: 2 * m * n * k * batch,
         )  # fmt: skip
         return
     if floating and is_one(m) and b_layout == "n":
         kernel = build(vector.gemv, a.dtype, b.dtype, out.dtype, c_layout, epilogue)
         launch(
             kernel, [a, b, out, *operands], scalars([ab, ak, bb, b.strides[1], cb, cn], [n, k]),
-            (1, cdiv(n, 256 * units) * units, batch),
+            (1, cdiv(n, 256 * units) * units, batch), lambda: 2 * n * k * batch,
         )  # fmt: skip
         return
     s = vector.schedule(compute)
+    if compute == "f32" and "g" not in a_layout + b_layout:
+        key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout}"
+        s = _tuned(key, (m, n, k, batch), s, lambda: vector.candidates(compute))
     panels = cdiv(n, s.nr)
     shared = is_zero(_batch_stride(b))
     copies = 1 if shared else b.sizes[0]
@@ -237,17 +248,17 @@ def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, opera
     if floating and bucket(m) <= 6 and bucket(n) <= 7 and bucket(k) >= 11:
         splits = 2 * units
         partial = empty((splits, batch, m, n), compute)
-        kernel = build(vector.gemm, a.dtype, compute, compute, a_layout, "packed", "n", Epilogue(), True)
+        kernel = build(vector.gemm, a.dtype, compute, compute, a_layout, "packed", "n", Epilogue(), True, s)
         named = [("i64", v) for v in (ab, am, ak, pb, 0, m * n, n, 1)] + [("u32", v) for v in (m, n, k)]
-        launch(kernel, [a, p, partial], _ordered(None, named), (splits, 1, batch))
+        launch(kernel, [a, p, partial], _ordered(None, named), (splits, 1, batch), lambda: 2 * m * n * k * batch)
         finish = build(vector.reduce_splits, out.dtype, c_layout, epilogue, compute)
         named = [("i64", v) for v in (cb, cm, cn, *_epilogue_strides(epilogue, operands))]
         named += [(factor, f) for f in factors] + [("u32", v) for v in (m, n, splits)]
         launch(finish, [partial, out, *operands], _ordered(None, named), (minimum(m, units), 1, batch))
         return
-    kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue)
+    kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue, False, s)
     groups = vector.gemm_groups(s, m, n, batch, units)
-    launch(kernel, [a, p, out, *operands], scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]), groups)
+    launch(kernel, [a, p, out, *operands], scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]), groups, lambda: 2 * m * n * k * batch)
 
 
 # ---- block: Triton ------------------------------------------------------------------------------------------------------
@@ -284,6 +295,10 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     tiles = _described(a, a_layout) and _described(b, b_layout)
     s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t")
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
+    if compute == "f32" and "s" not in a_layout + b_layout:
+        key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
+        choice = _tuned(key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about))
+        s, count = choice.schedule, choice.splits
 
     def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
         own = [
@@ -303,14 +318,14 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
         groups = block.groups(s, m, n, batch)
         if s.persistent:
             groups = (minimum(groups[0], block.programs(t, s)), 1, 1)
-        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups)
+        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups, lambda: 2 * m * n * k * batch)
         return
     partial = empty((count, batch, m, n), compute)
     total = batch * m * n
     kernel = build(block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue(), tiles)
     span = cdiv(cdiv(k, count), s.k) * s.k
     named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
-    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count))
+    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count), lambda: 2 * m * n * k * batch)
     finish = build(block.reduce_splits, compute, out.dtype, c_layout, epilogue)
     named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
     named += [*(("i32", v) for v in (m, n, count)), *extra]
@@ -354,6 +369,9 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
         named += [("u32", v) for v in (*c, *operand_strides)] + [(factor, f) for f in numbers] + [("u32", v) for v in extra]
         return _ordered(None, named)
 
+    def work() -> Any:
+        return 2 * m * n * k * batch
+
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     skinny = compute == "f32" and bucket(m) <= 3 and a_layout == "n" and b_layout in ("n", "t") and c_layout == "n" and bucket(k) >= 5
     if skinny:
@@ -363,11 +381,16 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
         k_or_n = k if b_layout == "t" else n
         vec = vec_b and (b_layout == "n" or vec_a) and divisible_by(k_or_n, 4)
         kernel = build(simt.skinny, a.dtype, out.dtype, rows, b_layout, vec, False, epilogue, b.dtype, b.windows)
-        launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.skinny_groups(b_layout, n, batch, 1, minimum))
+        launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.skinny_groups(b_layout, n, batch, 1, minimum), work)
         return
     schedule = simt.default_schedule(t, a.dtype, bucket(m), bucket(n))
-    full_k = divisible_by(k, 16) and schedule.tile_k <= 16
     splits = simt.default_splits(t, schedule, bm, bn, bb, bk) if compute in ("f32", "f64") else 1
+    if compute == "f32" and "s" not in a_layout + b_layout and windows == (1, 1):
+        flags = "".join("v" if v else "s" for v in (vec_a, vec_b)) + ("f" if divisible_by(k, 16) else "r")
+        key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {flags}"
+        choice = _tuned(key, (m, n, k, batch), simt.Choice(schedule, splits), lambda: simt.candidates(t, a.dtype, b.dtype, bm, bn, bk, bb))
+        schedule, splits = choice.schedule, choice.splits
+    full_k = divisible_by(k, 16) and schedule.tile_k <= 16
     if splits > 1:
         partial = empty((batch, splits, m, n), compute)
         kernel = build(
@@ -377,7 +400,7 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
         span = simt.k_span(schedule, k, splits)
         launch(
             kernel, [a, b, partial],
-            scalars([m * n * splits, n, 1], (), (), (splits, span, m * n)), simt.groups(schedule, m, n, batch, splits, minimum),
+            scalars([m * n * splits, n, 1], (), (), (splits, span, m * n)), simt.groups(schedule, m, n, batch, splits, minimum), work,
         )  # fmt: skip
         finish = build(simt.split_reduce, compute, out.dtype, c_layout, False, epilogue)
         named = [("u32", v) for v in (batch, m, n, splits, m * n * splits, m * n, n, *own, *_operand_strides(operands))]
@@ -390,5 +413,5 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
     kernel = build(
         simt.gemm, schedule, a.dtype, out.dtype, a_layout, b_layout, c_layout, vec_a, vec_b, vec_c, full_k, False, epilogue, b.dtype, windows
     )
-    launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.groups(schedule, m, n, batch, 1, minimum))
+    launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.groups(schedule, m, n, batch, 1, minimum), work)
 

@@ -95,7 +95,7 @@ def candidates(target: Target, dtype: str, precision: str, m: int, n: int, k: in
             for tk in (32, 64, 128) if size == 2 else (16, 32, 64):
                 for warps in (4, 8):
                     accumulators = tm * tn // (32 * warps)
-                    if not 4 <= accumulators <= 256 or (warps == 8 and tm * tn < 64 * 64):
+                    if not 4 <= accumulators <= 128 or (warps == 8 and tm * tn < 64 * 64):
                         continue
                     for stages in (2, 3, 4, 5):
                         if stages * (tm + tn) * tk * size > target.max_workgroup_memory and stages > 2:
@@ -104,6 +104,8 @@ def candidates(target: Target, dtype: str, precision: str, m: int, n: int, k: in
                         count = 1
                         while True:
                             found.append(Choice(Schedule(tm, tn, tk, warps, stages), count))
+                            if count == batch == 1 and tiles > target.compute_units:
+                                found.append(Choice(Schedule(tm, tn, tk, warps, stages, persistent=True)))
                             count *= 2
                             if tiles * count > 4 * target.compute_units or k // count < 4 * tk or count > 32:
                                 break

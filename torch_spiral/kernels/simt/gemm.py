@@ -123,6 +123,55 @@ def default_splits(target: Target, schedule: Schedule, m: int, n: int, batch: in
     return max(1, min(2 * target.compute_units // tiles, k // 256, 64))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a product is computed: the tiles, and into how many runs the reduction is cut."""
+
+    schedule: Schedule
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.schedule.key}/{self.splits}"
+
+
+def candidates(target: Target, dtype: str, b_dtype: str, m: int, n: int, k: int, batch: int) -> list[Choice]:
+    """What a tuner may choose from for about these sizes. float32 is always summed in runs (see Schedule.chunk); 16-bit storage
+    hides the error of one long sum."""
+    if ACCUMULATOR[dtype] != "f32":
+        return []
+    chunks = (32, 64, 0) if {dtype, b_dtype} <= {"f16", "bf16"} else (32, 64)
+    software = target.compute_units <= 4
+    shapes = [
+        (tm, tn, tk, rm, rn)
+        for tm in (32, 64, 128, 256)
+        for tn in (32, 64, 128, 256)
+        for tk in (8, 16)
+        for rm, rn in ((4, 4), (8, 4), (4, 8), (8, 8), (16, 8), (8, 16))
+        if 64 <= tm // rm * (tn // rn) <= 256 and max(tm, tn) <= 4 * min(tm, tn)
+    ]
+    found = []
+    for tm, tn, tk, rm, rn in shapes:
+        lanes_m, lanes_n = tm // rm, tn // rn
+        widths = [0, *(w for w in (8, 16) if lanes_n % w == 0 and lanes_m % (32 // w) == 0)]
+        for lanes in [0] if software else widths:
+            for prefetch in (False,) if software else (True, False):
+                for chunk in chunks:
+                    if rm * rn * (2 if chunk else 1) > 128:  # registers
+                        continue
+                    s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
+                    if s.fits(target):
+                        found += [Choice(s, splits) for splits in split_counts(target, cdiv(m, tm) * cdiv(n, tn) * batch, k)]
+    return found
+
+
+def split_counts(target: Target, tiles: int, k: int) -> list[int]:
+    """Into how many runs a reduction may be cut: powers of two up to 4 workgroups a compute unit, each of at least 128."""
+    counts = [1]
+    while counts[-1] * 2 * tiles <= 4 * target.compute_units and k // (counts[-1] * 2) >= 128 and counts[-1] < 64:
+        counts.append(counts[-1] * 2)
+    return counts
+
+
 class TileLoader:
     """Moves a tile X[row, k] of `rows` x `tile_k` elements to shared memory, k-major: shared[k * pitch + row / 4],
     vec4.

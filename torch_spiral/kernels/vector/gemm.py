@@ -9,6 +9,7 @@ blocks wait in a private tile: C is written once, in its own dtype, and rounding
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +60,59 @@ def schedule(compute: str = "f32", width: int | None = None) -> Schedule:
     return Schedule(w, 6, nv, 192 if nv == 2 else 96, 128, 512)
 
 
+def candidates(compute: str = "f32", width: int | None = None) -> list[Schedule]:
+    """What a tuner may choose from: register tiles that leave room for operands, and how much of A and C a task keeps."""
+    s = schedule(compute, width)
+    registers = 32 if (width or vector_width()) == 16 else 16
+    tiles = [(mr, nv) for nv in (1, 2, 3, 4, 6) for mr in (4, 6, 8, 12, 14) if registers // 2 <= mr * nv <= registers - nv - 1]
+    return [
+        Schedule(s.w, mr, nv, max(rows // mr, 1) * mr, kc, max(columns // (nv * s.w), 1) * nv * s.w)
+        for mr, nv in tiles
+        for rows in (48, 96, 192)
+        for kc in (128, 256)
+        for columns in (256, 512)
+    ]
+
+
+def _bits(value: float) -> str:
+    return struct.pack(">f", value).hex()
+
+
+def constant_step(kind: str, value: float) -> str:
+    """The step that adds ("add") a float32 constant, or multiplies ("mul") by it."""
+    return f"{kind}_{_bits(value)}"
+
+
+def rsqrt_step(epsilon: float) -> str:
+    """The kind of a step that multiplies by 1 / sqrt(operand + epsilon)."""
+    return f"rsqrt_{_bits(epsilon)}"
+
+
+def is_constant(step: str) -> bool:
+    return step.startswith(("add_", "mul_"))
+
+
+def number(step: str) -> float:
+    """The constant of a step or kind."""
+    return float(struct.unpack(">f", bytes.fromhex(step.partition("_")[2]))[0])
+
+
+def combine(kind: str, x: str, v: str, rsqrt: str = "") -> str:
+    """Text of a step on x with an operand's or constant's value v. rsqrt: the language's function."""
+    if kind.startswith("rsqrt"):
+        return f"{x} * {rsqrt}({v} + {number(kind)!r}{'' if rsqrt.startswith('tl.') else 'f'})"
+    return f"{x} {_SIGNS[kind.partition('_')[0]]} {v}"
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*"}
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What happens to the accumulator on its way to C, in the order of `steps`.
 
-    A step is "alpha" (times the scalar alpha), an activation's name, or ("add" | "mul", dtype, broadcast) with an operand: broadcast
+    A step is "alpha" (times the scalar alpha), an activation's name, a constant (constant_step), or (kind, dtype, broadcast) with an
+    operand: kind "add", "mul", "sub", or rsqrt_step's, times 1 / sqrt(operand + a constant), as batch norm does; broadcast
     "n" (a vector along columns), "m" (along rows), "mn" (a matrix, unit stride along columns), "s" (any strides);
     ("beta", dtype, broadcast) adds beta times the operand, and nothing where beta is 0, as addmm does.
     Each operand is a buffer, in order, after the product's own; its scalars are strides (i64), see `scalars`.
@@ -108,6 +157,8 @@ class Epilogue:
         for s in self.steps:
             if s == "alpha":
                 out.append(f"{x} *= ({t})((T)alpha);")
+            elif isinstance(s, str) and is_constant(s):
+                out.append(f"{x} = {combine(s, x, f'({t})((T){number(s)!r}f)')};")
             elif isinstance(s, str):
                 out.append(f"{x} = {activation(s, x, m)};")
             else:
@@ -128,7 +179,7 @@ class Epilogue:
                 if kind == "beta":
                     out.append(f"if (beta != 0) {x} = {x} + ({t})((T)beta) * {v};")
                 else:
-                    out.append(f"{x} = {x} {'+' if kind == 'add' else '*'} {v};")
+                    out.append(f"{x} = {combine(kind, x, v, 'rsqrt')};")
                 i += 1
         return " ".join(out)
 

@@ -1,0 +1,233 @@
+"""What the tuner knows of each template: scratch calls that have a key, what a schedule should take, and the kernel that its decision is
+about. The candidates themselves are declared beside the kernels (kernels/*/gemm.py, attention.py …)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..kernels.kernel import DTYPES, Target
+from . import Request
+from .model import Roofline, Tiling, product_seconds
+
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Of the largest result, between schedules that only add in another order.
+TOLERANCE = {"f32": 2e-5, "f16": 3e-3, "bf16": 2e-2}
+MARGIN = 64  # elements around a result that must stay as they are
+
+
+@dataclass
+class Problem:
+    """A call on scratch tensors. call() stores its results in `outputs`, which lie between margins of `arena`s."""
+
+    template: str
+    key: str
+    sizes: tuple[int, ...]
+    device: torch.device
+    dtype: str
+    inputs: list[torch.Tensor]
+    arenas: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    call: Callable[[], Any]
+    exact: Callable[[], list[torch.Tensor]] | None  # in float64 on the host; None: too large for that
+    tolerance: float
+    flops: float
+    bytes: float
+    fields: dict[str, Any] = field(default_factory=dict)  # of the key
+
+    def asks(self, request: Request) -> bool:
+        """Whether the call asks for just this key."""
+        from .tuner import requests_of
+
+        return any((r.template, r.key) == (request.template, request.key) for r in requests_of(self.call))
+
+    def poison(self) -> None:
+        """So that a result that is not written is seen."""
+        for arena in self.arenas:
+            arena.fill_(float("nan"))
+
+    def damage(self) -> str:
+        """What was written outside of the results; empty: nothing."""
+        for arena, out in zip(self.arenas, self.outputs, strict=True):
+            if not (arena[:MARGIN].isnan().all() and arena[MARGIN + out.numel() :].isnan().all()):
+                return "it wrote outside of its result"
+        return ""
+
+    def results(self) -> list[torch.Tensor]:
+        return [out.clone() for out in self.outputs]
+
+    def truth(self) -> list[torch.Tensor] | None:
+        return self.exact() if self.exact is not None else None
+
+
+def arena(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(memory, a contiguous tensor in it between two margins)."""
+    count = 1
+    for n in shape:
+        count *= n
+    memory = torch.empty(count + 2 * MARGIN, dtype=dtype, device=device)
+    return memory, memory[MARGIN : MARGIN + count].view(*shape)
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """Normal numbers; large ones repeat a block, since they are made on the host."""
+    count = 1
+    for n in shape:
+        count *= n
+    block = torch.randn(min(count, (1 << 22) + 1), generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+    return block.repeat(-(-count // block.numel()))[:count].view(*shape)
+
+
+class Template:
+    """A family of kernels. device and key say which call; sizes are exact."""
+
+    name: str
+
+    def problem(self, device: int, key: str, sizes: Sequence[int]) -> Problem:
+        """A call on scratch tensors that asks for the key."""
+        raise NotImplementedError(f"{self.name} {key}")
+
+    def ragged(self, problem: Problem) -> Problem:
+        """A small one of the same kernels with sizes that fill no tile, and exact results to compare with."""
+        raise NotImplementedError
+
+    def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
+        """What the roofline lets expect of a schedule."""
+        raise NotImplementedError
+
+    def family(self, schedule: Any) -> Any:
+        """What schedules have in common that the model can hardly tell apart."""
+        return schedule
+
+    def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
+        """The source of the kernel that a decision for the key is about."""
+        raise NotImplementedError
+
+
+class Gemm(Template):
+    """Key: dtypes of a, b, c; layouts; [flags of the schedule class]; m, n, k, batch as floor(log2)."""
+
+    name = "gemm"
+
+    def _fields(self, key: str) -> dict[str, Any]:
+        a, b, c, layouts, *flags = key.split()[:-4]
+        return {"a": a, "b": b, "c": c, "layouts": layouts, "flags": flags}
+
+    def problem(self, device: int, key: str, sizes: Sequence[int], exact: bool = False) -> Problem:
+        f = self._fields(key)
+        where = torch.device("spiral", device)
+        m, n, k, batch = sizes
+        if not f["a"] == f["b"] == f["c"] or f["layouts"][2] != "n" or f["a"] not in TORCH:
+            raise NotImplementedError(f"gemm {key}")
+        dtype = TORCH[f["a"]]
+
+        def operand(rows: int, columns: int, layout: str, seed: int) -> torch.Tensor:
+            if layout == "n":
+                return scratch((batch, rows, columns), dtype, where, seed)
+            return scratch((batch, columns, rows), dtype, where, seed).transpose(1, 2)
+
+        a, b = operand(m, k, f["layouts"][0], 1), operand(k, n, f["layouts"][1], 2)
+        memory, out = arena((batch, m, n), dtype, where)
+        if batch == 1:
+            a2, b2, out2 = a[0], b[0], out[0]
+
+            def call() -> Any:
+                return torch.mm(a2, b2, out=out2)
+        else:
+
+            def call() -> Any:
+                return torch.bmm(a, b, out=out)
+
+        def truth() -> list[torch.Tensor]:
+            return [a.cpu().double() @ b.cpu().double()]
+
+        size = DTYPES[f["a"]].size
+        tolerance = TOLERANCE[f["a"]] if f["flags"][-1:] != ["tf32"] else 5e-4
+        return Problem(
+            self.name, key, tuple(sizes), where, f["a"], [a, b], [memory], [out], call, truth if exact else None, tolerance,
+            2.0 * m * n * k * batch, float(batch * size * (m * k + k * n + m * n)), f,
+        )  # fmt: skip
+
+    def ragged(self, problem: Problem) -> Problem:
+        """Divisible as the key says, and no more: what a kernel is built for stays."""
+        m, n, k, batch = problem.sizes
+
+        def like(size: int, small: int) -> int:
+            return small if size % 16 == 0 else small + 4 if size % 4 == 0 else small + 3
+
+        m = min(m, 13) if m < 32 else like(m, 336)
+        return self.problem(
+            problem.device.index, problem.key, (m, like(n, 304), like(k, 272), min(batch, 3)), exact=True
+        )
+
+    def _tiling(self, target: Target, f: dict[str, Any], schedule: Any, sizes: Sequence[int]) -> Tiling:
+        size = DTYPES[f["a"]].size
+        if target.schedule_class == "vector":
+            s, m = schedule, sizes[0]
+            tasks = -(-m // (s.mc * target.compute_units)) * target.compute_units * sizes[3]
+            return Tiling(s.mr, s.nr, 1, 1, s.mr * s.nr, 0, 1, tasks=tasks)
+        s = schedule.schedule
+        if target.schedule_class == "block":
+            threads = 32 * s.warps
+            return Tiling(
+                s.m, s.n, s.k, threads, s.m * s.n // threads, s.stages * (s.m + s.n) * s.k * size, schedule.splits,
+                matrix_units=True, stages=s.stages,
+            )  # fmt: skip
+        return Tiling(
+            s.tile_m, s.tile_n, s.tile_k, s.threads, s.thread_m * s.thread_n, s.workgroup_memory(),
+            schedule.splits, stages=1 + s.prefetch,
+        )  # fmt: skip
+
+    def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
+        target = Target.of(problem.device.index)
+        size = DTYPES[problem.dtype].size
+        tiling = self._tiling(target, problem.fields, schedule, problem.sizes)
+        return product_seconds(target, tiling, *problem.sizes, problem.dtype, size, size, roofline)
+
+    def family(self, schedule: Any) -> Any:
+        s = getattr(schedule, "schedule", schedule)
+        if hasattr(s, "tile_m"):
+            return s.tile_m, s.tile_n, s.thread_m, s.thread_n, schedule.splits
+        return (s.mr, s.nv) if hasattr(s, "mr") else (s.m, s.n, schedule.splits)
+
+    def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
+        from ..kernels.block import gemm as block
+        from ..kernels.simt import gemm as simt
+        from ..kernels.vector import gemm as vector
+
+        f = self._fields(key)
+        la, lb, lc = f["layouts"]
+        if target.schedule_class == "vector":
+            return vector.gemm(target, f["a"], "f32", f["c"], la, "packed", lc, s=schedule).source
+        split = schedule.splits > 1
+        if target.schedule_class == "simt":
+            va, vb, full = (c in "vf" for c in f["flags"][0])
+            s = schedule.schedule
+            full = full and s.tile_k <= 16
+            return simt.gemm(target, s, f["a"], f["c"], la, lb, lc, va, vb, False, full, split, b_dtype=f["b"]).source
+        precision = "" if f["flags"][1] == "-" else f["flags"][1]
+        tiles = f["flags"][0] == "tiles"
+        return block.gemm(
+            target, schedule.schedule, f["a"], f["b"], f["c"], la, lb, lc, precision, split, block.Epilogue(), tiles
+        ).source
+
+
+TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(),)}
+
+
+def template(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise NotImplementedError(f"the tuner has no scratch calls for {name}")
+    return TEMPLATES[name]
+
+
+@functools.cache
+def kernel_hash(device: int, name: str, key: str, schedule: Any) -> str:
+    """Of the schedule's kernel and what it is compiled by."""
+    text = template(name).kernel_text(Target.of(device), key, schedule)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
