@@ -278,10 +278,11 @@ class DeviceMemory {
   }
 
   Block* allocate(uint64_t requested) {
-    const uint64_t size = std::max(round_up(requested, kBlockUnit), kBlockUnit);
+    const uint64_t unit = exact_ ? 8 : kBlockUnit;
+    const uint64_t size = std::max(round_up(requested, unit), unit);
     if (C10_UNLIKELY(size > max_allocation_ || size < requested)) refuse(requested);
-    const Pool pool = size > max_binding_ ? kHuge : size <= kSmallRequest ? kSmall : kLarge;
-    {
+    const Pool pool = size > max_binding_ || exact_ ? kHuge : size <= kSmallRequest ? kSmall : kLarge;
+    if (!exact_) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (Block* block = take(pool, size, requested)) return block;
     }
@@ -476,6 +477,7 @@ class DeviceMemory {
   }
 
   uint64_t segment_size(Pool pool, uint64_t size) const {
+    if (exact_) return size;
     uint64_t segment = pool == kSmall           ? kSmallSegment
                        : size < kLargeRequest && pool == kLarge ? kLargeSegment
                                                 : round_up(size, kChunk);
@@ -530,7 +532,7 @@ class DeviceMemory {
       {
         // Another thread, or the tensors that were waiting to die, may have freed a block meanwhile.
         std::lock_guard<std::mutex> lock(mutex_);
-        if (Block* block = take(pool, size, requested)) return block;
+        if (Block* block = exact_ ? nullptr : take(pool, size, requested)) return block;
       }
       out_of_memory(requested);
     }
@@ -591,6 +593,8 @@ class DeviceMemory {
   uint64_t budget_;
   uint64_t reserved_ = 0;
   uint64_t max_binding_, max_allocation_;
+  // For memory checkers: every tensor is memory of its own, as large as asked for and never used twice, so that they see overruns.
+  const bool exact_ = std::getenv("SPIRAL_MEMORY_EXACT") != nullptr;
 };
 
 DeviceMemory& memory_of(c10::DeviceIndex index) {
