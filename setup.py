@@ -12,7 +12,7 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # an older build of what is b
 
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
 GENERATOR = ROOT / "csrc" / "aten" / "generate.py"
@@ -53,6 +53,21 @@ def include_dirs() -> list[str]:
     return dirs
 
 
+def standard_library() -> list[str]:
+    """The shared libstdc++, where the compiler would link its static one. That copy's locale facets are not those of the copy
+    that torch brings into the process, and formatting a number would crash."""
+    if not sys.platform.startswith("linux"):
+        return []
+
+    def found(name: str) -> str:
+        run = subprocess.run([get_cxx_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    if os.path.isfile(found("libstdc++.so")) or not os.path.isfile(found("libstdc++.so.6")):
+        return []
+    return [found("libstdc++.so.6")]
+
+
 class Build(BuildExtension):
     def run(self) -> None:
         if self.editable_mode:  # `pip install -e .` and `build_ext --inplace` share their object files
@@ -74,6 +89,7 @@ setup(
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10", "torch_python"],
             extra_compile_args=FLAGS,
+            extra_link_args=standard_library(),
         )
     ],
     cmdclass={"build_ext": Build},

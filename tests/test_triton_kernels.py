@@ -53,7 +53,7 @@ else:
 
     import torch
 
-    from torch_spiral.kernels import ir, nest
+    from torch_spiral.kernels import ir, linalg, nest
     from torch_spiral.kernels.block import attention, conv, gemm
     from torch_spiral.kernels.builder import KernelBuilder
     from torch_spiral.kernels.kernel import Unsupported
@@ -199,6 +199,30 @@ else:
             k.shared("f32", 4)
         with pytest.raises(Unsupported, match="barrier"):
             k.barrier()
+
+    @pytest.mark.parametrize("n", [4])
+    def test_factorizations(n):
+        """One matrix of a batch for each program; what a lane stores, others read after a barrier."""
+        a = torch.randn(2, n, n, dtype=torch.float64)
+        spd, info = a @ a.mT + n * torch.eye(n), torch.full((2,), 7, dtype=torch.int32)
+        x = spd.clone()
+        run(linalg.cholesky(TARGET, "f64"), [x, info], [*x.stride(), 2, 0, n], (2,))
+        torch.testing.assert_close(x.tril(), torch.linalg.cholesky(spd))
+        x[1] = -spd[1]
+        run(linalg.cholesky(TARGET, "f64"), [x, info], [*x.stride(), 2, 0, n], (2,))
+        assert info.tolist()[1] == 1
+        x, pivots = a.clone(), torch.zeros(2, n, dtype=torch.int32)
+        run(linalg.lu(TARGET, "f64", True), [x, pivots, info], [*x.stride(), 2, n, 0, n, n], (2,))
+        expected, places = torch.linalg.lu_factor(a)
+        torch.testing.assert_close(x, expected)
+        assert torch.equal(pivots, places) and info.tolist() == [0, 0]
+        x, tau = a.clone(), torch.zeros(2, n, dtype=torch.float64)
+        run(linalg.geqrf(TARGET, "f64"), [x, tau], [*x.stride(), 2, n, n, n], (2,))
+        expected, factors = torch.geqrf(a)
+        torch.testing.assert_close(x, expected)
+        torch.testing.assert_close(tau, factors)
+        run(linalg.orgqr(TARGET, "f64"), [x, tau], [*x.stride(), 2, n, n, n, n], (2,))
+        torch.testing.assert_close(x, torch.linalg.householder_product(expected, factors))
 
     @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i32"])
     @pytest.mark.parametrize("layouts", ["nn", "nt", "tn", "tt"])

@@ -8,7 +8,7 @@ three, its strides by batch, row and column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,6 +45,8 @@ class Team:
     def __init__(self, k: KernelBuilder):
         self.k = k
         self.size = 1 if k.target.schedule_class == "vector" else min(TEAM, k.target.max_workgroup_size)
+        self.block = k.target.schedule_class == "block"
+        self.arrays: dict[tuple[str, int], Any] = {}
         self.batch = k.let(ir.cast(k.group_index(), "i32"))
         self.id = ir.const(0, "i32") if self.size == 1 else k.let(ir.cast(k.local_id(), "i32"))
 
@@ -61,6 +63,32 @@ class Team:
     def barrier(self) -> None:
         if self.size > 1:
             self.k.barrier(buffers=True)
+
+    def reduce(self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]) -> list[Any]:
+        """The invocations' tuples of values combined in order; all get the result. What they stored before is visible after."""
+        k = self.k
+        if self.size == 1:
+            return [k.let(v) for v in values]
+        if self.block:
+            out = k.reduce(name, combine, dtypes, values)  # type: ignore[attr-defined]
+            self.barrier()
+            return out
+        shared = [self._shared(t, n) for n, t in enumerate(dtypes)]
+        for s, v in zip(shared, values, strict=True):
+            s[self.id] = v
+        self.barrier()
+        total = [k.var(t, s[0]) for t, s in zip(dtypes, shared, strict=True)]
+        with k.For(1, self.size) as i:
+            new = combine(tuple(t.as_node() for t in total), tuple(s[i] for s in shared))
+            for t, v in zip(total, [k.let(v) for v in new], strict=True):
+                t.set(v)
+        self.barrier()
+        return [k.let(t) for t in total]
+
+    def _shared(self, dtype: str, number: int) -> Any:
+        if (dtype, number) not in self.arrays:
+            self.arrays[dtype, number] = self.k.shared(dtype, self.size)
+        return self.arrays[dtype, number]
 
     def finish(self) -> Kernel:
         return self.k.finish((self.size, 1, 1))
@@ -158,6 +186,21 @@ def cholesky(target: Target, dtype: str) -> Kernel:
 # ---- LU ---------------------------------------------------------------------------------------------------------------
 
 
+def _first_largest(a: tuple, b: tuple) -> tuple:
+    """Of two (value, place): the larger value, of equal ones that at the smaller place."""
+    (x, i), (y, j) = a, b
+    second = ir.or_(y > x, ir.and_(ir.eq(y, x), j < i))
+    return ir.where(second, y, x), ir.where(second, j, i)
+
+
+def _larger(a: tuple, b: tuple) -> tuple:
+    return (ir.maximum(a[0], b[0]),)
+
+
+def _sum(a: tuple, b: tuple) -> tuple:
+    return (a[0] + b[0],)
+
+
 def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
     """LU of a panel: columns first .. first + count, rows from `first`, in place, rows swapped within the panel alone.
 
@@ -170,8 +213,6 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
     batches, rows, first, count, pivot_stride = (k.scalar(n, "i32") for n in ("batches", "rows", "first", "count", "pivot_stride"))
     team = Team(k)
     part = compute_dtype(dtype)
-    if team.size > 1:
-        best_values, best_rows = k.shared(part, team.size), k.shared("i32", team.size)
     a.at(k, team.batch)
     live = team.batch < batches
     last = k.let(first + count)
@@ -186,17 +227,7 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
                 with k.If(size > best):
                     best.set(size)
                     row.set(i)
-            if team.size > 1:
-                best_values[team.id], best_rows[team.id] = best, row
-                team.barrier()
-                best.set(-1.0)
-                row.set(j)
-                with k.For(0, team.size) as t:
-                    value, where = best_values[t], best_rows[t]
-                    with k.If(ir.or_(value > best, ir.and_(ir.eq(value, best), where < row))):
-                        best.set(value)
-                        row.set(where)
-            chosen = k.let(row)
+            _, chosen = team.reduce("first_largest", _first_largest, (part, "i32"), (best, row))
             with team.one(), k.If(live):
                 pivots[team.batch * pivot_stride + j] = chosen + 1
             with k.If(ir.ne(chosen, j)), team.each(first, col_stop) as c:
@@ -208,7 +239,7 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
             with team.one(), k.If(live):
                 pivots[team.batch * pivot_stride + j] = j + 1
         pivot = k.let(a[j, j])
-        zero = ir.and_(ir.eq(_real(pivot), 0.0), ir.eq(_imag(pivot), 0.0))
+        zero = ir.and_(ir.eq(pivot.re, 0.0), ir.eq(pivot.im, 0.0)) if isinstance(pivot, ir.Complex) else ir.eq(pivot, 0.0)
         with k.If(ir.and_(ir.eq(failed, 0), zero)):
             failed.set(j + 1)
         with team.each(j + 1, row_stop) as i:
@@ -327,8 +358,6 @@ def geqrf(target: Target, dtype: str) -> Kernel:
     batches, m, n, tau_stride = (k.scalar(s, "i32") for s in ("batches", "m", "n", "tau_stride"))
     team = Team(k)
     part = compute_dtype(dtype)
-    if team.size > 1:
-        shared = k.shared(part, team.size)
     a.at(k, team.batch)
     live = team.batch < batches
     row_stop, col_stop = k.let(ir.where(live, m, 0)), k.let(ir.where(live, n, 0))
@@ -339,26 +368,17 @@ def geqrf(target: Target, dtype: str) -> Kernel:
             x = a[i, j]
             size = ir.maximum(ir.abs(x.re), ir.abs(x.im)) if isinstance(x, ir.Complex) else ir.abs(x)
             largest.set(ir.maximum(largest, size))
-        if team.size > 1:
-            shared[team.id] = largest
-            team.barrier()
-            with k.For(0, team.size) as t:
-                largest.set(ir.maximum(largest, shared[t]))
-            team.barrier()
-        scale = k.let(ir.where(ir.eq(largest, 0.0), ir.const(1.0, part), largest))
+        (most,) = team.reduce("larger", _larger, (part,), (largest,))
+        scale = k.let(ir.where(ir.eq(most, 0.0), ir.const(1.0, part), most))
         with team.each(j + 1, row_stop) as i:
             norm.set(norm + _abs2(_divided(a[i, j], scale)))
-        if team.size > 1:
-            shared[team.id] = norm
-            team.barrier()
-            norm.set(0.0)
-            with k.For(0, team.size) as t:
-                norm.set(norm + shared[t])
+        (squares,) = team.reduce("sum", _sum, (part,), (norm,))
         alpha = a[j, j]
         alpha = k.let(alpha)
         re, im = _real(alpha), _imag(alpha)
-        none = k.let(ir.and_(ir.eq(norm, 0.0), ir.eq(im, 0.0)))
-        length = ir.sqrt(norm.as_node() + _abs2(_divided(alpha, scale))) * scale
+        none = ir.eq(squares, 0.0)
+        none = k.let(ir.and_(none, ir.eq(im, 0.0)) if isinstance(alpha, ir.Complex) else none)
+        length = ir.sqrt(squares + _abs2(_divided(alpha, scale))) * scale
         beta = k.let(ir.where(re < 0.0, length, -length))
         safe = k.let(ir.where(none, ir.const(1.0, part), beta))
         one, zero = ir.const(1.0, part), ir.const(0.0, part)

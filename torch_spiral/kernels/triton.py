@@ -2,8 +2,8 @@
 
 A scalar of an invocation becomes a tensor of LANES values, or stays a scalar where all lanes agree (it depends on sizes and
 on the workgroup's index only). A condition that lanes disagree about becomes a mask on the loads, stores and assignments
-below it; one that they agree about stays an `if`. A loop runs as often as its longest lane. Shared memory and barriers have
-no such form and are refused: the schedule class `block` reduces by k.reduce and has templates of its own (kernels/block).
+below it; one that they agree about stays an `if`. A loop runs as often as its longest lane. Shared memory has no such form and
+is refused: the schedule class `block` reduces by k.reduce and has templates of its own (kernels/block).
 
 The source of a kernel is a Python module with one function, `main_`, whose arguments are the parameter block in order
 (docs/interfaces.md, section 2); its first line says how many warps and pipeline stages it takes. triton_binary.py turns it
@@ -374,7 +374,11 @@ class TritonBuilder(KernelBuilder):
         return self._refuse("shared memory")
 
     def barrier(self, buffers: bool = False) -> None:
-        self._refuse("a barrier")
+        """Stores to buffers by any lane are visible to all."""
+        if not buffers:
+            self._refuse("a barrier of shared memory")
+        self.emitter.line("tl.debug_barrier()")
+        self.forget_loads()
 
     def text(self, text: str) -> None:
         self._refuse("raw text")

@@ -26,6 +26,7 @@ from ..lowering import (
     check,
     empty,
     is_one,
+    is_zero,
     launch,
     le,
     lowering,
@@ -114,30 +115,53 @@ def _pixels(x: Tensor) -> Tensor | None:
 # ---- forward ------------------------------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
-    """out[n, oc] = bias + sum of w[oc, ic, tap] * x[n, ic, pixel * stride - padding + tap * dilation]."""
+Terms = Sequence[tuple[str, Tensor | None]]  # as contraction.product's: operands are [N, Co, pixels], one value a channel or laid out as the result
+
+
+def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, terms: Terms = ()) -> None:
+    """out[n, oc] = terms of bias + sum of w[oc, ic, tap] * x[n, ic, pixel * stride - padding + tap * dilation]."""
     if out.is_empty:
         return
     if g.pointwise and _pixels(x) and _pixels(out) and w.is_contiguous:
-        _pointwise(_pixels(x), w.view([w.sizes[0], w.sizes[1]]), bias, _pixels(out))  # type: ignore[arg-type]
+        _pointwise(_pixels(x), w.view([w.sizes[0], w.sizes[1]]), bias, _pixels(out), terms)  # type: ignore[arg-type]
     elif target().schedule_class == "vector":
-        _vector(x, w, bias, out, g, False)
+        _vector(x, w, bias, out, g, False, terms)
     else:
-        _simt("forward", x, w, out, g, bias)
+        _simt("forward", x, w, out, g, bias, terms)
 
 
-def _pointwise(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _epilogue(bias: Tensor | None, terms: Terms) -> tuple[Epilogue, list[Tensor], list[Any]]:
+    """The epilogue, its operands, and their strides as kernels of the vector class take them."""
+    steps: list[Any] = []
+    operands: list[Tensor] = []
+    strides: list[Any] = []
+    if bias is not None:
+        steps.append(("add", bias.dtype, "m"))
+        operands.append(bias)
+        strides += [0, bias.strides[0]]
+    for kind, x in terms:
+        if x is None:
+            steps.append(kind)
+            continue
+        per_channel = is_zero(x.strides[0]) and is_zero(x.strides[2])
+        steps.append((kind, x.dtype, "m" if per_channel else "mn"))
+        operands.append(x)
+        strides += [x.strides[0], x.strides[1]]
+    return Epilogue(tuple(steps)), operands, strides
+
+
+def _pointwise(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, terms: Terms = ()) -> None:
     """out[n] = w @ x[n] + bias for [N, C, pixels]; channels_last as one product of all pixels."""
     n, c, p = x.sizes
     co = w.sizes[0]
-    if is_one(x.strides[1]) and not x.is_contiguous and is_one(out.strides[1]):
+    if is_one(x.strides[1]) and not x.is_contiguous and is_one(out.strides[1]) and not terms:
         rows = x.view([1, n * p, c], [0, c, 1])
         add = [] if bias is None else [("add", bias.view([1, 1, co], [0, 0, bias.strides[0]]))]
         matrix_product(rows, matrix(w, 1, 0), out.view([1, n * p, co], [0, co, 1]), terms=add)
         return
     a = w.view([n, co, c], [0, w.strides[0], w.strides[1]])
     add = [] if bias is None else [("add", bias.view([1, co, 1], [0, bias.strides[0], 0]))]
-    matrix_product(a, x, out, terms=add)
+    matrix_product(a, x, out, terms=[*add, *terms])
 
 
 def _transposed(y: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
@@ -186,7 +210,7 @@ def _weights(w: Tensor, m: Any, k_channels: Any, g: Geometry, flip: bool) -> Ten
     return p
 
 
-def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool) -> None:
+def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool, terms: Terms = ()) -> None:
     units = target().compute_units
     n, c = x.sizes[0], x.sizes[1]
     co = out.sizes[1]
@@ -199,9 +223,7 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     else:
         extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
         padded, step = _pad(x, extents, (1, 1, 1), g.padding), g.stride
-    epilogue = Epilogue((("add", bias.dtype, "m"),) if bias is not None else ())
-    operands = [bias] if bias is not None else []
-    bias_strides = [0, bias.strides[0]] if bias is not None else []
+    epilogue, operands, operand_strides = _epilogue(bias, terms)
     m, channels = co // g.groups, c // g.groups
     kd, kh, kw = g.taps
     depthwise = g.groups > 1 and is_one(w.sizes[1]) and kd == 1 and g.volume <= 49 and out.is_contiguous and out.ndim <= 4
@@ -211,7 +233,7 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         kernel = build(vector.depthwise, w.dtype, (kh, kw), epilogue)
         launch(
             kernel, [padded, w, out, *operands],
-            [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *bias_strides, co, co // g.groups, o[1], o[2],
+            [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *operand_strides, co, co // g.groups, o[1], o[2],
              extents[1], extents[2], step[1], step[2], g.dilation[1], g.dilation[2]],
             (minimum(co, 2 * units), n, 1),
         )  # fmt: skip
@@ -225,7 +247,7 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         out_strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
     launch(
         kernel, [padded, p, out, *operands],
-        [c * product(extents), *out_strides, *bias_strides, m, g.groups, *o, *g.taps, *extents, *step, *g.dilation, k, channels],
+        [c * product(extents), *out_strides, *operand_strides, m, g.groups, *o, *g.taps, *extents, *step, *g.dilation, k, channels],
         vector.conv_groups(m, product(o), n, g.groups, s, units),
     )  # fmt: skip
 
@@ -260,7 +282,7 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
 # ---- simt: GPUs ---------------------------------------------------------------------------------------------------------
 
 
-def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None) -> None:
+def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None, terms: Terms = ()) -> None:
     """mode "forward": x, w → y; "input": y, w → x; "weight": x, y → w (the arguments in that order)."""
     t = target()
     bias = None if bias is None else contiguous(bias)
@@ -295,12 +317,12 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
     scalars = [
         g.groups, m, n, k, *pixel, *taps, channels, *mul, *add, *tap_mul, *div, *size, gs[0], gs[1], *gs[2:], g_group, *w_part, *c_part,
     ]  # fmt: skip
-    epilogue = Epilogue((("add", bias.dtype, "m"),) if bias is not None else ())
-    operands = [bias] if bias is not None else []
+    epilogue, operands, _ = _epilogue(bias, terms)
     divided = mode == "input" and any(s != 1 for s in stride)
     depthwise = g.groups > 1 and is_one(weight.sizes[1])
     dtype = gathered.dtype
     if t.schedule_class == "block":
+        assert not terms, "the compiler fuses no epilogue into Triton's convolutions"
         _block(mode, gathered, w, out, g, bias, nd, scalars, (m, n, k), divided)
         return
     if depthwise and mode == "weight":
@@ -337,7 +359,7 @@ def _block(
     operands, taps_last = ([bias] if bias is not None else []), weight or not _channels_last(gathered)
     key = (s, mode, dtype, out.dtype, nd, divided, taps_last, precision, bias.dtype if bias is not None else "")
     if bias is not None:
-        scalars = [*scalars[:-3], bias.strides[0]]
+        scalars = [*scalars, bias.strides[0]]
     if not weight or pixels < 10:
         kernel = build(block.conv, *key, False)
         launch(kernel, [gathered, w, *operands, out], scalars, block.groups(s, m, n, g.groups))
@@ -367,8 +389,9 @@ def _sum_channels(out: Tensor, grad: Tensor) -> None:
 
 def _convolution(
     x: Tensor, w: Tensor, taps: list[int], bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
-    transposed: bool, output_padding: list[int], groups: int,
+    transposed: bool, output_padding: list[int], groups: int, terms: Terms = (), out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """out, where it is given, is contiguous and takes the result; terms need it."""
     for name, t in (("input", x), ("weight", w)):
         check(t.dtype in FLOATS or DTYPES[t.dtype].kind == "complex", "NotImplementedError", f"convolution of {name} dtype {t.dtype} is not supported")
     nd = len(taps)
@@ -389,8 +412,13 @@ def _convolution(
             "Calculated padded input size per channel: ({}). Kernel size: ({}). Kernel size can't be greater than actual input size",
             spatial_in[j] + 2 * p[j], d[j] * (taps[j] - 1) + 1,
         )  # fmt: skip
-    out = _allocate(x.sizes[0], channels, [1] * (3 - nd) + spatial, nd, x.dtype, last)
-    (_transposed if transposed else _forward)(x, w, bias, out, g)
+    if out is None:
+        out = _allocate(x.sizes[0], channels, [1] * (3 - nd) + spatial, nd, x.dtype, last)
+    if transposed:
+        assert not terms
+        _transposed(x, w, bias, out, g)
+    else:
+        _forward(x, w, bias, out, g, terms)
     return out
 
 
