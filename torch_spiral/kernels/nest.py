@@ -22,6 +22,7 @@ from .builder import KernelBuilder
 from .ir import Complex, Node
 from .kernel import DTYPES, Kernel, Target
 
+SIMT_ELEMENTS = 4  # that an invocation of a GPU handles, a workgroup apart: so many loads are in flight
 SIMT_WORKGROUP = 256  # invocations; 64 on software rasterisers would do as well
 BLOCK_LANES = 1024  # of a Triton kernel: 16 bytes a thread and access for most dtypes
 TASK_ELEMENTS = 16384  # what one workgroup of a CPU device handles at least
@@ -54,6 +55,11 @@ def product(xs: Sequence[Any]) -> Any:
     for x in xs:
         r = x if isinstance(r, int) and r == 1 else r * x
     return r
+
+
+def software(target: Target) -> bool:
+    """Whether a `simt` target runs on a CPU: wide kernels compile slowly there, and memory keeps up with one load at a time."""
+    return target.compute_units <= 4 or "llvmpipe" in target.vendor.lower()
 
 
 def fold_groups(target: Target, n: Any) -> tuple[Any, Any, Any]:
@@ -96,6 +102,7 @@ class Nest:
     schedule: str
     wide_scalars: tuple[int, ...] = ()  # which of `values` are 64-bit and travel first
     unit: int = 1  # elements an invocation handles (simt)
+    words: bool = False  # those of a word
     n_values: int = 0
     extra: dict[str, int] = field(default_factory=dict, compare=False)
 
@@ -128,7 +135,7 @@ class Nest:
         if self.schedule == "tiles":
             return (product([cdiv(sizes[1], TILE_ROWS), *sizes[2:]]), 1, 1)
         n = cdiv(product(sizes), self.unit)
-        if self.unit > 1:
+        if self.words:
             n = n + 1  # a first word that is cut off by the offset
         return fold_groups(self.target, cdiv(n, self.kernel.workgroup[0]))
 
@@ -178,7 +185,8 @@ class _Pointwise:
         self.lanes = lanes or _lanes_for([o.dtype for o in operands])
         self.word_out = self._word_output() if not vector else None
         key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
-        unit = 1 if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
+        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or software(target) else SIMT_ELEMENTS
+        unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
         self.bufs = {
             o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r", o.windows)
@@ -206,13 +214,14 @@ class _Pointwise:
             workgroup = (BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
             (self._block if block else self._simt)(workgroup[0])
         self.nest = Nest(
-            kernel=k.finish(workgroup),
+            kernel=k.finish(workgroup, trusted=not self.extra),  # every index is below the sizes
             target=target,
             operands=tuple(operands),
             ndim=ndim,
             schedule=self.schedule,
             wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
             unit=unit,
+            words=self.word_out is not None,
             n_values=len(values),
         )
 
@@ -376,6 +385,33 @@ class _Pointwise:
         with k.Else(), k.If(i < n):
             self._element(i)
 
+    def _several(self, n: Any, workgroup: int) -> None:
+        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads, as far
+        as a compiler knows."""
+        k = self.k
+        span = workgroup * self.each
+        first = k.let(k.group_index() * span)
+        i = k.let(first + k.local_id())
+        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
+            stores: list[tuple[Operand, Any, Any]] = []
+            for j in range(self.each):
+                e = k.let(i + j * workgroup) if j else i
+
+                def store(o: Operand, v: Any, e: Node = e) -> None:
+                    stores.append((o, k.let(self._place(o, e)), k.let(v)))
+
+                self._element(e, store)
+            for o, index, value in stores:
+                self.bufs[o.name].store(index, value)
+        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as j:
+            e = k.let(i + j * workgroup)
+            with k.If(e < n):
+                self._element(e)
+
+    def _place(self, o: Operand, i: Node) -> Node:
+        """Where element i of the iteration order lies in an operand."""
+        return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, self.decompose(i, 0), 0)
+
     def _simt(self, workgroup: int) -> None:
         k = self.k
         n: Any = self.sizes[0]
@@ -383,9 +419,12 @@ class _Pointwise:
             n = n * s
         n = k.let(n)
         i = k.global_id(workgroup)
-        if self.word_out is None:
+        if self.word_out is None and self.each == 1:
             with k.If(i < n):
                 self._element(i)
+            return
+        if self.word_out is None:
+            self._several(n, workgroup)
             return
         out = self.word_out
         per, bits = 4 // DTYPES[out.dtype].size, 8 * DTYPES[out.dtype].size
@@ -719,7 +758,7 @@ class _Rows:
         else:
             self._workgroup_row()
         self.nest = RowNest(
-            kernel=k.finish((self.workgroup, 1, 1)), target=target, operands=tuple(operands), reduced=reduced,
+            kernel=k.finish((self.workgroup, 1, 1), trusted=not self.extra), target=target, operands=tuple(operands), reduced=reduced,
             ndim=ndim, schedule=self.schedule, lanes=self.lanes, split=split,
             wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
         )  # fmt: skip
@@ -901,8 +940,10 @@ class _Rows:
         for a, n in zip(acc, new, strict=False):
             a.set(n)
 
-    def _element(self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any) -> None:
-        """One element (or lanes of them) at reduced coordinates `at`."""
+    def _element(
+        self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None
+    ) -> None:
+        """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other loads."""
 
         def index(o: Operand) -> Node:
             total: Any = self.bases[o.name]
@@ -920,7 +961,10 @@ class _Rows:
             values = values[len(xs) :]
         for i, v in zip(stores, values, strict=False):
             o = self.outs[i]
-            self.bufs[o.name].store(index(o), v)
+            if later is None:
+                self.bufs[o.name].store(index(o), v)
+            else:
+                later.append((o, self.k.let(index(o)), self.k.let(v)))
 
     def _prefetch(self, index: Callable[[Operand], Node]) -> None:
         """A row's last loop works from the cache; meanwhile the row after the next comes in."""
@@ -1041,14 +1085,28 @@ class _Rows:
         totals = self._accumulators(now, 1)
         lid = k.local_id()
 
-        def body(t: Any, accs: list) -> None:
+        each = 1 if self.block or software(self.target) else SIMT_ELEMENTS
+
+        def body(t: Any, accs: list, later: list | None = None) -> None:
             at, rest = {}, t
             for d in range(self.reduced - 1):
                 q = k.let(ir.idiv(rest, self.sizes[d]))
                 at[d] = k.let(rest - q * self.sizes[d])
                 rest = q
             at[self.reduced - 1] = rest
-            self._element(now, accs, stores, at, t)
+            self._element(now, accs, stores, at, t, later)
+
+        def several(start: Any, stop: Any, accs: list) -> None:
+            """Of start, start + size … below stop: `each` at a time, all read before the first is written."""
+            with k.For(start, stop, size * each) as t:
+                with k.If(t + size * (each - 1) < stop):
+                    later: list[tuple[Operand, Any, Any]] = []
+                    for j in range(each):
+                        body(k.let(t + j * size) if j else t, accs, later)
+                    for o, index, value in later:
+                        self.bufs[o.name].store(index, value)
+                with k.Else(), k.For(t, stop, size) as u:
+                    body(u, accs)
 
         if self.block:  # whole blocks without a mask, then the rest
             span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
@@ -1064,12 +1122,18 @@ class _Rows:
             with k.While(lambda: j < end):
                 accs = self._accumulators(now, 1)
                 stop = k.let(ir.minimum(end, j + 128 * size))
-                with k.While(lambda: j < stop):
-                    t = j.as_node()
-                    body(t, accs)
-                    j.set(t + size)
+                if each > 1:
+                    several(j.as_node(), stop, accs)
+                    j.set(j + 128 * size)
+                else:
+                    with k.While(lambda: j < stop):
+                        t = j.as_node()
+                        body(t, accs)
+                        j.set(t + size)
                 for (m, _), a, b in zip(now, totals, accs, strict=False):
                     self._combine(m, a, [x.as_node() for x in b])
+        elif each > 1:
+            several(first + lid, end, totals)
         else:
             with k.For(first + lid, end, size) as t:
                 body(t, totals)

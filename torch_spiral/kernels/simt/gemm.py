@@ -31,8 +31,8 @@ class Schedule:
     lanes: width of a 32-invocation block of the workgroup, in invocations along n (0: rows of the workgroup).
     prefetch: the next tile is loaded into registers while the current one is multiplied.
     chunk: products are summed in runs of `chunk` along k, and the runs added in a second accumulator (0: one
-    accumulator).
-    float32 needs it: the error of one sequential sum is 3 times that of torch.mm.
+    accumulator, as cuBLAS has it). It cuts the error of a long sum to a third, that of torch.mm on CPUs, and costs the
+    registers of a second workgroup.
     unroll: steps of k written out (0: tile_k); fewer compile faster, which counts where compiling takes seconds
     (lavapipe).
     """
@@ -105,22 +105,25 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
     area = m_bucket + n_bucket
     if (target.vendor and "llvmpipe" in target.vendor.lower()) or target.compute_units <= 4:
         return SOFTWARE if area >= 12 and SOFTWARE.fits(target) else SCHEDULES[0]
-    if area >= 23:
-        wanted = Schedule(128, 128, 16, 8, 8, lanes=16)
+    if area >= 22:
+        wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0)
     elif area >= 19:
-        wanted = Schedule(64, 128, 16, 4, 8) if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4)
+        wide = Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0) if target.language == "wgsl" else Schedule(64, 128, 16, 4, 8, chunk=0)
+        wanted = wide if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4, chunk=0)
     elif area >= 15:
-        wanted = Schedule(64, 64, 16, 4, 4)
+        wanted = Schedule(64, 64, 16, 4, 4, chunk=0)
     else:
-        wanted = Schedule(32, 32, 16, 4, 4)
+        wanted = Schedule(32, 32, 16, 4, 4, chunk=0)
     return wanted if wanted.fits(target) else SCHEDULES[0]
 
 
 def default_splits(target: Target, schedule: Schedule, m: int, n: int, batch: int, k: int) -> int:
-    """Splits of k that fill the device where m * n alone does not: tiles * splits reaches 2 workgroups a compute unit,
-    each split has at least 256 of k. Plain ints: the caller passes representative sizes of its buckets."""
+    """Splits of k that fill the device where m * n alone does not: tiles * splits reaches a workgroup a compute unit (two
+    where the engine guesses their number), each split has at least 256 of k. Plain ints: the caller passes representative
+    sizes of its buckets."""
     tiles = max(1, cdiv(m, schedule.tile_m) * cdiv(n, schedule.tile_n) * batch)
-    return max(1, min(2 * target.compute_units // tiles, k // 256, 64))
+    units = target.compute_units * (2 if target.language == "wgsl" else 1)
+    return max(1, min(units // tiles, k // 256, 64))
 
 
 @dataclass(frozen=True)
@@ -440,9 +443,9 @@ class Output:
 
 
 def groups(schedule: Schedule, m, n, batch, splits=1, minimum=min):
-    """Grid of gemm(): one workgroup a tile of C (and split), at most 65535, which then take several. Ints or Syms
-    (with the Sym `minimum`)."""
-    return (minimum(cdiv(m, schedule.tile_m) * cdiv(n, schedule.tile_n) * batch * splits, MAX_GROUPS), 1, 1)
+    """Grid of gemm(): one workgroup a tile of C (and split). Ints or Syms (with the Sym `minimum`)."""
+    count = cdiv(m, schedule.tile_m) * cdiv(n, schedule.tile_n) * batch * splits
+    return (minimum(count, MAX_GROUPS), cdiv(count, MAX_GROUPS), 1)
 
 
 def k_span(schedule: Schedule, k, splits):
@@ -527,7 +530,8 @@ def gemm(
     t.let("tiles_n", f"(n + {s.tile_n - 1}u) / {s.tile_n}u")
     t.let("tiles_m", f"(m + {s.tile_m - 1}u) / {s.tile_m}u")
     t.let("tiles", "tiles_m * tiles_n * batch" + (" * splits" if split else ""))
-    t.loop("tile", t.group, "tiles", t.groups)
+    t.let("tile", t.group)
+    t.open("tile < tiles")
     t.let("col0", f"(tile % tiles_n) * {s.tile_n}u")
     t.let("row0", f"((tile / tiles_n) % tiles_m) * {s.tile_m}u")
     if split:
