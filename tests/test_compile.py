@@ -150,6 +150,51 @@ def test_convolution(device):
     torch.testing.assert_close(got.detach().cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+class ConvBlock(nn.Module):
+    """Convolution, batch norm, and what follows them in residual networks."""
+
+    def __init__(self, k, groups, residual, activate):
+        super().__init__()
+        c = 8 if residual or groups > 1 else 12
+        self.conv, self.bn = nn.Conv2d(8, c, k, padding=k // 2, groups=groups, bias=not activate), nn.BatchNorm2d(c)
+        self.residual, self.activate = residual, activate
+        for t in (self.bn.running_mean, self.bn.weight.data, self.bn.bias.data):
+            t.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y = y + x if self.residual else y
+        return y.relu() if self.activate else y
+
+
+@pytest.mark.parametrize(
+    ("k", "groups", "residual", "activate"), [(3, 1, False, True), (1, 1, False, True), (3, 1, True, True), (3, 8, False, True), (1, 1, True, False)]
+)
+def test_convolution_batch_norm_and_relu_are_one_kernel(device, k, groups, residual, activate):
+    """What pads or packs the input for a CPU device belongs to the convolution."""
+    m, x = ConvBlock(k, groups, residual, activate).eval(), torch.randn(2, 8, 10, 9)
+    with torch.no_grad():
+        expected = m(x)
+        m.to(device)
+        names = [n for n in kernels(m, x.to(device)) if not n.startswith("vector_conv_pad")]
+        assert len(names) == 1, names
+        torch.testing.assert_close(m(x.to(device)).cpu(), expected, rtol=1e-4, atol=1e-5)
+        got = torch.compile(m, backend="spiral", fullgraph=True)(x.to(device))
+    assert got.stride() == expected.stride()
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_epilogues_with_constants_and_casts(device):
+    def f(x, w, v):
+        return ((x @ w) * 0.125 - 1.5).half(), torch.sigmoid((x @ w) / 3) - v, (x @ w - v) * torch.rsqrt(v * v + 1e-3)
+
+    x, w, v = torch.randn(6, 16), torch.randn(16, 24), torch.rand(24) + 0.5
+    check(device, f, x, w, v, tolerance=1e-3)
+    names = kernels(lambda x, w, v: ((x @ w) * 0.125 - 1.5).half() if v is None else torch.sigmoid((x @ w) / 3) - v, *on(device, (x, w, v)))
+    assert len(names) == 1, names
+
+
 def test_attention_from_its_decomposed_form(device):
     def f(q, k, v):
         return torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1) @ v

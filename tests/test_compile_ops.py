@@ -19,7 +19,12 @@ UNDETERMINED = (
     "nn.functional.rrelu", "nn.functional.multi_head_attention_forward", "pca_lowrank", "svd_lowrank",
     "torch.ops.aten._safe_softmax.default",
 )  # fmt: skip
-OPS = [op for op in op_db if torch.float32 in op.dtypes and op.name not in UNDETERMINED]
+# No operators of this device: CUDA's own, sparse layouts, and a tensor of indices that must be on the CPU.
+ELSEWHERE = (
+    "jiterator_2inputs_2outputs", "jiterator_4inputs_with_extra_args", "jiterator_binary", "jiterator_binary_return_by_ref", "jiterator_unary",
+    "sparse.mm", "sparse.sampled_addmm", "to_sparse", "tensor_split",
+)  # fmt: skip
+OPS = [op for op in op_db if torch.float32 in op.dtypes and op.name not in (*UNDETERMINED, *ELSEWHERE)]
 QUICK = (
     "add", "addmm", "argmax", "baddbmm", "bmm", "cat", "clamp", "cumsum", "div", "expand", "flip", "gather", "index_select", "linspace",
     "logsumexp", "masked_fill", "matmul", "max", "mean", "nn.functional.conv2d", "nn.functional.embedding", "nn.functional.gelu",

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..kernels import ir
 from ..kernels.ir import Node
+from ..kernels.vector.gemm import constant_step, rsqrt_step
 from .loops import Program
 
 LIMIT = 1 << 23  # elements of a product whose operands' indices are checked one by one
@@ -39,7 +40,7 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
     "fma": lambda a, b, c: a * b + c, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "where": np.where, "isnan": np.isnan,
     "or": np.logical_or, "and": np.logical_and, "not": np.logical_not, "max": np.maximum, "min": np.minimum,
-    "pow": lambda a, b: a**b,
+    "pow": lambda a, b: a**b, "rsqrt": lambda a: 1.0 / np.sqrt(a),
 }  # fmt: skip
 _INTEGER: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "idiv": lambda a, b: a // b,
@@ -64,7 +65,7 @@ def _evaluate(n: Node, known: dict[Node, Any], table: dict[str, Callable[..., An
 class Operand:
     """A tensor read by an epilogue: a buffer of the fused kernel, with strides along (batch, row, column) and an offset."""
 
-    kind: str  # "add" | "mul"
+    kind: str  # "add" | "mul" | "sub", or rsqrt_step's
     buffer: int
     strides: tuple[int, ...]
     offset: int
@@ -98,7 +99,7 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     steps: list[str | Operand] = []
     try:
         place = np.broadcast_to(_evaluate(acc.args[0], leaves, _INTEGER), (count,))
-        if not np.array_equal(np.sort(place), np.arange(count)):
+        if not np.array_equal(place, np.arange(count)) and not np.array_equal(np.sort(place), np.arange(count)):
             return None
         current = acc
         while current is not store.value:
@@ -140,6 +141,26 @@ def _terms(op: str, n: Node) -> list[Node]:
     return [t for a in n.args for t in _terms(op, a)] if n.op == op else [n]
 
 
+def _operand(op: str, n: Node) -> tuple[str, Node] | None:
+    """(kind of a step, load) for what op does with n: a load, or 1 / sqrt(load + a constant) as a factor or below the line."""
+    if n.op == "load":
+        return (op, n) if op != "div" else None
+    loads = [x for x in ir.walk(n) if x.op == "load"]
+    if len(loads) != 1 or op not in ("mul", "div"):
+        return None
+    points = np.array([0.0, 0.25, 1.0, 3.0, 40.0])
+    try:
+        got = np.broadcast_to(_evaluate(n, {loads[0]: points}, _NUMERIC), points.shape)
+    except (KeyError, TypeError):
+        return None
+    got = got if op == "mul" else 1.0 / got
+    if not np.all(np.isfinite(got[1:])) or np.any(got[1:] <= 0):
+        return None
+    epsilon = max(float(1.0 / got[1] ** 2 - points[1]), 0.0)
+    epsilon = 0.0 if epsilon < 1e-12 else float(f"{epsilon:.7g}")
+    return (rsqrt_step(epsilon), loads[0]) if np.allclose(got[1:], 1.0 / np.sqrt(points[1:] + epsilon), rtol=1e-9) else None
+
+
 def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | None:
     """The furthest node that one step makes of `current`, such that nothing else needs `current`."""
     nodes = ir.walk(value)
@@ -153,11 +174,19 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
         rest = _replace(value, n, ir.leaf("done", n.dtype))
         if any(x is current for x in ir.walk(rest)):
             continue
-        if n.op in ("add", "mul") and current in n.args:
+        if n.op in ("add", "mul", "sub", "div") and current in n.args and (n.op in ("add", "mul") or n.args[0] is current):
             other = n.args[1] if n.args[0] is current else n.args[0]
-            terms = _terms(n.op, other)
-            if all(t.op == "load" and t is not current for t in terms):
-                return n, [(n.op, t) for t in terms]
+            if other.op == "const":
+                value = float(ir.const_value(other))
+                if n.op in ("sub", "div"):
+                    value = -value if n.op == "sub" else 1.0 / value if value else math.nan
+                if math.isfinite(value):
+                    return n, constant_step("add" if n.op in ("add", "sub") else "mul", value)
+            whole = _operand(n.op, other)
+            terms = _terms(n.op, other) if n.op in ("add", "mul") else [other]
+            steps = [whole] if whole else [_operand(n.op, t) for t in terms]
+            if current not in terms and all(steps):
+                return n, steps
         below = ir.walk(_replace(n, current, ir.leaf("acc", current.dtype)))
         if any(x.op == "load" or (x.op == "leaf" and x.attr != "acc") for x in below):
             continue

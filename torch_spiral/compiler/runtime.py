@@ -6,6 +6,7 @@ what it launches, and what the lowerings of the external operators in between la
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,47 +90,39 @@ class Externs:
 
     @staticmethod
     def convolution(x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (), dilation: Any = (),
-                    transposed: bool = False, output_padding: Any = (), groups: int = 1, taps: Any = (), strides: Any = None) -> Any:  # fmt: skip
-        """taps: the filter's sizes. strides: those that Inductor gave the result."""
-        result = _aten(
-            "convolution_overrideable", x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed,
-            list(output_padding), groups,
-        )  # fmt: skip
-        if strides is None or all(
-            low.is_one(n) or _same(a, b) for n, a, b in zip(result.sizes, result.strides, strides, strict=True)
-        ):
-            return result
-        from ..ops.common import copy_to
+                    transposed: bool = False, output_padding: Any = (), groups: int = 1, taps: Any = (), sizes: Any = (), strides: Any = ()) -> Any:  # fmt: skip
+        """taps: the filter's sizes. sizes, strides: those that Inductor gave the result."""
+        from ..ops.conv import _convolution
 
-        other = low.empty(result.sizes, result.dtype, strides)
-        copy_to(other, result)
-        return other
+        out = empty(sizes, strides, x.dtype)
+        last = (strides[0], 1, *low.contiguous_strides([*sizes[2:], sizes[1]])[:-1]) if len(sizes) == 4 else ()
+        if last and all(_same(a, b) for a, b in zip(strides, last, strict=True)) and not out.is_contiguous:
+            out = dataclasses.replace(out, flags=out.flags | low.CHANNELS_LAST)
+        return _convolution(
+            x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed, list(output_padding), groups, (), out
+        )
 
 
-def matrix_product(
-    kind: str,
-    args: Sequence[Any],
-    out: Tensor,
-    shape: Sequence[int],
-    steps: Sequence[Any],
-    alpha: Any = 1,
-    beta: Any = 1,
-) -> None:
-    """A matrix product ("mm", "bmm", "addmm", "baddbmm") with an epilogue. out takes the result [batch, rows, columns],
-    contiguous. steps: names of activations, and (kind, tensor, strides, offset) as in epilogue.Operand."""
+def fused_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], **options: Any) -> None:
+    """A matrix product ("mm", "bmm", "addmm", "baddbmm") or "convolution" with an epilogue. out takes the result [batch, rows, columns]
+    or [batch, channels, pixels], contiguous. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand."""
     from ..ops import contraction
+    from ..ops.conv import _convolution
 
+    terms = [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
+    if kind == "convolution":
+        x, w, bias = (*args, *([options["bias"]] if len(args) < 3 else []))
+        _convolution(
+            x, w, list(options["taps"]), bias, *(list(options[k]) for k in ("stride", "padding", "dilation")), options["transposed"],
+            list(options["output_padding"]), options["groups"], terms, out,
+        )  # fmt: skip
+        return
     bias, (a, b) = (args[0], args[1:3]) if kind in ("addmm", "baddbmm") else (None, args[:2])
     if kind in ("mm", "addmm"):
         a, b = contraction.matrix(a, 0, 1), contraction.matrix(b, 0, 1)
-    terms = [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
+    alpha, beta = options.get("alpha", 1), options.get("beta", 1)
     contraction.product(
-        a,
-        b,
-        out.view(shape),
-        None if alpha == 1 else _number(alpha),
-        None if bias is None else (_number(float(beta)), bias),
-        terms,
+        a, b, out.view(shape), None if alpha == 1 else _number(alpha), None if bias is None else (_number(float(beta)), bias), terms
     )
 
 
@@ -164,14 +157,10 @@ def _with_out(name: str, *args: Any, out: Tensor, alpha: Any = 1, beta: Any = 1)
         low.lowerings[name](*args, out)
 
 
-def _aten(name: str, *args: Any) -> Any:
-    return low.lowerings[name](*args)
-
-
 OUT_EXTERNS = ("mm", "bmm", "addmm", "baddbmm")
 GLOBALS = {
     "empty": empty, "reinterpret_tensor": reinterpret, "extern_kernels": Externs(), "max": maximum, "min": low.minimum,
-    "attention": attention.forward, "attention_backward": attention.backward, "product": matrix_product, "aten": aten,
+    "attention": attention.forward, "attention_backward": attention.backward, "product": fused_product, "aten": aten,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import ast
 import collections
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import lowering as low
+from ..kernels.kernel import Target
 from . import attention, compat
 from .compat import V
 from .epilogue import Operand, match
@@ -236,26 +238,31 @@ class _Cutter:
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 
     def _epilogues(self) -> None:
-        """Pointwise kernels that only finish a matrix product become part of its kernel."""
-        index = 0
-        while index < len(self.statements):
-            found = _call(getattr(self.statements[index], "value", None))
-            if (
-                found
-                and found[0].removeprefix("extern_kernels.") in OUT_EXTERNS
-                and found[0].startswith("extern_kernels.")
-            ):
-                self._epilogue(index, found[0].removeprefix("extern_kernels."), found[1])
-            index += 1
+        """Pointwise kernels that only finish a matrix product or a convolution become part of its kernel."""
+        for index, s in enumerate(self.statements):
+            found = _call(getattr(s, "value", None))
+            if found is None or not found[0].startswith("extern_kernels."):
+                continue
+            kind, call = found[0].removeprefix("extern_kernels."), found[1]
+            if kind in OUT_EXTERNS and all(k.arg in ("out", "alpha", "beta") for k in call.keywords):
+                out = next(k.value for k in call.keywords if k.arg == "out")
+                if isinstance(out, ast.Name):
+                    self._epilogue(index, kind, call, out.id)
+            elif kind == "convolution" and isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name):
+                self._epilogue(index, kind, call, s.targets[0].id)
 
-    def _epilogue(self, index: int, kind: str, call: ast.Call) -> None:
-        out = next(k.value for k in call.keywords if k.arg == "out")
-        if not isinstance(out, ast.Name) or any(k.arg not in ("out", "alpha", "beta") for k in call.keywords):
+    def _epilogue(self, index: int, kind: str, call: ast.Call, out: str) -> None:
+        """Looks for the epilogue of the product or convolution at `index`, whose result is `out`."""
+        shape = _sizes(out)
+        if shape is None or not _contiguous(out):
             return
-        shape = _sizes(out.id)
-        if shape is None or not _contiguous(out.id):
-            return
-        names = {out.id}  # of the product's memory
+        convolution = kind == "convolution"
+        if convolution:
+            keywords = {k.arg: k.value for k in call.keywords}
+            if Target.of(self.wrapper.device_index).schedule_class == "block" or ast.unparse(keywords["transposed"]) != "False":
+                return
+            shape = [shape[0], shape[1], math.prod(shape[2:])]
+        names = {out}  # of the product's memory
         for at in range(index + 1, len(self.statements)):
             s = self.statements[at]
             if isinstance(s, ast.Delete):
@@ -290,14 +297,16 @@ class _Cutter:
         text = []
         for step in steps:
             if isinstance(step, Operand):
-                if step.buffer == products[0] or buffers[step.buffer] in names:
+                if step.buffer == products[0] or buffers[step.buffer] in names or (convolution and not _of_convolution(step, three)):
                     return
                 text.append(f"({step.kind!r}, {buffers[step.buffer]}, {step.strides}, {step.offset})")
             else:
                 text.append(repr(step))
-        scale = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
+        if convolution and not self._convolution(out, call):
+            return
+        rest = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg not in ("out", "sizes", "strides"))
         args = ", ".join(ast.unparse(a) for a in call.args)
-        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){scale})"
+        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){rest})"
         self.statements[at] = ast.parse(fused).body[0]
         self.statements[index] = ast.parse("None").body[0]
 
@@ -369,9 +378,10 @@ class _Cutter:
         if sizes is None:
             return False
         if not any(k.arg == "taps" for k in node.keywords):
-            strides = self.wrapper.codegen_python_shape_tuple(V.graph.get_buffer(name).get_layout().stride)
-            node.keywords.append(ast.keyword("taps", ast.parse(repr(list(sizes[2:])), mode="eval").body))
-            node.keywords.append(ast.keyword("strides", ast.parse(strides, mode="eval").body))
+            layout = V.graph.get_buffer(name).get_layout()
+            shape, strides = (self.wrapper.codegen_python_shape_tuple(x) for x in (layout.size, layout.stride))
+            for argument, text in (("taps", repr(list(sizes[2:]))), ("sizes", shape), ("strides", strides)):
+                node.keywords.append(ast.keyword(argument, ast.parse(text, mode="eval").body))
         return True
 
     def _plain(self, node: ast.Call) -> bool:
@@ -518,6 +528,16 @@ class _Cutter:
             return
         del found
         self.out += ast.unparse(s).split("\n")
+
+
+def _of_convolution(operand: Operand, shape: Sequence[int]) -> bool:
+    """Whether the kernels of convolutions take an operand: one value a channel, or laid out as the result."""
+    _, channels, pixels = shape
+    dense = (channels * pixels, pixels, 1)
+    strides = [s if n > 1 else None for s, n in zip(operand.strides, shape, strict=True)]
+    return operand.offset == 0 and any(
+        all(s in (None, wanted) for s, wanted in zip(strides, layout, strict=True)) for layout in ((0, 1, 0), dense)
+    )
 
 
 def _root(e: ast.AST) -> str:

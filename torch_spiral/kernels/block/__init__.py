@@ -10,7 +10,7 @@ from .. import ir
 from ..ir import Node
 from ..kernel import DTYPES, Kernel, Target, Unsupported
 from ..triton import HEADER, IMPORTS, TRITON, TYPES, TritonEmitter
-from ..vector.gemm import Epilogue
+from ..vector.gemm import Epilogue, combine, is_constant, number
 
 # Storage dtypes as Triton writes them.
 STORAGE = {
@@ -92,6 +92,8 @@ class EpilogueText:
         for step in self.epilogue.steps:
             if step == "alpha":
                 lines.append("acc = acc * alpha")
+            elif isinstance(step, str) and is_constant(step):
+                lines.append(f"acc = {combine(step, 'acc', repr(number(step)))}")
             elif isinstance(step, str):
                 dtype = self.compute
                 if dtype not in ("f32", "f64"):
@@ -115,7 +117,7 @@ class EpilogueText:
                     lines.append("if beta != 0:")
                     lines.append(f"    acc += beta * {value}")
                 else:
-                    lines.append(f"acc {'+' if kind == 'add' else '*'}= {value}")
+                    lines.append(f"acc = {combine(kind, 'acc', value, 'tl.rsqrt')}")
                 i += 1
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..emit import BufferDecl, header
 from ..kernel import Kernel, Target, Unsupported
-from ..vector.gemm import Epilogue
+from ..vector.gemm import Epilogue, combine, is_constant, number
 
 COMPONENTS = "xyzw"
 # Storage dtypes that the templates take, and what they accumulate in.
@@ -74,6 +74,8 @@ def write_epilogue(t: Text, epilogue: Epilogue, acc: str) -> None:
     for step in epilogue.steps:
         if step == "alpha":
             body.append("y = y * alpha;")
+        elif isinstance(step, str) and is_constant(step):
+            body.append(f"y = {combine(step, 'y', t.cast(f'{number(step)!r}f', acc))};")
         elif isinstance(step, str):
             body.append(f"y = {activation(t, step, 'y')};")
         else:
@@ -81,7 +83,7 @@ def write_epilogue(t: Text, epilogue: Epilogue, acc: str) -> None:
             if step[0] == "beta":
                 body.append(f"if (beta != {t.cast('0', acc)}) {{ y = y + beta * {x}; }}")
             else:
-                body.append(f"y = y {'+' if step[0] == 'add' else '*'} {x};")
+                body.append(f"y = {combine(step[0], 'y', x, 'inverseSqrt' if t.wgsl else 'rsqrt')};")
             i += 1
     if t.wgsl:
         head = f"fn epilogue({', '.join(f'{n}: {d}' for n, d in params)}) -> {ty} {{ var y = x; "
