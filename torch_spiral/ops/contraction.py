@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import autotune
@@ -293,12 +294,14 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
     c_layout = "n" if _unit(out, 2) else "s"
     tiles = _described(a, a_layout) and _described(b, b_layout)
-    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t")
+    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t", tiles)
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
     if compute == "f32" and "s" not in a_layout + b_layout:
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
         choice = _tuned(key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about))
         s, count = choice.schedule, choice.splits
+    if s.persistent and (count > 1 or not is_one(batch)):
+        s = replace(s, persistent=False)
 
     def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
         own = [
@@ -312,7 +315,7 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     if count == 1:
-        stored = tiles and c_layout == "n" and _described(out, "n")
+        stored = tiles and c_layout == "n" and _described(out, "n") and block.stores_tiles(t, s, a.dtype, out.dtype)
         kernel = build(block.gemm, s, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, precision, False, epilogue, tiles, stored)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         groups = block.groups(s, m, n, batch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..kernel import Kernel, Target, compute_dtype
+from ..kernel import DTYPES, Kernel, Target, compute_dtype
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
 from . import STORAGE, EpilogueText, cdiv, template
@@ -35,6 +35,10 @@ class Schedule:
 
 
 HALF = Schedule(128, 256, 64, 8, 3), Schedule(128, 128, 64, 8, 4), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
+# Through tensor descriptors: no registers go to addresses.
+HALF_TILES = (
+    Schedule(128, 256, 64, 8, 3, persistent=True), Schedule(128, 128, 64, 4, 3), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
+)  # fmt: skip
 SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64, 64, 32, 4, 3)
 # The tensor cores read tf32 along the reduction only: operands of another layout pass through registers, unpipelined.
 TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
@@ -48,7 +52,9 @@ def precision_of(dtype: str, allow_tf32: bool) -> str:
     return ("tf32" if allow_tf32 else "bf16x6") if dtype == "f32" else ""
 
 
-def schedule(target: Target, dtype: str, precision: str, m: int, n: int, batch: int, along_k: bool = True) -> Schedule:
+def schedule(
+    target: Target, dtype: str, precision: str, m: int, n: int, batch: int, along_k: bool = True, described: bool = False
+) -> Schedule:
     """For about m rows and n columns: the largest tiles that still occupy the device. along_k: both operands have unit stride
     along the reduction."""
     compute = compute_dtype(dtype)
@@ -57,7 +63,7 @@ def schedule(target: Target, dtype: str, precision: str, m: int, n: int, batch: 
         return WHOLE[0]
     if m < 32:
         return SKINNY[size]
-    choices = DOUBLE if compute == "f64" else HALF if size == 2 else TF32 if precision == "tf32" else SINGLE
+    choices = DOUBLE if compute == "f64" else (HALF_TILES if described else HALF) if size == 2 else TF32 if precision == "tf32" else SINGLE
     enough = target.compute_units * (3 if size == 2 else 6) // 4  # by measurement
     found = next((s for s in choices if -(-m // s.m) * -(-n // s.n) * batch >= enough), choices[-1])
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
@@ -70,6 +76,12 @@ def splits(target: Target, s: Schedule, m: int, n: int, k: int, batch: int) -> i
     while tiles * count * 2 <= target.compute_units and k // (count * 2) >= 4 * s.k and count < 32 and s.k > 1:
         count *= 2
     return count
+
+
+def stores_tiles(target: Target, s: Schedule, dtype: str, c: str) -> bool:
+    """Whether a tile of c fits into shared memory beside the operands' tiles (gemm's `stored`)."""
+    operands = s.stages * (s.m + s.n) * s.k * DTYPES[dtype].size
+    return operands + s.m * s.n * DTYPES[c].size + 1024 <= target.max_workgroup_memory
 
 
 @dataclass(frozen=True)
