@@ -89,12 +89,13 @@ def reduce_rows(
         return
     few = count <= (2 if vector else 8)
     pieces = 256 >> min(count, 8)  # of a row that is cut, on a GPU
-    if t.schedule_class == "block":
+    gpu = t.schedule_class == "block" or (not vector and not nest.software(t))
+    if gpu:
         # About 1024 workgroups in all; where rows lie side by side, one takes 128 of them.
         side_by_side = len(sizes) > reduced and is_one(in_strides[0][reduced]) and not is_one(in_strides[0][0])
         pieces = 1 << max((17 if side_by_side else 10) - count, 0)
         few = pieces > 1
-    enough = 8 if t.schedule_class == "block" else LONG_ROW
+    enough = 8 if gpu else LONG_ROW
     cut = splits and per_row and few and length >= enough and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
     layout = (
         tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(outs, out_strides)),
