@@ -166,3 +166,13 @@ def test_training_curve(name: str, device: torch.device) -> None:
     assert sum(ours[-4:]) < 0.8 * sum(ours[:4]), "the loss does not fall"
     drift = sum(abs(a - b) for a, b in zip(ours, cpu, strict=True)) / sum(cpu)
     assert drift < 0.05, f"mean drift of the curve {drift:.3f}"
+
+
+def test_lazy_modules_move_before_they_know_their_shapes(device):
+    layer = torch.nn.LazyConv2d(4, 3).double()
+    weight = layer.weight
+    layer = layer.to(device)
+    assert layer.weight is weight and weight.device.type == "spiral" and weight.dtype == torch.float64
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LazyLinear(4), torch.nn.LazyBatchNorm1d()).to(device)
+    assert model(torch.ones(2, 2, device=device)).shape == (2, 4)
+    assert model[1].weight.device.type == "spiral"

@@ -76,3 +76,17 @@ def test_counting(device):
     check(device, lambda x: x.abs().long().flatten().bincount(weights=x.flatten()), x, atol=1e-4)
     check(device, lambda x: torch.histc(x, 10, -2, 3), x)
     check(device, lambda x: torch.histogram(x, 10, range=(-2.0, 3.0))[0], x)
+
+
+def test_unique_rows_of_the_last_dimension(device):
+    x = torch.randint(0, 2, (3, 2, 6))
+    for dim in range(3):
+        ours, theirs = (torch.unique(v, dim=dim, return_inverse=True, return_counts=True) for v in (x.to(device), x))
+        for o, t in zip(ours, theirs, strict=True):
+            assert torch.equal(o.cpu(), t)
+
+
+def test_search_in_nothing(device):
+    empty, sorter = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    assert torch.searchsorted(empty, torch.ones(2, device=device), sorter=sorter).tolist() == [0, 0]
+    assert torch.searchsorted(empty, empty, sorter=sorter).shape == (0,)

@@ -847,15 +847,20 @@ def copy_bytes(to: Tensor, source: Tensor) -> None:
     r.steps.append([COPY, r.when, [(to, size), (source, size)], to.numel * size, 0])
 
 
+class Refused(Exception):
+    """Ends a lowering whose call is known to fail its last check."""
+
+
 def check(condition: Any, exception: str, text: str, *args: Number) -> None:
     """Raises `exception` ("RuntimeError", "IndexError", "ValueError", "TypeError" or "NotImplementedError") on calls where the
-    condition (a bool or a Sym) does not hold; each "{}" in the text becomes the next of args."""
-    if isinstance(condition, bool):
-        if condition:
-            return
-        condition = 0
+    condition (a bool or a Sym) does not hold; each "{}" in the text becomes the next of args. After a False the lowering goes no
+    further."""
+    if condition is True:
+        return
     r = recorder()
-    r.checks.append((r.lift(condition), exception, text, args))
+    r.checks.append((r.lift(int(condition) if condition is False else condition), exception, text, args))
+    if condition is False:
+        raise Refused
 
 
 def error_site(text: str) -> int:
@@ -959,7 +964,7 @@ def stub(*names: str, coarse: bool = True) -> Callable:
 _library: Any = None
 
 
-def composite(*names: str) -> Callable:
+def composite(*names: str, key: str = "PrivateUse1") -> Callable:
     """Registers an op that is written in aten calls on tensors. It is not recorded; each call inside is, by itself."""
 
     def decorate(function: Callable) -> Callable:
@@ -976,11 +981,15 @@ def composite(*names: str) -> Callable:
                 return function(*args, **kwargs)
 
         for name in names:
-            _register(name, "composite", function, False)
-            _library.impl(name, body, "PrivateUse1")
+            _register(name if key == "PrivateUse1" else f"{name} of {key}", "composite", function, False)
+            _library.impl(name, body, key)
         return function
 
     return decorate
+
+
+sparse_composite = functools.partial(composite, key="SparsePrivateUse1")
+"""composite, for calls with a sparse COO tensor."""
 
 
 def _record(op: int, name: str, device: int, described: tuple) -> dict:
@@ -992,6 +1001,10 @@ def _record(op: int, name: str, device: int, described: tuple) -> dict:
     r = _state.recorder = Recorder(device, slots, operands, name)
     try:
         return r.finish(lowerings[name](*(r.argument(a) for a in arguments)))
+    except Refused:
+        r.steps.clear()
+        r.allocations.clear()
+        return r.finish(None)  # C++ raises what the checks say, with their numbers
     finally:
         _state.recorder = outer
 

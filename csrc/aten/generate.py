@@ -44,7 +44,8 @@ from torchgen.utils import Target
 
 # Natives that CPU and CUDA share and that are nevertheless not registered: overload -> reason.
 RUNTIME = "defined by the runtime"
-SPARSE = "makes sparse tensors, which spiral does not have"
+SPARSE = "makes compressed sparse tensors, which spiral does not have"
+SPARSE_COO = "registered by sparse.cpp, with what else makes sparse tensors"
 QUANTIZED = "makes quantized tensors, which spiral does not have"
 NESTED = "makes nested tensors, which spiral does not have"
 HOST = "a declared host operator (torch_spiral/ops/host.py)"
@@ -55,8 +56,8 @@ SKIP = {
     "unfold": RUNTIME,
     "set_.source_Storage": RUNTIME,
     "set_.source_Tensor": RUNTIME,
-    "_to_sparse": SPARSE,
-    "_to_sparse.sparse_dim": SPARSE,
+    "_to_sparse": SPARSE_COO,
+    "_to_sparse.sparse_dim": SPARSE_COO,
     "_to_sparse_csr": SPARSE,
     "_to_sparse_csc": SPARSE,
     "_to_sparse_bsr": SPARSE,
@@ -82,6 +83,24 @@ SKIP = {
     "linalg_lstsq.out": HOST,
     "linalg_ldl_factor_ex.out": HOST,
     "linalg_ldl_solve.out": HOST,
+}
+# Before 2.13 these natives refused devices other than CPU, CUDA and XPU: torch_spiral/ops/before_2_13.py.
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
+    SKIP |= dict.fromkeys(
+        (
+            *("std.correction", "std.correction_out", "var.correction", "var.correction_out"),
+            *("std_mean.correction", "var_mean.correction"),
+            *("_cdist_forward", "_cdist_backward", "_pdist_forward", "_pdist_backward"),
+        ),
+        "refuses other devices than CPU, CUDA and XPU",
+    )
+
+# Natives of sparse tensors that CPU and CUDA share and that are not registered.
+SKIP_SPARSE = {
+    "_to_sparse_csr": SPARSE,
+    "_to_sparse_csc": SPARSE,
+    "_to_sparse_bsr": SPARSE,
+    "_to_sparse_bsc": SPARSE,
 }
 
 # Structured operators that are left out: functional name -> reason.
@@ -356,10 +375,8 @@ INCLUDES = """#include <ATen/Dispatch.h>
 class Registrations:
     """Torchgen's registrations of some groups for PrivateUse1, as the text of one C++ file."""
 
-    def __init__(self, index: dict[OperatorName, BackendMetadata]):
-        self.index = BackendIndex(
-            DispatchKey.XPU, use_out_as_primary=True, external=False, device_guard=True, index=index
-        )
+    def __init__(self, index: dict[OperatorName, BackendMetadata], key: DispatchKey = DispatchKey.XPU):
+        self.index = BackendIndex(key, use_out_as_primary=True, external=False, device_guard=True, index=index)
 
     def wants(self, g: NativeFunction | NativeFunctionsGroup) -> bool:
         if isinstance(g, NativeFunction):
@@ -396,7 +413,8 @@ class Registrations:
         text = (
             f"{HEAD.format(version=torch.__version__)}{INCLUDES}{includes}\n{before}"
             f"namespace at {{\nnamespace {{\n{helpers}\n{parts[Target.ANONYMOUS_DEFINITION]}\n"
-            f"TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {{\n{registrations}\n}}\n}}  // namespace\n}}  // namespace at\n"
+            f"TORCH_LIBRARY_IMPL(aten, {self.rename(self.index.dispatch_key.name)}, m) {{\n{registrations}\n}}\n"
+            "}  // namespace\n}  // namespace at\n"
         )
         return text, registrations.count("m.impl(")
 
@@ -409,6 +427,22 @@ def native_files(yaml: Yaml) -> tuple[dict[str, str], int]:
         files[f"register_native_{i}.cpp"], n = registrations.text(groups[i::SHARDS])
         count += n
     return files, count
+
+
+def sparse_files(yaml: Yaml) -> tuple[dict[str, str], int]:
+    """What CPU and CUDA share of sparse COO tensors, which are made of dense ones."""
+    index = {}
+    for f in yaml.functions:
+        cpu, cuda = (yaml.kernel(key, f) for key in (DispatchKey.SparseCPU, DispatchKey.SparseCUDA))
+        if cpu and cpu == cuda and str(f.func.name) not in SKIP_SPARSE:
+            index[f.func.name] = BackendMetadata(kernel=cpu, structured=False, cpp_namespace="at::native")
+    wanted = [
+        g
+        for g in yaml.groups
+        if any(f.func.name in index for f in ([g] if isinstance(g, NativeFunction) else g.functions()))
+    ]
+    text, count = Registrations(index, DispatchKey.SparseXPU).text(wanted)
+    return {"register_sparse.cpp": text}, count
 
 
 def structured_class(g: NativeFunctionsGroup) -> str:
@@ -649,9 +683,10 @@ def main() -> None:
     stubs = scan_stubs()
     native, natives = native_files(yaml)
     structured, registrations = structured_files(yaml)
+    sparse, sparse_natives = sparse_files(yaml)
     registered, iterators, tensors = stub_files(stubs)
     counts = (
-        f"{natives} registrations of {len(yaml.natives)} shared natives; {registrations} of {len(yaml.structured)} "
+        f"{natives} registrations of {len(yaml.natives)} shared natives, {sparse_natives} of sparse tensors; {registrations} of {len(yaml.structured)} "
         f"structured operators; {iterators} iterator stubs; {tensors} tensor stubs; "
         f"{len(yaml.remaining())} overloads remain"
     )
@@ -659,7 +694,7 @@ def main() -> None:
         write(args.directory / "remaining_ops.txt", remaining_text(yaml))
         write(args.directory / "registrations.md", registrations_text(yaml, stubs, counts))
     else:
-        for name, text in {**native, **structured, **registered}.items():
+        for name, text in {**native, **sparse, **structured, **registered}.items():
             write(args.directory / name, text)
     print(counts)
 

@@ -211,9 +211,9 @@ void finish(Device& device) {
     text = site < sites.texts.size() ? sites.texts[site]
                                            : "a kernel reported the unknown error " + std::to_string(site);
   }
-  if (const auto hole = text.find("{}"); hole != std::string::npos) {
-    text.replace(hole, 2, std::to_string(static_cast<int32_t>(detail)));
-  }
+  const auto hole = text.find("{}");  // of the index, where one is at fault
+  TORCH_CHECK(hole != std::string::npos, text);
+  text.replace(hole, 2, std::to_string(static_cast<int32_t>(detail)));
   C10_THROW_ERROR(IndexError, text);
 }
 

@@ -2,7 +2,11 @@
 
 from importlib import import_module
 
-FAMILIES = ("pointwise", "matmul", "reduce", "norms", "losses", "scans", "conv", "activation", "index", "embedding", "segment", "shape", "factory", "sort", "attention", "rnn", "random", "pooling", "padding", "resample", "sliding", "special", "optim", "foreach", "linalg", "host", "fft")
+import torch
+
+FAMILIES = ("pointwise", "matmul", "reduce", "norms", "losses", "scans", "conv", "activation", "index", "embedding", "segment", "shape", "factory", "sort", "attention", "rnn", "random", "pooling", "padding", "resample", "sliding", "special", "optim", "foreach", "linalg", "host", "fft", "sparse")
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
+    FAMILIES += ("before_2_13",)
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")

@@ -36,6 +36,7 @@ from ..lowering import (
     where,
 )
 from .elementwise import as_dtype, stride_classes
+from .items import Item, each
 
 SHORT_ROW = 4  # floor(log2) of rows so short that they go side by side
 LONG_ROW = 12  # of rows worth splitting, where there are few of them
@@ -473,6 +474,25 @@ def _variance(dtype: str, root: bool, two: bool, welford: bool, r: Any, x: Any, 
     return (var, mean) if two else var
 
 
+def variance_rows(x: Tensor, dims: Sequence[int], correction: Any, root: bool, outs: Sequence[Tensor]) -> None:
+    """outs = the variance (or its root) and the mean of x over dims, which outs keep with size 1."""
+    order = [*(d for d in reversed(range(x.ndim)) if d in dims), *(d for d in reversed(range(x.ndim)) if d not in dims)]
+    compute = accumulator(x.dtype)
+    strides = [[0 if d in dims else o.strides[d] for d in order] for o in outs]
+    reduce_rows(
+        "var",
+        _variance,
+        list(zip(outs, strides)),
+        [(x, [x.strides[d] for d in order])],
+        [x.sizes[d] for d in order],
+        len(dims),
+        (compute, root, len(outs) == 2, False),
+        [correction],
+        [compute],
+        splits=False,
+    )
+
+
 @stub("std_var_stub", coarse=False)
 def std_var(it: Iter, correction: Any, take_sqrt: bool) -> None:
     compute = accumulator(it.inputs[0].dtype)
@@ -623,6 +643,19 @@ def trace(x: Tensor) -> Tensor:
     size = minimum(x.sizes[0], x.sizes[1])
     reduce_rows("sum", _sum, [(out, (0,))], [(x, (x.strides[0] + x.strides[1],))], [size], 1, (out.dtype,))
     return out
+
+
+def _assert_true(it: Item) -> None:
+    holds = truth(it.load("x"))
+    it.check(ir.cast(holds, "i32"), 1, 2)
+
+
+@lowering("_assert_async", "_assert_async.msg")
+def assert_async(x: Tensor, message: str = "Assertion failed") -> None:
+    """Reports the message as a RuntimeError when the device is next waited for, unless the one element of x is true."""
+    check(eq(x.numel, 1), "RuntimeError", "Boolean value of Tensor with other than one value is ambiguous")
+    x = x.view((1,), (1,))
+    each("assert_async", _assert_true, (1,), {"x": x}, site=message)
 
 
 @composite("equal")

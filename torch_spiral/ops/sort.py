@@ -656,7 +656,7 @@ def _unique_rows(
         if self.shape[dim] != 0:
             raise RuntimeError("There are 0 sized dimensions, and they aren't selected, so unique cannot be applied")
         return torch.empty(self.shape, dtype=self.dtype, device=self.device), none, none
-    rows = self.transpose(0, dim).reshape(self.shape[dim], -1)
+    rows = self.movedim(dim, 0).reshape(self.shape[dim], -1)
     order = None
     if not consecutive:  # the last column first: the sorts are stable
         order = torch.arange(rows.shape[0], device=self.device)
