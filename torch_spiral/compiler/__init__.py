@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .package import Package, PackageError, load, package
 from .report import Explanation
 
 
@@ -98,4 +99,4 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return report(fn, *args, **kwargs)
 
 
-__all__ = ["Explanation", "backend", "explain"]
+__all__ = ["Explanation", "Package", "PackageError", "backend", "explain", "load", "package"]

@@ -184,6 +184,37 @@ def plain_inference(parts: Parts) -> Any:
     return getattr(getattr(call, "__func__", call), "__globals__", None)
 
 
+def compile_exported(exported: Any) -> tuple[str, dict[str, Any], int, Any]:
+    """(the generated module's text, constants that it names, the device's index, the program as it was decomposed)."""
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    from . import CONFIG, device
+
+    device.register()
+    decomposed = exported.run_decompositions(select_decomp_table())
+    gm = decomposed.graph_module
+    fakes = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    devices = {x.device for x in fakes if isinstance(x, torch.Tensor) and x.ndim}
+    if {d.type for d in devices} != {"spiral"} or len(devices) != 1:
+        raise RuntimeError(
+            f'a package is compiled for one spiral device, but the program is on {sorted(map(str, devices))}: export model.to("spiral")'
+        )
+    mode = detect_fake_mode(fakes)
+    with (
+        config.patch(fx_graph_cache=False, **CONFIG),
+        tracing(TracingContext(mode)),
+        V.set_fake_mode(mode),
+        torch.no_grad(),
+    ):
+        joint_graph_passes(gm)
+        compiled = compile_fx_inner(gm, fakes, is_inference=True)
+    return compiled.source_code, dict(compiled.constants or {}), next(iter(devices)).index or 0, decomposed
+
+
 @contextlib.contextmanager
 def fusion_reasons() -> Iterator[list[str]]:
     """Collects why the scheduler did not fuse, while the context lasts."""
@@ -253,6 +284,7 @@ __all__ = [
     "ValueRanges",
     "Where",
     "call_directly",
+    "compile_exported",
     "config",
     "equal",
     "forget_stream",

@@ -158,7 +158,11 @@ def _operand(op: str, n: Node) -> tuple[str, Node] | None:
         return None
     epsilon = max(float(1.0 / got[1] ** 2 - points[1]), 0.0)
     epsilon = 0.0 if epsilon < 1e-12 else float(f"{epsilon:.7g}")
-    return (rsqrt_step(epsilon), loads[0]) if np.allclose(got[1:], 1.0 / np.sqrt(points[1:] + epsilon), rtol=1e-9) else None
+    return (
+        (rsqrt_step(epsilon), loads[0])
+        if np.allclose(got[1:], 1.0 / np.sqrt(points[1:] + epsilon), rtol=1e-9)
+        else None
+    )
 
 
 def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | None:
@@ -174,7 +178,11 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
         rest = _replace(value, n, ir.leaf("done", n.dtype))
         if any(x is current for x in ir.walk(rest)):
             continue
-        if n.op in ("add", "mul", "sub", "div") and current in n.args and (n.op in ("add", "mul") or n.args[0] is current):
+        if (
+            n.op in ("add", "mul", "sub", "div")
+            and current in n.args
+            and (n.op in ("add", "mul") or n.args[0] is current)
+        ):
             other = n.args[1] if n.args[0] is current else n.args[0]
             if other.op == "const":
                 value = float(ir.const_value(other))

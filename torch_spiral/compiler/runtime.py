@@ -99,11 +99,24 @@ class Externs:
         if last and all(_same(a, b) for a, b in zip(strides, last, strict=True)) and not out.is_contiguous:
             out = dataclasses.replace(out, flags=out.flags | low.CHANNELS_LAST)
         return _convolution(
-            x, weight, list(taps), bias, list(stride), list(padding), list(dilation), transposed, list(output_padding), groups, (), out
+            x,
+            weight,
+            list(taps),
+            bias,
+            list(stride),
+            list(padding),
+            list(dilation),
+            transposed,
+            list(output_padding),
+            groups,
+            (),
+            out,
         )
 
 
-def fused_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], **options: Any) -> None:
+def fused_product(
+    kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], **options: Any
+) -> None:
     """A matrix product ("mm", "bmm", "addmm", "baddbmm") or "convolution" with an epilogue. out takes the result [batch, rows, columns]
     or [batch, channels, pixels], contiguous. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand."""
     from ..ops import contraction
@@ -122,7 +135,12 @@ def fused_product(kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[i
         a, b = contraction.matrix(a, 0, 1), contraction.matrix(b, 0, 1)
     alpha, beta = options.get("alpha", 1), options.get("beta", 1)
     contraction.product(
-        a, b, out.view(shape), None if alpha == 1 else _number(alpha), None if bias is None else (_number(float(beta)), bias), terms
+        a,
+        b,
+        out.view(shape),
+        None if alpha == 1 else _number(alpha),
+        None if bias is None else (_number(float(beta)), bias),
+        terms,
     )
 
 

@@ -259,7 +259,10 @@ class _Cutter:
         convolution = kind == "convolution"
         if convolution:
             keywords = {k.arg: k.value for k in call.keywords}
-            if Target.of(self.wrapper.device_index).schedule_class == "block" or ast.unparse(keywords["transposed"]) != "False":
+            if (
+                Target.of(self.wrapper.device_index).schedule_class == "block"
+                or ast.unparse(keywords["transposed"]) != "False"
+            ):
                 return
             shape = [shape[0], shape[1], math.prod(shape[2:])]
         names = {out}  # of the product's memory
@@ -297,14 +300,20 @@ class _Cutter:
         text = []
         for step in steps:
             if isinstance(step, Operand):
-                if step.buffer == products[0] or buffers[step.buffer] in names or (convolution and not _of_convolution(step, three)):
+                if (
+                    step.buffer == products[0]
+                    or buffers[step.buffer] in names
+                    or (convolution and not _of_convolution(step, three))
+                ):
                     return
                 text.append(f"({step.kind!r}, {buffers[step.buffer]}, {step.strides}, {step.offset})")
             else:
                 text.append(repr(step))
         if convolution and not self._convolution(out, call):
             return
-        rest = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg not in ("out", "sizes", "strides"))
+        rest = "".join(
+            f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg not in ("out", "sizes", "strides")
+        )
         args = ", ".join(ast.unparse(a) for a in call.args)
         fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){rest})"
         self.statements[at] = ast.parse(fused).body[0]
