@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from . import _C
+from .kernels import ir
 from .kernels.kernel import DTYPES, Kernel, Target
 
 # In the order of Code in csrc/dispatch/plan.h.
@@ -41,6 +42,17 @@ DTYPE_NUMBERS = {
     "bool": 11, "bf16": 15, "u16": 27, "u32": 28, "u64": 29,
 }  # fmt: skip
 DTYPE_NAMES = {number: name for name, number in DTYPE_NUMBERS.items()}
+# ATen's names, as its error texts have them.
+SCALAR_TYPES = {
+    "u8": "Byte", "i8": "Char", "i16": "Short", "i32": "Int", "i64": "Long", "f16": "Half", "f32": "Float", "f64": "Double",
+    "c32": "ComplexHalf", "c64": "ComplexFloat", "c128": "ComplexDouble", "bool": "Bool", "bf16": "BFloat16", "u16": "UInt16",
+    "u32": "UInt32", "u64": "UInt64",
+}  # fmt: skip
+
+
+def not_implemented(name: str, dtype: str) -> str:
+    """The text of AT_DISPATCH for a dtype that an op does not take."""
+    return f"\"{name.removesuffix('_stub')}\" not implemented for '{SCALAR_TYPES[dtype]}'"
 
 
 def dtype_name(number: int) -> str:
@@ -1005,6 +1017,8 @@ def _record(op: int, name: str, device: int, described: tuple) -> dict:
         r.steps.clear()
         r.allocations.clear()
         return r.finish(None)  # C++ raises what the checks say, with their numbers
+    except ir.DtypeError as error:
+        raise NotImplementedError(not_implemented(name, error.dtype)) from error
     finally:
         _state.recorder = outer
 

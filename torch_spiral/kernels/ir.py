@@ -130,6 +130,14 @@ class Operators:
         raise TypeError("the value of an expression is not known while the kernel is built; use ir.where or k.If")
 
 
+class DtypeError(TypeError):
+    """An operation that is not defined for a compute dtype."""
+
+    def __init__(self, text: str, dtype: str) -> None:
+        super().__init__(text)
+        self.dtype = dtype
+
+
 class Node(Operators):
     """One operation. op: its name; dtype: of the result; args: nodes; attr: hashable static data; lanes: how many
     values
@@ -275,7 +283,7 @@ def _arith(op: str, a: Any, b: Any) -> Any:
         return getattr(_complex(), op)(*_complex().pair(a, b))
     dtype, (a, b) = same(a, b)
     if dtype == "bool":
-        raise TypeError(f"{op} is not defined for bool; use and_, or_, xor or cast")
+        raise DtypeError(f"{op} is not defined for bool; use and_, or_, xor or cast", dtype)
     if dtype in INTS:  # index arithmetic is mostly constants
         if a.op == "const" and b.op == "const":
             return const(_FOLD[op](a.attr, b.attr), dtype)
@@ -477,7 +485,7 @@ def ne(a: Any, b: Any) -> Node:
 def _bitwise(op: str, a: Any, b: Any) -> Node:
     dtype, args = same(a, b)
     if dtype in FLOATS:
-        raise TypeError(f"{op} is not defined for {dtype}")
+        raise DtypeError(f"{op} is not defined for {dtype}", dtype)
     return Node(op, dtype, *args)
 
 
@@ -688,7 +696,7 @@ def _unary(op: str, doc: str = "", ints: bool = False) -> Callable[[Any], Any]:
         if a.dtype not in FLOATS:
             if ints:
                 return a
-            raise TypeError(f"{op} of {a.dtype}: cast to a float dtype first")
+            raise DtypeError(f"{op} of {a.dtype}: cast to a float dtype first", a.dtype)
         return Node(op, a.dtype, a)
 
     f.__name__ = f.__qualname__ = op
@@ -739,7 +747,7 @@ def _binary(op: str, doc: str) -> Callable[[Any, Any], Node]:
     def f(a: Any, b: Any) -> Node:
         dtype, args = same(a, b)
         if dtype not in FLOATS:
-            raise TypeError(f"{op} of {dtype}: cast to a float dtype first")
+            raise DtypeError(f"{op} of {dtype}: cast to a float dtype first", dtype)
         return Node(op, dtype, *args)
 
     f.__name__ = f.__qualname__ = op

@@ -7,9 +7,28 @@ from typing import Any
 
 from ..kernels import ir, nest
 from ..kernels.kernel import DTYPES, Target, bits_dtype, compute_dtype
-from ..lowering import Iter, IterOperand, Sym, build, is_one, is_zero, launch, where
+from ..lowering import Iter, IterOperand, Sym, build, check, is_one, is_zero, launch, not_implemented, where
 
 SCALAR_TYPES = {"f32": "f32", "f64": "f64", "i32": "i32", "i64": "i64", "u32": "u32", "u64": "i64", "bool": "i32"}
+
+
+# Kinds of compute dtype that an op takes, where ATen's own kernels, and nothing before them, refuse the others.
+KINDS = {
+    "int bool": "bitwise_and bitwise_or bitwise_xor bitwise_not",
+    "int": "lshift rshift gcd lcm",
+    "int float": "remainder fmod",
+    "float": "atan2 hypot copysign nextafter logit mse smooth_l1 huber gelu elu softplus hardsigmoid hardswish hardshrink "
+    "softshrink leaky_relu glu mish prelu frac round_decimals erfinv lgamma digamma",
+    "float complex": "silu sigmoid sinc",
+}
+_KINDS = {name: kinds.split() for kinds, names in KINDS.items() for name in names.split()}
+
+
+def _check_kind(name: str, dtype: str) -> None:
+    """Refuses a dtype of a kind that the op does not take, as AT_DISPATCH does."""
+    kinds = _KINDS.get(name.removesuffix("_stub"))
+    if kinds and DTYPES[dtype].kind.replace("uint", "int") not in kinds:
+        check(False, "NotImplementedError", not_implemented(name, dtype))
 
 
 def stride_classes(strides: Sequence[Any]) -> tuple[str, ...]:
@@ -39,6 +58,7 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
     calls that skip the launch."""
     first = it.outputs[0].dtype
     dtype = {"common": it.common or first, "in": it.inputs[0].dtype if it.inputs else first, "out": first}.get(compute, compute)
+    _check_kind(name, dtype)
     bits = False
     if compute == "copy":
         dtype = first

@@ -425,7 +425,6 @@ STUBS: dict[str, tuple[str, Any]] = {
     "logit_backward_stub": ("common", _logit_backward),
 }
 
-
 def _define(name: str, compute: str, function: Any) -> None:
     @stub(name)
     def body(it: Iter, *extras: Any) -> None:
