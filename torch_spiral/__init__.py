@@ -198,5 +198,6 @@ def _leave() -> None:
 _register()
 
 from . import lowering, ops  # they register operators
+from .packing import pack
 
-__all__ = ["_C", "__version__", "lowering", "ops"]
+__all__ = ["_C", "__version__", "lowering", "ops", "pack"]

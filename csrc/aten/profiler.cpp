@@ -99,7 +99,7 @@ class Session final : public libkineto::IActivityProfilerSession {
     buffer_->gpuOpCount = static_cast<int>(records_.size());
     int32_t number = 0;
     for (const LaunchRecord& r : records_) {
-      if (r.duration_ns < 0 || r.start_ns < from || r.start_ns > to) continue;
+      if (r.duration_ns < 0) continue;
       const ActivityType type = r.kernel == "fill" ? ActivityType::GPU_MEMSET : r.kernel == "copy" ? ActivityType::GPU_MEMCPY : ActivityType::CONCURRENT_KERNEL;
       buffer_->emplace_activity(buffer_->span, type, r.kernel);
       libkineto::GenericTraceActivity& a = *buffer_->activities.back();

@@ -33,7 +33,7 @@ struct Timeline {
 struct State {
   std::mutex mutex;
   std::vector<LaunchRecord> log;
-  uint64_t first = 0;  // sequence number of log[0]
+  uint64_t next = 0;  // sequence number
   std::map<c10::DeviceIndex, Timeline> timelines;
 };
 
@@ -43,6 +43,10 @@ State& state() {
 }
 
 thread_local std::vector<uint64_t> correlations;
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
 
 // With both locks held. Waits.
 void collect(Device& d, State& s, Timeline& t) {
@@ -82,7 +86,7 @@ uint64_t trace_begin() {
   State& s = state();
   std::lock_guard lock(s.mutex);
   detail::listeners.fetch_add(1);
-  return s.first + s.log.size();
+  return s.next;
 }
 
 std::vector<LaunchRecord> trace_end(uint64_t token) {
@@ -97,9 +101,11 @@ std::vector<LaunchRecord> trace_end(uint64_t token) {
     if (found != s.timelines.end()) collect(d, s, found->second);
   }
   std::lock_guard lock(s.mutex);
-  std::vector<LaunchRecord> records(s.log.begin() + static_cast<int64_t>(std::max(token, s.first) - s.first), s.log.end());
+  std::vector<LaunchRecord> records;
+  for (const LaunchRecord& r : s.log) {
+    if (r.sequence >= token) records.push_back(r);
+  }
   if (detail::listeners.fetch_sub(1) == 1) {
-    s.first += s.log.size();
     s.log.clear();
     s.timelines.clear();
   }
@@ -111,9 +117,19 @@ std::unique_ptr<EventHandle> trace_start(Device& d) {
   std::lock_guard lock(s.mutex);
   Timeline& t = s.timelines[static_cast<c10::DeviceIndex>(d.index)];
   if (!t.base) {
-    t.base = d.engine->record(true);
-    d.engine->wait(*t.base);
-    t.base_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+    d.engine->wait(*d.engine->record(false));
+    // The device passes the mark between two looks at the host's clock: the tightest of a few tries tells when.
+    int64_t tightest = INT64_MAX;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t before = now_ns();
+      auto mark = d.engine->record(true);
+      d.engine->wait(*mark);
+      const int64_t took = now_ns() - before;
+      if (took >= tightest) continue;
+      tightest = took;
+      t.base = std::move(mark);
+      t.base_ns = before + took / 2;
+    }
   }
   return d.engine->record(true);
 }
@@ -126,6 +142,7 @@ void trace_stop(Device& d, std::unique_ptr<EventHandle> start, LaunchRecord&& re
   std::lock_guard lock(s.mutex);
   Timeline& t = s.timelines[record.device];
   if (!t.base) return;  // the last listener left while this was launched
+  record.sequence = s.next++;
   t.pending.push_back({std::move(start), std::move(end), std::move(record)});
   if (t.pending.size() >= kBatch) collect(d, s, t);
 }

@@ -24,6 +24,7 @@ struct LaunchRecord {
   int64_t bytes = 0, flops = -1;             // -1: the lowering does not say
   uint32_t groups[3] = {1, 1, 1};
   uint64_t correlation = 0;                  // of the host's operator, from the profiler; 0: none
+  uint64_t sequence = 0;                     // counts launches
   int64_t start_ns = 0, duration_ns = -1;    // on the host's clock, since 1970; -1: lost to a device error
 };
 

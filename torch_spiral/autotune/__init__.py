@@ -169,7 +169,7 @@ def choose(template: str, key: str, default: S, candidates: Callable[[], Sequenc
         from . import online
 
         found = online.consider(
-            found, lambda: Request(r.device, template, key, tuple(sizes), default, tuple(candidates()))
+            place, found, lambda: Request(r.device, template, key, tuple(sizes), default, tuple(candidates()))
         )
     if found is None:
         r.note = f"{default} (built in)"
@@ -192,7 +192,7 @@ def _decide(request: Request, candidates: Callable[[], Sequence[Any]]) -> tuple[
         from .templates import kernel_hash
 
         if kernel_hash(request.device, request.template, request.key, schedule) == d.kernel_hash:
-            share = f"{d.speedup:.2f}x the time of {d.fallback}" if d.schedule != d.fallback else "nothing was better"
+            share = f"{d.speedup:.2f}x as fast as {d.fallback}" if d.schedule != d.fallback else "nothing was better"
             return schedule, f"{schedule} ({source.origin}: {share}, p={d.p:.1g})", 0
         why = "its kernel has changed since"
     if mode() == "frozen":

@@ -61,6 +61,18 @@ def gemm_call(text: str, device: torch.device) -> Callable[[], Any]:
     return call
 
 
+def attention_call(text: str, device: torch.device) -> Callable[[], Any]:
+    """attention/BxHxTxD, then :dtype, then :causal or :full."""
+    shape, dtype, causal = (*text.removeprefix("attention/").split(":"), "full")[:3]
+    sizes = [int(n) for n in shape.split("x")]
+
+    def call() -> Any:
+        q, k, v = (torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device) for _ in range(3))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal == "causal")
+
+    return call
+
+
 def model_call(text: str, device: torch.device) -> Callable[[], Any]:
     """ "module:function" with function() -> (model, inputs): one call of the model."""
     module, _, name = text.partition(":")
@@ -73,7 +85,8 @@ def model_call(text: str, device: torch.device) -> Callable[[], Any]:
 def gather(args: argparse.Namespace, device: int) -> list[Request]:
     """What the shapes and models ask, each key once."""
     where = torch.device("spiral", device)
-    calls = [gemm_call(text, where) for text in (args.shapes or ("" if args.model else GEMMS)).split(",") if text]
+    texts = (args.shapes or ("" if args.model else GEMMS)).split(",")
+    calls = [(attention_call if t.startswith("attention/") else gemm_call)(t, where) for t in texts if t]
     calls += [model_call(text, where) for text in args.model]
     found: dict[tuple[str, str], Request] = {}
     with torch.no_grad(), torch.spiral.device(where):

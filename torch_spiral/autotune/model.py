@@ -113,8 +113,9 @@ def device_seconds(device: torch.device, call: Callable[[], Any], rounds: int = 
 
     def sample(times: int) -> float:
         start, end = (torch.Event(device=device, enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
+        for i in range(2 * times):  # the first half warms up
+            if i == times:
+                start.record()
             call()
         end.record()
         end.synchronize()

@@ -12,12 +12,10 @@ from .templates import template
 
 def work(d: db.Decision) -> tuple[float, float, str]:
     """(operations, least bytes, dtype) of a decision's call."""
-    from ..kernels.kernel import DTYPES
-
-    assert template(d.template).name == "gemm"
-    m, n, k, batch = map(int, d.sizes.split("x"))
+    sizes = tuple(map(int, d.sizes.split("x")))
     dtype = d.key.split()[0]
-    return 2.0 * m * n * k * batch, float(batch * DTYPES[dtype].size * (m * k + k * n + m * n)), dtype
+    flops, moved = template(d.template).work(d.key, sizes)
+    return flops, moved, dtype
 
 
 def _roofline(row: db.DeviceRow, decisions: list[db.Decision], path: Path) -> None:

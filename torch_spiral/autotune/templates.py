@@ -13,7 +13,7 @@ import torch
 
 from ..kernels.kernel import DTYPES, Target
 from . import Request
-from .model import Roofline, Tiling, product_seconds
+from .model import CACHE_SPEED, Roofline, Tiling, product_seconds
 
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Of the largest result, between schedules that only add in another order.
@@ -47,13 +47,15 @@ class Problem:
         return any((r.template, r.key) == (request.template, request.key) for r in requests_of(self.call))
 
     def poison(self) -> None:
-        """So that a result that is not written is seen."""
-        for arena in self.arenas:
-            arena.fill_(float("nan"))
+        """So that a result that is not written is seen: in the arenas, else in the memory that the next result will probably take."""
+        for memory in (*self.arenas, *(self.outputs if not self.arenas else ())):
+            memory.fill_(float("nan"))
+        if not self.arenas:
+            self.outputs.clear()
 
     def damage(self) -> str:
         """What was written outside of the results; empty: nothing."""
-        for arena, out in zip(self.arenas, self.outputs, strict=True):
+        for arena, out in zip(self.arenas, self.outputs, strict=False):
             if not (arena[:MARGIN].isnan().all() and arena[MARGIN + out.numel() :].isnan().all()):
                 return "it wrote outside of its result"
         return ""
@@ -91,6 +93,10 @@ class Template:
     def problem(self, device: int, key: str, sizes: Sequence[int]) -> Problem:
         """A call on scratch tensors that asks for the key."""
         raise NotImplementedError(f"{self.name} {key}")
+
+    def work(self, key: str, sizes: Sequence[int]) -> tuple[float, float]:
+        """(operations, bytes that must move at least) of a call."""
+        raise NotImplementedError
 
     def ragged(self, problem: Problem) -> Problem:
         """A small one of the same kernels with sizes that fill no tile, and exact results to compare with."""
@@ -146,12 +152,15 @@ class Gemm(Template):
         def truth() -> list[torch.Tensor]:
             return [a.cpu().double() @ b.cpu().double()]
 
-        size = DTYPES[f["a"]].size
         tolerance = TOLERANCE[f["a"]] if f["flags"][-1:] != ["tf32"] else 5e-4
         return Problem(
             self.name, key, tuple(sizes), where, f["a"], [a, b], [memory], [out], call, truth if exact else None, tolerance,
-            2.0 * m * n * k * batch, float(batch * size * (m * k + k * n + m * n)), f,
+            *self.work(key, sizes), f,
         )  # fmt: skip
+
+    def work(self, key: str, sizes: Sequence[int]) -> tuple[float, float]:
+        m, n, k, batch = sizes
+        return 2.0 * m * n * k * batch, float(batch * DTYPES[key.split()[0]].size * (m * k + k * n + m * n))
 
     def ragged(self, problem: Problem) -> Problem:
         """Divisible as the key says, and no more: what a kernel is built for stays."""
@@ -217,7 +226,85 @@ class Gemm(Template):
         ).source
 
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(),)}
+class Attention(Template):
+    """Forward. Key: dtype, flag of the kernels, causal or full, mask's dtype, classes of head sizes, floor(log2) of the queries. Sizes:
+    batch, heads, queries, heads of the keys, keys, head size, head size of the values."""
+
+    name = "attention"
+
+    def problem(self, device: int, key: str, sizes: Sequence[int], exact: bool = False) -> Problem:
+        dtype, _, causal, mask, *_ = key.split()
+        if mask != "-":
+            raise NotImplementedError(f"attention {key}")
+        where = torch.device("spiral", device)
+        batch, heads, queries, kv_heads, keys, head, head_v = sizes
+        q = scratch((batch, heads, queries, head), TORCH[dtype], where, 1)
+        k = scratch((batch, kv_heads, keys, head), TORCH[dtype], where, 2)
+        v = scratch((batch, kv_heads, keys, head_v), TORCH[dtype], where, 3)
+        problem: Problem
+
+        def attend(*inputs: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                *inputs, is_causal=causal == "causal", enable_gqa=heads != kv_heads
+            )
+
+        def call() -> None:
+            problem.outputs[:] = [attend(q, k, v)]
+
+        def truth() -> list[torch.Tensor]:
+            return [attend(*(x.cpu().double() for x in (q, k, v)))]
+
+        problem = Problem(
+            self.name, key, tuple(sizes), where, dtype, [q, k, v], [], [], call, truth if exact else None, 2 * TOLERANCE[dtype],
+            *self.work(key, sizes),
+        )  # fmt: skip
+        return problem
+
+    def work(self, key: str, sizes: Sequence[int]) -> tuple[float, float]:
+        batch, heads, queries, kv_heads, keys, head, head_v = sizes
+        share = 0.5 if key.split()[2] == "causal" else 1.0
+        moved = DTYPES[key.split()[0]].size * batch * (heads * queries + kv_heads * keys) * (head + head_v)
+        return 2.0 * share * batch * heads * queries * keys * (head + head_v), float(moved)
+
+    def ragged(self, problem: Problem) -> Problem:
+        batch, heads, queries, kv_heads, keys, head, head_v = problem.sizes
+        small = (1, heads // kv_heads * 2, min(queries, 197), 2, min(keys, 203), head, head_v)
+        return self.problem(problem.device.index, problem.key, small, exact=True)
+
+    def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
+        """The keys are read again for every tile of queries; a workgroup's tile must keep the compute units busy."""
+        target = Target.of(problem.device.index)
+        batch, heads, queries, _, keys, head, head_v = problem.sizes
+        rows = getattr(schedule, "queries", 0) or schedule.block_q
+        columns = getattr(schedule, "keys", 0) or schedule.block_k
+        workgroups = -(-queries // rows) * batch * heads
+        waves = -(-workgroups // target.compute_units) * target.compute_units / workgroups
+        tile = rows * columns / (rows + columns)
+        again = workgroups * keys * (head + head_v) * DTYPES[problem.dtype].size / (CACHE_SPEED * roofline.bandwidth)
+        return max(
+            problem.flops * waves * (1 + 8 / tile) / roofline.rate(problem.dtype),
+            problem.bytes / roofline.bandwidth + again,
+        )
+
+    def family(self, schedule: Any) -> Any:
+        return (schedule.queries, schedule.keys) if hasattr(schedule, "queries") else schedule
+
+    def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
+        from ..kernels.block import attention as block
+        from ..kernels.simt import attention as simt
+
+        dtype, flag, causal, mask, *numbers = key.split()
+        head, head_v = (int(n[1:]) for n in numbers[:2])
+        mask = "" if mask == "-" else mask
+        if target.schedule_class == "simt":
+            return simt.forward(target, schedule, dtype, head, head_v, mask, causal == "causal", flag == "vec").source
+        precision = "ieee" if dtype == "f32" else ""
+        return block.forward(
+            target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision, "tiles" in flag
+        ).source
+
+
+TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(), Attention())}
 
 
 def template(name: str) -> Template:

@@ -4,7 +4,7 @@ Arguments called `device` are a torch.device, a string ("spiral", "spiral:1"), a
 device; RuntimeError for a device that does not exist, ValueError for one of another type.
 """
 
-from . import amp, memory, random
+from . import amp, memory, profiler, random
 from ._devices import (
     DeviceProperties,
     _get_device_index,
@@ -56,6 +56,7 @@ from .random import (
     set_rng_state_all,
 )
 from .streams import Event, Stream, current_stream, default_stream, set_stream, stream
+from .telemetry import Telemetry, telemetry
 
 
 def __getattr__(name: str) -> object:
@@ -74,6 +75,7 @@ __all__ = [
     "DeviceProperties",
     "Event",
     "Stream",
+    "Telemetry",
     "_get_device_index",
     "_is_in_bad_fork",
     "_lazy_init",
@@ -112,6 +114,7 @@ __all__ = [
     "memory_reserved",
     "memory_stats",
     "memory_summary",
+    "profiler",
     "random",
     "reset_accumulated_memory_stats",
     "reset_fallbacks",
@@ -127,4 +130,5 @@ __all__ = [
     "set_stream",
     "stream",
     "synchronize",
+    "telemetry",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import autotune
 from ..kernels.block import attention as block
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
@@ -22,6 +23,7 @@ from ..lowering import (
     composite,
     empty,
     fill_bytes,
+    hint,
     is_zero,
     launch,
     maximum,
@@ -71,6 +73,15 @@ def backward(
         _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, dq, dk, dv, ds)
     else:
         _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
+
+
+def _tuned(
+    flags: str, default: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, rows: int, candidates: Any
+) -> Any:
+    """The schedule of a forward kernel: the default, or what was measured to be faster."""
+    key = f"{q.dtype} {flags} {'causal' if causal else 'full'} {mask.dtype if mask is not None else '-'} h{head} v{head_v} q{rows}"
+    sizes = (*q.sizes[:3], k.sizes[1], k.sizes[2], q.sizes[3], v.sizes[3])
+    return autotune.choose("attention", key, default, candidates, [hint(n) for n in sizes])
 
 
 # ---- vector: OpenCL on CPUs -------------------------------------------------------------------------------------------
@@ -158,6 +169,8 @@ def _block_forward(
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
     tiles = all(not is_zero(x.strides[2]) and described(x, *x.strides[:3]) for x in (k, v))
+    flags = ("tiles" if tiles else "rows") + ("-exact" if vec == 2 else "")
+    s = _tuned(flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows))
     kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), tiles)
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
@@ -207,6 +220,8 @@ def _simt_forward(
     keys, head_v = k.sizes[2], v.sizes[3]
     s = simt.default_schedule(t, head_v_class, rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
+    if splits == 1:
+        s = _tuned("vec" if vec else "-", s, q, k, v, mask, causal, head_class, head_v_class, rows, lambda: [c for c in simt.SCHEDULES if c.fits(t, head_v_class)])
     masks = [mask] if mask is not None else []
     key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
     scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, out)]

@@ -391,7 +391,7 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
     if compute == "f32" and "s" not in a_layout + b_layout and windows == (1, 1):
         flags = "".join("v" if v else "s" for v in (vec_a, vec_b)) + ("f" if divisible_by(k, 16) else "r")
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {flags}"
-        choice = _tuned(key, (m, n, k, batch), simt.Choice(schedule, splits), lambda: simt.candidates(t, a.dtype, b.dtype, bm, bn, bk, bb))
+        choice = _tuned(key, (m, n, k, batch), simt.Choice(schedule, splits), lambda: simt.candidates(t, a.dtype, bm, bn, bk, bb))
         schedule, splits = choice.schedule, choice.splits
     full_k = divisible_by(k, 16) and schedule.tile_k <= 16
     if splits > 1:

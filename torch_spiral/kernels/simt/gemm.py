@@ -137,12 +137,10 @@ class Choice:
         return f"{self.schedule.key}/{self.splits}"
 
 
-def candidates(target: Target, dtype: str, b_dtype: str, m: int, n: int, k: int, batch: int) -> list[Choice]:
-    """What a tuner may choose from for about these sizes. float32 is always summed in runs (see Schedule.chunk); 16-bit storage
-    hides the error of one long sum."""
+def candidates(target: Target, dtype: str, m: int, n: int, k: int, batch: int) -> list[Choice]:
+    """What a tuner may choose from for about these sizes."""
     if ACCUMULATOR[dtype] != "f32":
         return []
-    chunks = (32, 64, 0) if {dtype, b_dtype} <= {"f16", "bf16"} else (32, 64)
     software = target.compute_units <= 4
     shapes = [
         (tm, tn, tk, rm, rn)
@@ -158,7 +156,7 @@ def candidates(target: Target, dtype: str, b_dtype: str, m: int, n: int, k: int,
         widths = [0, *(w for w in (8, 16) if lanes_n % w == 0 and lanes_m % (32 // w) == 0)]
         for lanes in [0] if software else widths:
             for prefetch in (False,) if software else (True, False):
-                for chunk in chunks:
+                for chunk in (0, 32):
                     if rm * rn * (2 if chunk else 1) > 128:  # registers
                         continue
                     s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
