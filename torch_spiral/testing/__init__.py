@@ -2,4 +2,5 @@
 
 python -m torch_spiral.testing coverage --help
 python -m torch_spiral.testing upstream --help
+python -m torch_spiral.testing differential --help
 """

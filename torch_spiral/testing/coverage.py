@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch_spiral.testing import ledger
@@ -80,6 +80,8 @@ class Result:
     samples: int = 0
     message: str = ""
     seconds: float = 0.0
+    limit: int | None = None  # at most this many samples were asked for
+    host: dict[str, list[int]] = field(default_factory=dict)  # declared host ops that ran: calls and bytes copied
 
     @property
     def good(self) -> bool:
@@ -192,7 +194,7 @@ class Runner:
         answer = self.first.ask({"list": True}, timeout=300)
         if "tasks" not in answer:
             raise SystemExit(f"no worker: {answer['message']} (log: {self.first.log})")
-        self.listed, self.native = answer["tasks"], set(answer["native"])
+        self.listed = answer["tasks"]
         self.described, self.torch = answer["device"], answer["torch"]
 
     def _worker(self, index: int) -> Worker:
@@ -218,7 +220,7 @@ class Runner:
                 request = {"op": task.op, "dtype": task.dtype, "check": task.check, "limit": self.limit}
                 answer = worker.ask(request, self.timeout)
                 with lock:
-                    each(Result(task.op, task.kind, task.dtype, task.check, **answer))
+                    each(Result(task.op, task.kind, task.dtype, task.check, limit=self.limit, **answer))
             if worker is not None:
                 worker.stop()
 
@@ -254,7 +256,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the results there are, run the rest")
     parser.add_argument("--failed", action="store_true", help="run again what failed last time")
     parser.add_argument(
-        "--report", nargs="?", const="docs/coverage.md", help="write the coverage page from all results"
+        "--report",
+        action="store_true",
+        help="write docs/coverage.md from all results, and keep those under benchmarks/results; alone it runs nothing",
     )
     parser.add_argument("--expect", action="store_true", help="write the failures of this run into the ledger")
     parser.add_argument("-v", "--verbose", action="store_true", help="whole messages, and a line for each pass")
@@ -267,6 +271,9 @@ def main(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
+    asked = (args.ops, args.dtype, args.forward, args.backward, args.checks, args.all, args.failed, args.resume)
+    if args.report and not any(asked) and args.tier == "full":
+        return _report(console)
     runner = Runner(args.device, args.engine, args.workers, args.timeout, args.samples)
     engine = args.engine or _engine(runner.described, args.device)
     wanted = _wanted(args, runner.listed)
@@ -309,11 +316,15 @@ def main(args: argparse.Namespace) -> int:
     if args.expect:
         _expect(red, engine, expected)
     if args.report:
-        from torch_spiral.testing import report
-
-        report.write(ROOT / args.report, runner.native)
-        console.print(f"wrote {args.report}")
+        _report(console)
     return 1 if red else 0
+
+
+def _report(console) -> int:
+    from torch_spiral.testing import report
+
+    console.print(f"wrote {report.write()}")
+    return 0
 
 
 def _red(r: Result, engine: str, expected: dict) -> bool:

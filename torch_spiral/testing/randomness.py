@@ -74,6 +74,8 @@ def compare_draws(ours: Tensor, theirs: Tensor, rounding: float) -> None:
     statistics: dict[str, Callable[[Tensor], Tensor]] = {
         "location": lambda u: u.mean(1, keepdim=True),
         "spread": lambda u: (u - 0.5).square().mean(1, keepdim=True),
+        "greatest": lambda u: u.amax(1, keepdim=True),
+        "least": lambda u: u.amin(1, keepdim=True),
         "dependence between elements": lambda u: u.var(1, correction=0, keepdim=True),
         "dependence between neighbours": lambda u: ((u - 0.5) * (u.roll(1, 1) - 0.5)).mean(1, keepdim=True),
         "dependence between draws": lambda u: ((u[1:] - 0.5) * (u[:-1] - 0.5)).mean(1, keepdim=True),

@@ -170,6 +170,13 @@ def _xml(text: str) -> str:
     return "".join(c for c in text if c >= " " or c in "\n\t")[:2000]
 
 
+def _cause(outcome: Outcome) -> str:
+    """The line of a failure's text that says what was wrong: pytest's first that starts with E."""
+    lines = outcome["message"].splitlines() or [outcome["outcome"]]
+    said = [line[1:].strip() for line in lines if line.startswith("E  ")]
+    return (said or lines[-1:])[0][:160]
+
+
 def _summary(everything: dict[str, list[Outcome]], engine: str, path: Path) -> None:
     kinds = ("passed", "failed", "skipped", "xfailed", "xpassed")
     lines = [f"# Upstream test files on {engine}", "", "| file | " + " | ".join(kinds) + " |", "|---" * 6 + "|"]
@@ -179,7 +186,7 @@ def _summary(everything: dict[str, list[Outcome]], engine: str, path: Path) -> N
         lines.append(f"| {file} | " + " | ".join(str(counts[k]) for k in kinds) + " |")
         for o in outcomes:
             if o["outcome"] in ("failed", "xpassed"):
-                causes[o["message"].splitlines()[-1][:160] if o["message"] else o["outcome"]].append(o["nodeid"])
+                causes[_cause(o)].append(o["nodeid"])
     lines += ["", "## Failures by message", ""]
     for message, nodes in sorted(causes.items(), key=lambda c: -len(c[1])):
         lines.append(f"- {len(nodes)} times `{message.replace('`', ' ')}`, such as {nodes[0]}")

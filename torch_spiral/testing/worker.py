@@ -2,9 +2,10 @@
 
 Reads one JSON request a line from standard input, answers with one JSON line each on the standard output it was
 given; whatever else is printed goes to standard error.
-    {"list": true}  -> {"tasks": [[op, kind, dtype], ...], "native": [op, ...], "device": ..., "torch": ...}
+    {"list": true}  -> {"tasks": [[op, kind, dtype], ...], "device": ..., "torch": ...}
     {"op": ..., "dtype": ..., "check": ..., "limit": ...}
-                    -> {"status": "pass" | "fail" | "n/a", "samples": n, "message": ..., "seconds": ...}
+                    -> {"status": "pass" | "fail" | "n/a", "samples": n, "message": ..., "seconds": ...,
+                        "host": {host op: [calls, bytes copied]}}
 """
 
 from __future__ import annotations
@@ -34,11 +35,8 @@ def main() -> None:
         request = json.loads(line)
         if "list" in request:
             tasks = [(i.name, i.kind, str(d).removeprefix("torch.")) for i in items.values() for d in i.dtypes]
-            aten = {i.name: getattr(i.info, "aten_name", i.name) for i in items.values()}
-            native = checks.native_ops() if device.type == "spiral" else set()
             answer = {
                 "tasks": tasks,
-                "native": sorted(name for name, op in aten.items() if op in native),
                 "device": devices.describe(device),
                 "torch": torch.__version__,
             }
@@ -51,9 +49,12 @@ def run(item, request, device, checks) -> dict:
     """One check of one (op, dtype)."""
     import torch
 
-    check = checks.CHECKS[item.kind][request["check"]]
+    if request["check"] == "differential":
+        from torch_spiral.testing.differential import check
+    else:
+        check = checks.CHECKS[item.kind][request["check"]]
     start = time.perf_counter()
-    before = fallen()
+    before, host_before = fallen(), host_ops()
     try:
         samples = check(item, getattr(torch, request["dtype"]), device, request["limit"])
         if device.type == "spiral":
@@ -72,7 +73,20 @@ def run(item, request, device, checks) -> dict:
         "samples": samples,
         "message": message[:2000],
         "seconds": round(time.perf_counter() - start, 4),
+        "host": {
+            name: [calls - host_before.get(name, (0, 0))[0], size - host_before.get(name, (0, 0))[1]]
+            for name, (calls, size) in host_ops().items()
+            if (calls, size) != host_before.get(name)
+        },
     }
+
+
+def host_ops() -> dict[str, tuple[int, int]]:
+    """Calls of declared host ops and the bytes copied for them, so far."""
+    import torch
+
+    module = getattr(torch, "spiral", None)
+    return module.host_ops() if module is not None else {}
 
 
 def fallen() -> int:
