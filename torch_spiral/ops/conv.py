@@ -39,6 +39,7 @@ from ..lowering import (
 from .common import contiguous
 from .contraction import allow_tf32, matrix
 from .contraction import product as matrix_product
+from .integer_conv import integer_convolution
 from .reduce import _sum, accumulator, reduce_rows
 
 FLOATS = ("f32", "f16", "bf16", "f64")
@@ -393,7 +394,7 @@ def _convolution(
 ) -> Tensor:  # fmt: skip
     """out, where it is given, is contiguous and takes the result; terms need it."""
     for name, t in (("input", x), ("weight", w)):
-        check(t.dtype in FLOATS or DTYPES[t.dtype].kind == "complex", "NotImplementedError", f"convolution of {name} dtype {t.dtype} is not supported")
+        check(t.dtype != "bool", "NotImplementedError", f"convolution of {name} dtype {t.dtype} is not supported")
     nd = len(taps)
     g = _geometry(taps, stride, padding, dilation, groups)
     last = _channels_last(x) or (_channels_last(w) and x.ndim == 4 and not is_one(x.sizes[1]))
@@ -414,7 +415,9 @@ def _convolution(
         )  # fmt: skip
     if out is None:
         out = _allocate(x.sizes[0], channels, [1] * (3 - nd) + spatial, nd, x.dtype, last)
-    if transposed:
+    if DTYPES[x.dtype].kind in ("int", "uint"):
+        integer_convolution(x, w, bias, out, g, transposed)
+    elif transposed:
         assert not terms
         _transposed(x, w, bias, out, g)
     else:
