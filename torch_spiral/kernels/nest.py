@@ -23,6 +23,7 @@ from .ir import Complex, Node
 from .kernel import DTYPES, Kernel, Target
 
 SIMT_ELEMENTS = 4  # that an invocation of a GPU handles, a workgroup apart: so many loads are in flight
+SIMT_KEPT = 16  # elements of a row that an invocation of a GPU keeps in registers, where several loops read them
 SIMT_WORKGROUP = 256  # invocations; 64 on software rasterisers would do as well
 BLOCK_LANES = 1024  # of a Triton kernel: 16 bytes a thread and access for most dtypes
 TASK_ELEMENTS = 16384  # what one workgroup of a CPU device handles at least
@@ -821,8 +822,10 @@ class _Rows:
 
         return [ir.substitute(e, replace, memo) for e in exprs]
 
-    def _leaf_loader(self, index: Callable[[Operand], Node], position: Any) -> Callable[[Node], Any]:
-        cache: dict[str, Any] = {}
+    def _leaf_loader(
+        self, index: Callable[[Operand], Node], position: Any, kept: dict[str, Any] | None = None
+    ) -> Callable[[Node], Any]:
+        cache: dict[str, Any] = dict(kept or {})
 
         def leaf(n: Node) -> Any:
             o = self.leaf_of.get(n.attr)
@@ -907,6 +910,50 @@ class _Rows:
             return self.bases[o.name]
 
         self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
+        self.kept: list[dict[str, Any]] = []
+        kept = self._read_again() if self.schedule == "workgroup" and self.reduced == 1 and not software(self.target) else []
+        if not kept or self.block or self.split:
+            self._loops_of_row(lanes_r, split, row_id)
+            return
+        size, length = self.workgroup, self.sizes[0]
+        short = ir.and_(ir.le(length, size * SIMT_KEPT), ir.gt(length, 0))
+        with k.If(short):
+            for j in range(SIMT_KEPT):
+                place = {0: k.let(ir.minimum(k.local_id() + j * size, length - 1))}
+                self.kept.append({o.name: self._load(o, place) for o in kept})
+            self._loops_of_row(lanes_r, split, row_id)
+        with k.Else():
+            self.kept, self.done = [], {}
+            self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
+            self._loops_of_row(lanes_r, split, row_id)
+
+    def _read_again(self) -> list[Operand]:
+        """The operands that several loops read, element by element."""
+        loops: dict[str, set[int]] = {}
+
+        def visit(n: Node, loop: int) -> None:
+            if n.op == "leaf":
+                if self.varies[n] and n.attr in self.leaf_of:
+                    loops.setdefault(self.leaf_of[n.attr].name, set()).add(loop)
+            elif n.op != "red":
+                for a in n.args:
+                    visit(a, loop)
+
+        for (_, xs), loop in self.groups.items():
+            for x in xs:
+                visit(x, loop)
+        for i in self.elementwise:
+            for p in (r.re, r.im) if isinstance(r := self.results[i], Complex) else (r,):
+                visit(p, self.loops - 1)
+        return [o for o in self.ins if len(loops.get(o.name, ())) > 1 and not DTYPES[o.dtype].is_pair]
+
+    def _load(self, o: Operand, at: dict[int, Any]) -> Any:
+        """An element as a value of its own: not one that a later load of the same index stands for."""
+        index = self.bases[o.name] + self._term(o, 0, at[0])
+        return self.k.let(self.bufs[o.name].load(index))
+
+    def _loops_of_row(self, lanes_r: int, split: Any, row_id: Any) -> None:
+        k = self.k
         for loop in range(self.loops):
             now = [g for g, at in self.groups.items() if at == loop]
             stores = self.elementwise if loop == self.loops - 1 else []
@@ -941,9 +988,11 @@ class _Rows:
             a.set(n)
 
     def _element(
-        self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None
-    ) -> None:
-        """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other loads."""
+        self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
+        kept: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other loads.
+        kept: operands that are in registers."""
 
         def index(o: Operand) -> Node:
             total: Any = self.bases[o.name]
@@ -951,7 +1000,7 @@ class _Rows:
                 total = total + self._term(o, d, at[d])
             return total
 
-        leaf = self._leaf_loader(index, position)
+        leaf = self._leaf_loader(index, position, kept)
         exprs = [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
         values = self.evaluate(exprs, leaf)
         if stores and self.loops > 1 and position.lanes > 1:
@@ -1087,14 +1136,28 @@ class _Rows:
 
         each = 1 if self.block or software(self.target) else SIMT_ELEMENTS
 
-        def body(t: Any, accs: list, later: list | None = None) -> None:
+        def body(t: Any, accs: list, later: list | None = None, kept: dict[str, Any] | None = None) -> None:
             at, rest = {}, t
             for d in range(self.reduced - 1):
                 q = k.let(ir.idiv(rest, self.sizes[d]))
                 at[d] = k.let(rest - q * self.sizes[d])
                 rest = q
             at[self.reduced - 1] = rest
-            self._element(now, accs, stores, at, t, later)
+            self._element(now, accs, stores, at, t, later, kept)
+
+        def from_registers() -> None:
+            for j in range(0, SIMT_KEPT, SIMT_ELEMENTS):
+                places = [(k.let(lid + i * size), self.kept[i]) for i in range(j, j + SIMT_ELEMENTS)]
+                with k.If(places[-1][0] < end):
+                    later: list[tuple[Operand, Any, Any]] = []
+                    for t, kept in places:
+                        body(t, totals, later, kept)
+                    for o, index, value in later:
+                        self.bufs[o.name].store(index, value)
+                with k.Else():
+                    for t, kept in places:
+                        with k.If(t < end):
+                            body(t, totals, None, kept)
 
         def several(start: Any, stop: Any, accs: list) -> None:
             """Of start, start + size … below stop: `each` at a time, all read before the first is written."""
@@ -1108,7 +1171,9 @@ class _Rows:
                 with k.Else(), k.For(t, stop, size) as u:
                     body(u, accs)
 
-        if self.block:  # whole blocks without a mask, then the rest
+        if self.kept:
+            from_registers()
+        elif self.block:  # whole blocks without a mask, then the rest
             span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
             whole = k.let(first + span - ir.irem(span, size))
             with k.For(first, whole, size) as t:

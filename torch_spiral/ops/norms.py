@@ -5,6 +5,7 @@ Statistics are float32 (float64 for float64). Every forward is one launch, every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,28 @@ def _log_softmax(vector: bool, r: Any, x: Any) -> Any:
     return (x - largest) - ir.log(r.sum(_exp_of_negative(x - largest, vector)))
 
 
+def _largest_and_total(r: Any, x: Any) -> tuple[Any, Any]:
+    """The largest element and the sum of exp(x - largest); of infinities, the sum is NaN."""
+    largest, total = r.reduce(nest.LOGSUMEXP(x.dtype), x, ir.const(1.0, x.dtype))
+    return largest, ir.where(ir.isfinite(largest), total, math.nan)
+
+
+def _softmax_online(vector: bool, r: Any, x: Any) -> Any:
+    largest, total = _largest_and_total(r, x)
+    return ir.exp(x - largest) / total
+
+
+def _log_softmax_online(vector: bool, r: Any, x: Any) -> Any:
+    largest, total = _largest_and_total(r, x)
+    return (x - largest) - ir.log(total)
+
+
+def _online() -> bool:
+    """Whether the largest element and the sum are found in one pass: where memory is what counts."""
+    t = target()
+    return t.schedule_class == "simt" and not nest.software(t)
+
+
 def _softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
     return y * (grad - r.sum(grad * y))
 
@@ -103,12 +126,18 @@ def _log_softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
 
 @structured("_softmax")
 def softmax(x: Tensor, dim: int, half_to_float: bool, out: Tensor) -> None:
-    _along("softmax", _softmax, out, [x], dim)
+    if _online():
+        _along("softmax_online", _softmax_online, out, [x], dim)
+    else:
+        _along("softmax", _softmax, out, [x], dim)
 
 
 @structured("_log_softmax")
 def log_softmax(x: Tensor, dim: int, half_to_float: bool, out: Tensor) -> None:
-    _along("log_softmax", _log_softmax, out, [x], dim)
+    if _online():
+        _along("log_softmax_online", _log_softmax_online, out, [x], dim)
+    else:
+        _along("log_softmax", _log_softmax, out, [x], dim)
 
 
 @structured("_softmax_backward_data")
