@@ -28,13 +28,9 @@ def pytest_report_header(config):
     return [*lines, *(f"{r['engine']}: {r['why']}" for r in torch.spiral.engines() if r["why"])]
 
 
-# Files of the everyday tier (`make test`); the others run in `make test-full` until they are timed and their expectations written.
-EVERYDAY = frozenset(
-    ["test_activation", "test_amp", "test_attention", "test_compile", "test_copy", "test_device", "test_engine", "test_generate", "test_harness", "test_kernels_ir", "test_memory", "test_models", "test_padding", "test_pooling", "test_random", "test_serialization", "test_stream_event", "test_threading", "test_wgpu_engine"]
-)
-# Kernels take a second each to compile on a software adapter: the everyday tier runs a fixed sixth of its tests there. These files
-# test what differs between engines and always run whole.
-ALWAYS_WHOLE = ("test_engine", "test_wgpu_engine", "test_memory", "test_stream_event", "test_device")
+# `make test` runs what is not marked `full`. Kernels take a second each to compile on a software adapter: a fixed sixth of its tests
+# are everyday ones, but for these files, which test what differs between engines.
+ALWAYS_WHOLE = ("test_engine", "test_wgpu_engine", "test_memory", "test_stream_event", "test_device", "test_errors", "test_fallback")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,7 +40,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         thinned = software and item.path.stem not in ALWAYS_WHOLE
         slow = thinned and any(word in item.name for word in ("wgpu", "wgsl", "lavapipe"))
-        if item.path.stem not in EVERYDAY or (slow and zlib.crc32(item.nodeid.encode()) % 6):
+        if slow and zlib.crc32(item.nodeid.encode()) % 6:
             item.add_marker(pytest.mark.full)
 
 

@@ -1,8 +1,10 @@
 """Bad input gets upstream's exception and text, or one that names the op, what was given and what to do; the process
 and the device live on."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,22 +110,20 @@ def test_float64_where_the_device_has_none(device):
         pytest.skip("this device computes in float64")
     x = torch.ones(3, dtype=torch.float64).to(device)
     assert x.cpu().tolist() == [1, 1, 1], "it stores and copies"
-    with pytest.raises((RuntimeError, TypeError), match="float64|f64|Double"):
+    with pytest.raises((RuntimeError, TypeError), match=r"float64|f64|Double"):
         (x.exp() + x.sin()).cpu()
     assert torch.ones(2, device=device).sum().item() == 2
 
 
 def test_out_of_memory(device):
     before = torch.spiral.memory_allocated(device)
-    with pytest.raises(torch.OutOfMemoryError, match="cannot hold a tensor of 65536.00 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"cannot hold a tensor of 65536\.00 GiB"):
         torch.empty(1 << 46, dtype=torch.uint8, device=device)
     assert torch.spiral.memory_allocated(device) == before
     assert torch.ones(3, device=device).sum().item() == 3
 
 
 def run(code, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
@@ -133,15 +133,10 @@ def test_a_kernel_that_does_not_compile_leaves_its_source_behind(device, tmp_pat
     """As a bug in an emitter would show: the op fails with the path of the source and the compiler's log."""
     index = device.index
     code = f"""
-import torch, torch_spiral
-from torch_spiral.kernels import {"opencl" if torch.spiral.get_device_properties(device).language == "opencl" else "wgsl"} as language
-from torch_spiral import lowering
-compile_kernel = lowering._C.compile_kernel
+import dataclasses, torch, torch_spiral.kernels.builder as builder
 x = torch.ones(8, device="spiral:{index}")
-import torch_spiral.kernels.emit as emit, torch_spiral.kernels.builder as builder
 finish = builder.KernelBuilder.finish
 def broken(self, *args, **kwargs):
-    import dataclasses
     kernel = finish(self, *args, **kwargs)
     return dataclasses.replace(kernel, source=kernel.source + "\\nthis is no program\\n")
 builder.KernelBuilder.finish = broken
@@ -156,10 +151,9 @@ print("ALIVE", (x + 1).sum().item())
     assert "RAISED" in result.stdout and "ALIVE 16.0" in result.stdout, result.stdout + result.stderr
     said = result.stdout
     assert "digamma" in said
-    saved = [word.strip(".,;:()'\"") for word in said.split() if str(tmp_path) in word or "/tmp" in word]
-    assert any(
-        "this is no program" in open(path).read() for path in saved if path.endswith((".cl", ".wgsl", ".txt"))
-    ), said
+    words = (Path(word.strip(".,;:()'\"")) for word in said.split() if "/" in word)
+    saved = [path for path in words if path.is_file()]
+    assert any("this is no program" in path.read_text(errors="replace") for path in saved), said
 
 
 def test_a_damaged_kernel_cache_is_rebuilt(device, tmp_path):
