@@ -392,3 +392,20 @@ def test_report(device, tmp_path):
         "<svg" in (tmp_path / "report" / "roofline-0.svg").read_text()
         and "<svg" in (tmp_path / "report" / "gains-0.svg").read_text()
     )
+
+
+@pytest.mark.parametrize("text", ["softmax/384x512:f32", "sum/3x65536:f32"])
+def test_rows_are_searched_by_their_key(device, text):
+    (request,) = tuner.requests_of(command.rows_call(text, device))
+    assert request.template == "rows" and request.candidates
+    result = tuner.Tuner(device.index, None, ROOF, limit=3, cheap_seconds=0.0).search(request)
+    assert not [t for t in result.trials if t.verdict == "wrong"]
+    assert any(t.verdict in ("lost", "no better", "won") and t.schedule != str(request.default) for t in result.trials)
+
+
+def test_attention_is_searched_by_its_key(device):
+    if torch.spiral.get_device_properties(device).engine != "wgpu":
+        pytest.skip("one schedule only")
+    (request,) = tuner.requests_of(command.attention_call("attention/1x2x80x32:f32:causal", device))
+    result = tuner.Tuner(device.index, None, ROOF, limit=2, cheap_seconds=0.0).search(request)
+    assert request.template == "attention" and not [t for t in result.trials if t.verdict in ("wrong", "failed")]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import _C
+from . import device as spiral
 from .autotune import tuner
 
 _holders = itertools.count(1)
@@ -82,7 +83,7 @@ def pack(model: torch.nn.Module, *inputs: Any, rounds: int = 5, **kwargs: Any) -
         _C.drop_packed(device.index, True)
         call()
 
-    with torch.spiral.device(device):  # type: ignore[attr-defined]
+    with spiral.device(device):
         unpacked()
         result.seconds_before = _median(device, unpacked, rounds)
         if _C.device_properties(device.index)["schedule_class"] == "vector":
@@ -98,10 +99,10 @@ def pack(model: torch.nn.Module, *inputs: Any, rounds: int = 5, **kwargs: Any) -
 def _median(device: torch.device, call: Callable[[], None], rounds: int) -> float:
     samples = []
     for _ in range(rounds):
-        torch.spiral.synchronize(device)  # type: ignore[attr-defined]
+        spiral.synchronize(device)
         start = time.perf_counter()
         call()
-        torch.spiral.synchronize(device)  # type: ignore[attr-defined]
+        spiral.synchronize(device)
         samples.append(time.perf_counter() - start)
     return statistics.median(samples)
 

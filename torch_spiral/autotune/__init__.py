@@ -162,9 +162,9 @@ def choose(template: str, key: str, default: S, candidates: Callable[[], Sequenc
         r.note = f"{default} (built in)"
         return default
     place = (r.device, template, key)
-    found = _decisions.get(place, False)
-    if found is False:
-        found = _decisions[place] = _decide(Request(r.device, template, key, tuple(sizes), default, ()), candidates)
+    if place not in _decisions:
+        _decisions[place] = _decide(Request(r.device, template, key, tuple(sizes), default, ()), candidates)
+    found = _decisions[place]
     if mode() == "online":
         from . import online
 
@@ -188,7 +188,9 @@ def _decide(request: Request, candidates: Callable[[], Sequence[Any]]) -> tuple[
     by_name = {str(c): c for c in (request.default, *candidates())}
     schedule = by_name.get(d.schedule)
     why = "there is no such schedule any more"
-    if schedule is not None:
+    if d.fallback != str(request.default):
+        why = "the built-in choice that it was compared with has changed since"
+    elif schedule is not None:
         from .templates import kernel_hash
 
         if kernel_hash(request.device, request.template, request.key, schedule) == d.kernel_hash:

@@ -28,6 +28,7 @@ from rich.table import Table
 
 import torch_spiral  # noqa: F401
 from torch_spiral import _C
+from torch_spiral import device as spiral
 
 from . import Request, database, device_row, templates, tuner
 from .model import Roofline, measure
@@ -36,7 +37,7 @@ GEMMS = "512x512x512:f32,1024x1024x1024:f32,2048x2048x2048:f32,128x768x768:f32:n
 
 
 def first_device(engine: str | None) -> int:
-    for i in range(torch.spiral.device_count()):
+    for i in range(spiral.device_count()):
         if engine in (None, _C.device_properties(i)["engine"]):
             return i
     raise SystemExit(f"there is no device of the engine {engine or 'any'}: `python -m torch_spiral` says why")
@@ -73,6 +74,14 @@ def attention_call(text: str, device: torch.device) -> Callable[[], Any]:
     return call
 
 
+def rows_call(text: str, device: torch.device) -> Callable[[], Any]:
+    """softmax/RxD, log_softmax/RxD or sum/RxD, then :dtype: of R rows of D."""
+    what, _, rest = text.partition("/")
+    shape, dtype = rest.split(":")
+    sizes = [int(n) for n in shape.split("x")]
+    return lambda: templates.Rows.CALLS[what](torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device))
+
+
 def model_call(text: str, device: torch.device) -> Callable[[], Any]:
     """ "module:function" with function() -> (model, inputs): one call of the model."""
     module, _, name = text.partition(":")
@@ -86,10 +95,11 @@ def gather(args: argparse.Namespace, device: int) -> list[Request]:
     """What the shapes and models ask, each key once."""
     where = torch.device("spiral", device)
     texts = (args.shapes or ("" if args.model else GEMMS)).split(",")
-    calls = [(attention_call if t.startswith("attention/") else gemm_call)(t, where) for t in texts if t]
+    kinds = {"attention": attention_call, "softmax": rows_call, "log_softmax": rows_call, "sum": rows_call}
+    calls = [kinds.get(t.split("/")[0], gemm_call)(t, where) for t in texts if t]
     calls += [model_call(text, where) for text in args.model]
     found: dict[tuple[str, str], Request] = {}
-    with torch.no_grad(), torch.spiral.device(where):
+    with torch.no_grad(), spiral.device(where):
         for call in calls:
             for r in tuner.requests_of(call):
                 found.setdefault((r.template, r.key), r)
@@ -104,12 +114,12 @@ def compile_ahead(args: argparse.Namespace, device: int, requests: list[Request]
         problem = templates.template(r.template).problem(device, r.key, r.sizes)
         for p in (problem, templates.template(r.template).ragged(problem)):
             work += [(p, s) for s in [r.default, *search.select(r, problem)[0]]]
-    with torch.no_grad(), torch.spiral.device(device):
+    with torch.no_grad(), spiral.device(device):
         for problem, schedule in work[part::parts]:
             try:
                 tuner.Arm(problem, schedule).run()
-                torch.spiral.synchronize()
-            except Exception as error:
+                spiral.synchronize()
+            except Exception as error:  # noqa: PERF203  (one that fails must not stop the others)
                 print(f"{schedule}: {error}", file=sys.stderr)
 
 

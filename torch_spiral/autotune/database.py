@@ -231,7 +231,7 @@ def parse(text: str) -> tuple[list[DeviceRow], list[Decision]]:
                 devices.append(DeviceRow(**given))
             else:
                 decisions.append({"decision": Decision}[kind](**given))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:  # noqa: PERF203  (the error names its line)
             raise ValueError(f"line {number} is no row of a tuning database: {error}") from error
     return devices, decisions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import _C
+from .. import device as spiral
 from ..kernels.kernel import Target
 
 LAUNCH_SECONDS = 4e-6
@@ -160,7 +162,7 @@ def measure(device: int, dtypes: tuple[str, ...] = ("f32",)) -> Roofline:
     where = torch.device("spiral", device)
     p = _C.device_properties(device)
     software = p["type"] in ("cpu", "software")
-    with torch.no_grad(), torch.spiral.device(where):
+    with torch.no_grad(), spiral.device(where):
         n = (1 << 24) if software else min(1 << 27, p["total_memory"] // 64)
         x, y = torch.empty(n, device=where), torch.empty(n, device=where)
         x.fill_(1.0)
@@ -176,6 +178,6 @@ def measure(device: int, dtypes: tuple[str, ...] = ("f32",)) -> Roofline:
             kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
             a = torch.ones(size, size, device=where, dtype=kind)
             out = torch.empty_like(a)
-            seconds = device_seconds(where, lambda a=a, out=out: torch.mm(a, a, out=out))
+            seconds = device_seconds(where, functools.partial(torch.mm, a, a, out=out))
             roofline.flops[dtype] = max(roofline.flops.get(dtype, 0.0), 2 * size**3 / seconds)
     return roofline

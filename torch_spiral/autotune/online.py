@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import _C
+from .. import device as spiral
 from . import Request, decided, device_row, store
 from . import database as db
 from .model import Roofline
@@ -31,8 +32,8 @@ from .tuner import (
     Comparison,
     Reference,
     Tuner,
-    replace_problem,
     repetitions,
+    replace_problem,
     run_apart,
     sign_test,
 )
@@ -131,7 +132,7 @@ class Bandit:
 
     def step(self) -> None:
         """One step: a candidate is checked, or one round is run. Ends with `done` and, where something won, with a decision."""
-        with torch.no_grad(), torch.spiral.device(self.request.device):
+        with torch.no_grad(), spiral.device(self.request.device):
             if self.bets is None:
                 self._begin()
                 return

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..kernels.kernel import DTYPES, Target
 from . import Request
-from .model import CACHE_SPEED, Roofline, Tiling, product_seconds
+from .model import CACHE_SPEED, LAUNCH_SECONDS, Roofline, Tiling, product_seconds
 
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Of the largest result, between schedules that only add in another order.
@@ -196,7 +197,8 @@ class Gemm(Template):
         target = Target.of(problem.device.index)
         size = DTYPES[problem.dtype].size
         tiling = self._tiling(target, problem.fields, schedule, problem.sizes)
-        return product_seconds(target, tiling, *problem.sizes, problem.dtype, size, size, roofline)
+        m, n, k, batch = problem.sizes
+        return product_seconds(target, tiling, m, n, k, batch, problem.dtype, size, size, roofline)
 
     def family(self, schedule: Any) -> Any:
         s = getattr(schedule, "schedule", schedule)
@@ -243,9 +245,10 @@ class Attention(Template):
         v = scratch((batch, kv_heads, keys, head_v), TORCH[dtype], where, 3)
         problem: Problem
 
-        def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        def attend(q: Any, k: Any, v: Any) -> torch.Tensor:
+            gqa = heads != kv_heads
             return torch.nn.functional.scaled_dot_product_attention(
-                *inputs, is_causal=causal == "causal", enable_gqa=heads != kv_heads
+                q, k, v, is_causal=causal == "causal", enable_gqa=gqa
             )
 
         def call() -> None:
@@ -267,7 +270,7 @@ class Attention(Template):
         return 2.0 * share * batch * heads * queries * keys * (head + head_v), float(moved)
 
     def ragged(self, problem: Problem) -> Problem:
-        batch, heads, queries, kv_heads, keys, head, head_v = problem.sizes
+        _, heads, queries, kv_heads, keys, head, head_v = problem.sizes
         small = (1, heads // kv_heads * 2, min(queries, 197), 2, min(keys, 203), head, head_v)
         return self.problem(problem.device.index, problem.key, small, exact=True)
 
@@ -304,7 +307,80 @@ class Attention(Template):
         ).source
 
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(), Attention())}
+class Rows(Template):
+    """Reductions of rows. Key: what is computed, dtypes and stride classes of results and operands, reduced dimensions, floor(log2) of a
+    row's length and of the number of rows. Sizes: a row's length, rows. There are scratch calls for contiguous rows of a matrix."""
+
+    name = "rows"
+    CALLS: ClassVar[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+        "softmax": lambda x: x.softmax(-1),
+        "log_softmax": lambda x: x.log_softmax(-1),
+        "sum": lambda x: x.sum(-1),
+    }
+
+    def problem(self, device: int, key: str, sizes: Sequence[int], exact: bool = False) -> Problem:
+        what, operands, reduced, *_ = key.split()
+        dtype = next((d for d in TORCH if operands.startswith(d)), "")
+        if what not in self.CALLS or reduced != "r1" or len(sizes) > 2 or not dtype:
+            raise NotImplementedError(f"rows {key}")
+        where, function = torch.device("spiral", device), self.CALLS[what]
+        x = scratch((*reversed(sizes),), TORCH[dtype], where, 1)
+        problem: Problem
+
+        def call() -> None:
+            problem.outputs[:] = [function(x)]
+
+        def truth() -> list[torch.Tensor]:
+            return [function(x.cpu().double())]
+
+        problem = Problem(
+            self.name,
+            key,
+            tuple(sizes),
+            where,
+            dtype,
+            [x],
+            [],
+            [],
+            call,
+            truth if exact else None,
+            TOLERANCE[dtype],
+            *self.work(key, sizes),
+        )
+        return problem
+
+    def work(self, key: str, sizes: Sequence[int]) -> tuple[float, float]:
+        count = math.prod(sizes)
+        moved = 2 * count if "softmax" in key.split()[0] else count
+        return 0.0, float(moved * (4 if key.split()[1].startswith("f32") else 2))
+
+    def ragged(self, problem: Problem) -> Problem:
+        length, *rows = problem.sizes
+        return self.problem(
+            problem.device.index, problem.key, (min(length, 5003), *(min(n, 77) for n in rows)), exact=True
+        )
+
+    def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
+        """A memory's time, longer where there are too few workgroups or lanes."""
+        target = Target.of(problem.device.index)
+        length, rows = problem.sizes[0], math.prod(problem.sizes[1:])
+        workgroups = rows * schedule.pieces / (64 if schedule.kind == "invocation" else 1)
+        idle = max(1.0, target.compute_units * (1 if target.schedule_class == "vector" else 4) / max(workgroups, 1))
+        scattered = 4.0 if schedule.kind == "invocation" and length > 64 else 1.0
+        return problem.bytes / roofline.bandwidth * idle * scattered + LAUNCH_SECONDS * (1 + (schedule.pieces > 1))
+
+    def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
+        """Of a sum of such rows: the loops are those of all row kernels."""
+        from ..kernels.nest import Operand, rows, split_rows
+
+        kind = None if schedule.kind == "auto" else schedule.kind
+        make: Any = split_rows if schedule.pieces > 1 else rows
+        outs, ins = [Operand("out", "f32", ("0", "s"))], [Operand("x", "f32", ("1", "s"))]
+        nest = make(target, "probe", outs, ins, lambda r, x: r.sum(x), schedule=kind)
+        return nest.first.kernel.source + nest.second.kernel.source if schedule.pieces > 1 else nest.kernel.source
+
+
+TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(), Attention(), Rows())}
 
 
 def template(name: str) -> Template:

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import _C, __version__
+from .. import device as spiral
 from . import Request, device_row, forced
 from . import database as db
 from .model import Roofline
@@ -104,9 +105,14 @@ def repetitions(device: int, seconds: float) -> int:
     return max(1, min(100, round(wanted / max(seconds, 1e-7))))
 
 
-def compare(challenger: Arm, incumbent: Arm, times: int, rounds: int = ROUNDS) -> Comparison:
+class Timed(Protocol):
+    def seconds(self, times: int) -> float: ...
+
+
+def compare(challenger: Timed, incumbent: Timed, times: int, rounds: int = ROUNDS) -> Comparison:
     """Times both, in alternating order."""
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
     for i in range(rounds):
         for arm, samples in ((challenger, ours), (incumbent, theirs))[:: 1 if i % 2 else -1]:
             samples.append(arm.seconds(times))
@@ -160,7 +166,7 @@ class Tuner:
 
     def search(self, request: Request, progress: Progress = _quiet) -> Result:
         """Raises Cheap, or NotImplementedError where no scratch call has this key."""
-        with torch.no_grad(), torch.spiral.device(request.device):
+        with torch.no_grad(), spiral.device(request.device):
             return self._search(request, progress)
 
     def _search(self, request: Request, progress: Progress) -> Result:
@@ -184,7 +190,7 @@ class Tuner:
         for name in predicted:
             note(name, "pruned")
         default.run()
-        torch.spiral.synchronize()
+        spiral.synchronize()
         once = default.seconds(1)
         if once < self.cheap_seconds:
             raise Cheap(f"{once * 1e6:.1f} µs")
@@ -343,7 +349,7 @@ def requests_of(function: Callable[[], Any]) -> list[Request]:
 
     with watch() as seen:
         function()
-    torch.spiral.synchronize()
+    spiral.synchronize()
     found: dict[tuple[int, str, str], Request] = {}
     for r in seen:
         found.setdefault((r.device, r.template, r.key), r)

@@ -45,12 +45,12 @@ class profile(torch.profiler.profile):
             self.telemetry.__exit__()
         super().stop()
 
-    def export_chrome_trace(self, path: str) -> Any:
+    def export_chrome_trace(self, path: str, *args: Any, **kwargs: Any) -> Any:
         if self.telemetry is None:
-            return super().export_chrome_trace(path)
+            return super().export_chrome_trace(path, *args, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             theirs = Path(folder) / "trace.json"
-            super().export_chrome_trace(str(theirs))
+            super().export_chrome_trace(str(theirs), *args, **kwargs)
             return write_trace(self.telemetry.launches, path, theirs)
 
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import _C
+from ._devices import get_device_name
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def trace_events(launches: Iterable[Launch], base_ns: int = 0) -> list[dict[str,
     events: list[dict[str, Any]] = []
     for device in sorted({x.device for x in launches}):
         pid = f"spiral:{device}"
-        name = f"{pid} {torch.spiral.get_device_name(device)}"  # type: ignore[attr-defined]
+        name = f"{pid} {get_device_name(device)}"
         events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}})
         events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": 0, "args": {"name": "queue"}})
     for x in launches:

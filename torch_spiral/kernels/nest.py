@@ -607,6 +607,26 @@ class RowContext:
 
 
 @dataclass(frozen=True)
+class RowSchedule:
+    """How rows are reduced. kind: a schedule of rows(), or "auto" for its own choice; pieces: into how many a long row is cut (1: not)."""
+
+    kind: str = "auto"
+    pieces: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.pieces}"
+
+
+def row_candidates(target: Target, length: int, count: int, cuttable: bool) -> list[RowSchedule]:
+    """What a tuner may choose from for about 2**count rows of about 2**length elements."""
+    kinds = ("lanes_d", "lanes_r") if target.schedule_class == "vector" else ("workgroup", "invocation")
+    pieces = [1]
+    while cuttable and pieces[-1] << count < 16 * target.compute_units and length - pieces[-1].bit_length() >= 8:
+        pieces.append(2 * pieces[-1])
+    return [RowSchedule(kind, p) for kind in kinds if count > 0 or kind in ("lanes_d", "workgroup") for p in pieces]
+
+
+@dataclass(frozen=True)
 class RowNest:
     """A built row kernel. Buffers: outputs, inputs, extra. Dimensions: reduced ones first, then those of the rows."""
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .. import autotune
 from ..kernels import ir, nest
 from ..kernels.builder import KernelBuilder
 from ..kernels.kernel import DTYPES, Target, compute_dtype
@@ -23,6 +24,7 @@ from ..lowering import (
     check,
     composite,
     empty,
+    hint,
     eq,
     is_one,
     is_zero,
@@ -97,11 +99,21 @@ def reduce_rows(
         pieces = 1 << max((17 if side_by_side else 10) - count, 0)
         few = pieces > 1
     enough = 8 if gpu else LONG_ROW
-    cut = splits and per_row and few and length >= enough and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
+    cuttable = splits and per_row and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
+    cut = cuttable and few and length >= enough
     layout = (
         tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(outs, out_strides)),
         tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(ins, in_strides)),
     )
+    pieces = (4 * t.compute_units if vector else pieces) if cut else 1
+    if enabled is None and length + count >= 16:  # below a millisecond's fraction nothing is worth a search
+        operands = "|".join(d + "".join(c) for part in layout for d, c in part)
+        s = autotune.choose(
+            "rows", f"{name} {operands} r{reduced} l{length} c{count}", nest.RowSchedule(schedule or "auto", pieces),
+            lambda: nest.row_candidates(t, length, count, cuttable), [hint(n) for n in sizes],
+        )  # fmt: skip
+        schedule, pieces = None if s.kind == "auto" else s.kind, s.pieces
+        cut = pieces > 1
     built = build(_kernel, name, function, tuple(key), *layout, reduced, len(sizes), tuple(types), schedule, cut)
 
     def when(grid: Sequence[Any]) -> tuple[Any, ...]:
@@ -112,7 +124,7 @@ def reduce_rows(
         scalars = built.scalars(sizes, [*out_strides, *in_strides], values)
         launch(built.kernel, [*out_tensors, *in_tensors], scalars, when(built.groups(sizes)))
         return
-    n_splits = minimum(sizes[reduced - 1], 4 * t.compute_units if vector else pieces)
+    n_splits = minimum(sizes[reduced - 1], pieces)
     rows = product(sizes[reduced:])
     partials = [empty([rows * n_splits], dtype) for dtype in built.partial_dtypes]
     first, second = built.first, built.second

@@ -156,7 +156,7 @@ def candidates(target: Target, dtype: str, m: int, n: int, k: int, batch: int) -
         widths = [0, *(w for w in (8, 16) if lanes_n % w == 0 and lanes_m % (32 // w) == 0)]
         for lanes in [0] if software else widths:
             for prefetch in (False,) if software else (True, False):
-                for chunk in (0, 32):
+                for chunk in (0, 32, 64):
                     if rm * rn * (2 if chunk else 1) > 128:  # registers
                         continue
                     s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
