@@ -152,7 +152,7 @@ def _vector_backward(
 
 
 def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, vec: int) -> tuple:
-    precision = "" if q.dtype != "f32" else "tf32" if allow_tf32() else "ieee"
+    precision = "" if q.dtype != "f32" else "tf32" if allow_tf32() else "bf16x6"
     return q.dtype, head, head_v, vec == 2, mask.dtype if mask is not None else "", causal, precision
 
 
