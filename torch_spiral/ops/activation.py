@@ -14,15 +14,22 @@ from .common import broadcast, map_tensors
 from .elementwise import pointwise
 
 
+def _check_approximation(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError("approximate argument must be either none or tanh.")
+
+
 @structured("gelu", coarse=True)
 def gelu(it: Iter, approximate: str) -> None:
     """x * Phi(x), exactly or by tanh."""
+    _check_approximation(approximate)
     pointwise("gelu", it, stubs.gelu, "common", (approximate,))
 
 
 @structured("gelu_backward", coarse=True)
 def gelu_backward(it: Iter, approximate: str) -> None:
     """Gradient of gelu: inputs (grad, x)."""
+    _check_approximation(approximate)
     pointwise("gelu_backward", it, stubs.gelu_backward, "common", (approximate,))
 
 
@@ -52,6 +59,8 @@ def log_sigmoid_backward(grad: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
 @composite("log_sigmoid_forward.output")
 def log_sigmoid_forward_output(x: torch.Tensor, *, output: torch.Tensor, buffer: torch.Tensor) -> Any:
     """log_sigmoid_forward into given tensors."""
+    if output.dtype != x.dtype:
+        raise RuntimeError(f"expected scalar type {x.dtype} but found {output.dtype}")
     result, empty_buffer = torch.ops.aten.log_sigmoid_forward(x)
     return write_out(output, result), write_out(buffer, empty_buffer)
 

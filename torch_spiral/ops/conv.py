@@ -34,9 +34,10 @@ from ..lowering import (
     minimum,
     packed,
     product,
+    structured,
     target,
 )
-from .common import contiguous
+from .common import contiguous, copy_to
 from .contraction import allow_tf32, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
@@ -457,3 +458,17 @@ def convolution_backward(
         db = empty([grad.sizes[1]], grad.dtype)
         _sum_channels(db, grad)
     return dx, dw, db
+
+
+@structured("slow_conv_transpose2d")
+def slow_conv_transpose2d(
+    x: Tensor, w: Tensor, taps: list[int], bias: Tensor | None, stride: list[int], padding: list[int], output_padding: list[int],
+    dilation: list[int], out: Tensor,
+) -> None:  # fmt: skip
+    """x [N, C, H, W], w [C, Co, *taps]."""
+    if x.ndim == 3:  # ATen's meta function makes an output with a batch dimension that only the CPU's body removes
+        raise NotImplementedError("slow_conv_transpose2d of an image without a batch dimension")
+    dense = out if out.is_contiguous else empty(out.sizes, out.dtype)
+    _convolution(x, w, list(taps) * (3 - len(taps)), bias, stride, padding, dilation, True, output_padding, 1, (), dense)
+    if dense is not out:
+        copy_to(out, dense)

@@ -37,6 +37,7 @@ from ..lowering import (
 from ..lowering import product as multiply
 from .common import broadcast, contiguous, copy_to, map_tensors
 from .contraction import product
+from .items import Item, each
 
 BLOCK = 64
 
@@ -467,3 +468,35 @@ def matrix_exp(self: Any) -> Any:
     for _ in range(squarings):
         result = result @ result
     return result
+
+
+def _linear_combination(it: Item) -> None:
+    """Adds `count` products of elements that are in_stride and coefficient_stride apart to what out holds."""
+    (dtype,) = it.static
+    k = it.k
+    x, c = it.buffers["x"], it.buffers["coefficients"]
+    at, coefficient = k.let(it.offset("x")), k.let(it.offset("coefficients"))
+    total = k.var(dtype if dtype.startswith("c") else compute_dtype(dtype), it.load("out"))
+    with k.For(ir.const(0, "i32"), it["count"]) as j:
+        step = c.load(coefficient + j * it["coefficient_stride"])
+        total.set(total + x.load(at + j * it["in_stride"]) * step)
+    it.store("out", total)
+
+
+@stub("_compute_linear_combination_stub")
+def compute_linear_combination(it: Iter, in_stride: Any, coefficient_stride: Any, count: Any) -> None:
+    """out[s] += sum of coefficients[s, i] * x[i], as the iterator's strides and these say."""
+    operands = {
+        name: o.tensor.view(list(reversed(it.shape)), list(reversed(o.strides)))  # type: ignore[union-attr]
+        for name, o in zip(("out", "x", "coefficients"), (*it.outputs, *it.inputs), strict=True)
+    }
+    scalars = {"in_stride": in_stride, "coefficient_stride": coefficient_stride, "count": count}
+    each(
+        "linear_combination",
+        _linear_combination,
+        list(reversed(it.shape)),
+        operands,
+        scalars,
+        static=(it.outputs[0].dtype,),
+        modes={"out": "rw"},
+    )

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels import ir
-from ..lowering import Tensor, all_of, check, empty, eq, le, lowering, lt, maximum, structured
+from ..lowering import Tensor, all_of, check, empty, eq, is_zero, le, lowering, lt, maximum, structured
 from .common import broadcast, contiguous, fill, map_tensors, out_variant
 from .items import Item, each
 from .norms import sum_all
 from .reduce import reduce_rows
 
+EXPECTED_ROWS = "Expected non-empty vector or matrix with optional 0-dim batch size, but got: "
 OUT_OF_BOUNDS = "Target {} is out of bounds."
 WIDE = {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
 
@@ -294,12 +295,19 @@ def _multi_margin_backward_body(it: Item) -> None:
     it.store("out", total, (n, t))
 
 
+def _check_classes(x: Tensor) -> None:
+    """Refuses rows without a class; a batch may be empty."""
+    ok = 1 <= x.ndim <= 2 and not is_zero(x.sizes[-1])
+    check(ok or x.ndim == 0, "RuntimeError", EXPECTED_ROWS + ("[{}, {}]" if x.ndim == 2 else "[{}]"), *x.sizes[:2])
+
+
 def _margin_scalars(x: Tensor, p: Any, margin: Any) -> dict[str, Any]:
     return {"p": ("i32", p), "margin": (WIDE[x.dtype], margin), "classes": x.sizes[1], "samples": x.sizes[0]}
 
 
 @lowering("multi_margin_loss")
 def multi_margin_loss(x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int) -> Tensor:
+    _check_classes(x)
     rows, targets = _rows(x), target if target.ndim else target.view((1,), (0,))
     out = empty(target.sizes if reduction == 0 else (), x.dtype)
     losses = out if reduction == 0 else empty(targets.sizes, WIDE[x.dtype])
@@ -371,6 +379,7 @@ def _multilabel_body(it: Item) -> None:
 
 @lowering("multilabel_margin_loss_forward")
 def multilabel_margin_loss_forward(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    _check_classes(x)
     rows, targets = _rows(x), _rows(target)
     out = empty((rows.sizes[0],) if reduction == 0 and x.ndim == 2 else (), x.dtype)
     is_target = empty(target.sizes, x.dtype)

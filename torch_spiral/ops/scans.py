@@ -232,6 +232,9 @@ def cummin(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
 
 @lowering("_logcumsumexp")
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    n = max(x.ndim, 1)
+    if not -n <= dim < n:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
     out = empty(x.sizes, x.dtype)
     scan("logcumsumexp", x, dim % max(x.ndim, 1), out)
     return out

@@ -36,6 +36,8 @@ def _roll(x: Tensor, shift: Any, dim: int, out: Tensor) -> None:
 @lowering("roll", slots=("shifts",))
 def roll(self: Tensor, shifts: Sequence[Any], dims: Sequence[int]) -> Tensor:
     """Elements moved along dims, those that leave at one end come in at the other; in C order where no dims are given."""
+    if not len(shifts):
+        raise RuntimeError("`shifts` required")
     if not dims:
         if len(shifts) != 1:
             raise RuntimeError(f"shifts and dimensions must align. shifts: {len(shifts)}, dims:{len(dims)}")

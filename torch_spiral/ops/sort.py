@@ -273,6 +273,13 @@ def _select_sorted(
 @composite("kthvalue.values")
 def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False, *, values: Any, indices: Any) -> Any:
     """The k-th smallest element along dim, and where it is."""
+    if values.dtype != self.dtype:
+        raise RuntimeError("output values must be of same type as input")
+    if any(torch._C._is_alias_of(self, out) for out in (values, indices)):
+        raise RuntimeError(
+            "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
     x, dim = _shaped("kthvalue", self, dim, keepdim)
     if not 1 <= k <= x.shape[dim]:
         raise RuntimeError("kthvalue(): selected number k out of range for dimension " + str(dim))
@@ -746,8 +753,20 @@ def histc(self: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
     return _histc(self, bins, min, max)
 
 
+_CPP_NAMES = {torch.float32: "float", torch.float64: "double", torch.int32: "int", torch.int64: "long int"}
+
+
+def _check_hist(self: Any, hist: Any) -> None:
+    if hist.dtype != self.dtype:
+        names = (_CPP_NAMES.get(d, str(d)) for d in (self.dtype, hist.dtype))
+        raise RuntimeError(
+            "torch.histogram: input tensor and hist tensor should have the same dtype, but got input {} and hist {}".format(*names)
+        )
+
+
 @composite("histc.out")
 def histc_out(self: Any, bins: int = 100, min: Any = 0, max: Any = 0, *, out: Any) -> Any:
+    _check_hist(self, out)
     result = _histc(self, bins, min, max)
     return out.resize_(result.shape).copy_(result)
 
@@ -783,6 +802,8 @@ def _histogramdd(self: Any, edges: Sequence[Any], weight: Any, density: bool) ->
 def _bin_edges(self: Any, bins: Sequence[int], range_: Any, weight: Any) -> list[Any]:
     points = self.reshape(-1, self.shape[-1])
     edges = []
+    if len(bins) != self.shape[-1]:
+        raise RuntimeError("histogramdd: The size of bins must be equal to the innermost dimension of the input.")
     if range_ is not None and len(range_) != 2 * len(bins):
         raise RuntimeError(
             f"torch.histogramdd: for a {len(bins)}-dimensional histogram range should have {2 * len(bins)} elements, but got "
@@ -853,6 +874,7 @@ def histogram_out(
     hist: Any,
     bin_edges: Any,
 ) -> Any:
+    _check_hist(self, hist)
     return _finish(histogram(self, bins, range=range, weight=weight, density=density), hist, bin_edges)
 
 
@@ -860,4 +882,5 @@ def histogram_out(
 def histogram_bins_out(
     self: Any, bins: Any, *, weight: Any = None, density: bool = False, hist: Any, bin_edges: Any
 ) -> Any:
+    _check_hist(self, hist)
     return _finish(histogram_bins(self, bins, weight=weight, density=density), hist, bin_edges)
