@@ -94,6 +94,9 @@ def _log_softmax(vector: bool, r: Any, x: Any) -> Any:
     return (x - largest) - ir.log(r.sum(_exp_of_negative(x - largest, vector)))
 
 
+LONG_IN_REGISTERS = 12  # floor(log2) of rows that nest keeps in registers
+
+
 def _largest_and_total(r: Any, x: Any) -> tuple[Any, Any]:
     """The largest element and the sum of exp(x - largest); of infinities, the sum is NaN."""
     largest, total = r.reduce(nest.LOGSUMEXP(x.dtype), x, ir.const(1.0, x.dtype))
@@ -110,10 +113,10 @@ def _log_softmax_online(vector: bool, r: Any, x: Any) -> Any:
     return (x - largest) - ir.log(total)
 
 
-def _online() -> bool:
-    """Whether the largest element and the sum are found in one pass: where memory is what counts."""
+def _online(x: Tensor, dim: int) -> bool:
+    """Whether the largest element and the sum are found in one pass over memory: GPUs, rows too long for registers."""
     t = target()
-    return t.schedule_class == "simt" and not nest.software(t)
+    return t.schedule_class == "simt" and not nest.software(t) and x.ndim > 0 and bucket(x.sizes[dim]) > LONG_IN_REGISTERS
 
 
 def _softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
@@ -126,7 +129,7 @@ def _log_softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
 
 @structured("_softmax")
 def softmax(x: Tensor, dim: int, half_to_float: bool, out: Tensor) -> None:
-    if _online():
+    if _online(x, dim):
         _along("softmax_online", _softmax_online, out, [x], dim)
     else:
         _along("softmax", _softmax, out, [x], dim)
@@ -134,7 +137,7 @@ def softmax(x: Tensor, dim: int, half_to_float: bool, out: Tensor) -> None:
 
 @structured("_log_softmax")
 def log_softmax(x: Tensor, dim: int, half_to_float: bool, out: Tensor) -> None:
-    if _online():
+    if _online(x, dim):
         _along("log_softmax_online", _log_softmax_online, out, [x], dim)
     else:
         _along("log_softmax", _log_softmax, out, [x], dim)
