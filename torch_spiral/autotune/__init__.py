@@ -53,7 +53,7 @@ class Source:
     origin: str  # "database" | "shipped"
 
 
-_local = threading.local()  # forced: (template, schedule); seen: list[Request]
+_local = threading.local()  # forced: (template, schedule); seen: list[Request]; searching: a search's own thread
 _lock = threading.RLock()
 _mode: str | None = None
 _database: db.Database | None = None
@@ -165,7 +165,7 @@ def choose(template: str, key: str, default: S, candidates: Callable[[], Sequenc
     if place not in _decisions:
         _decisions[place] = _decide(Request(r.device, template, key, tuple(sizes), default, ()), candidates)
     found = _decisions[place]
-    if mode() == "online":
+    if mode() == "online" and not getattr(_local, "searching", False):
         from . import online
 
         found = online.consider(

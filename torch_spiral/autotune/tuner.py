@@ -19,7 +19,7 @@ import torch
 
 from .. import _C, __version__
 from .. import device as spiral
-from . import Request, device_row, forced
+from . import Request, _local, device_row, forced
 from . import database as db
 from .model import Roofline
 from .templates import Problem, kernel_hash, template
@@ -329,6 +329,7 @@ def run_apart(function: Callable[[], Any]) -> Any:
     box: dict[str, Any] = {}
 
     def body() -> None:
+        _local.searching = True
         try:
             box["result"] = function()
         except BaseException as error:
