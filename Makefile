@@ -72,7 +72,7 @@ test-full: setup $(VENV)/.dev
 bench: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: setup
+docs: setup $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m docs.generate $(ARGS)
 
 clean:
