@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 DRIVERS = [p for p in Path("/usr/lib").glob("**/liboclgrind-rt-icd.so") if p.is_file()]
-pytestmark = pytest.mark.skipif(not DRIVERS, reason="no oclgrind: scripts/install_engines.sh --dev installs it")
+simulated = pytest.mark.skipif(not DRIVERS, reason="no oclgrind: scripts/install_engines.sh --dev installs it")
 
 # Expressions over torch, F and these tensors: x [5, 7], y [7, 4], v [7], i [6] of int64 below 5, im [2, 3, 6, 5],
 # w [4, 3, 3, 3], q [1, 2, 5, 8], s [6, 6] positive definite. The last ones of a tuple are differentiated, each with respect to
@@ -240,6 +240,8 @@ def simulator(request: Any, tmp_path_factory: Any) -> Iterator[Simulator]:
     made.stop()
 
 
+@pytest.mark.full
+@simulated
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_reported(simulator: Simulator, case: str) -> None:
     if reason := UNSIMULATED.get((simulator.schedule, case)):

@@ -38,7 +38,7 @@ def cells() -> list:
 def test_op(engine: str, task: coverage.Task) -> None:
     item, before = ITEMS[task.op], fallbacks()
     check = checks.CHECKS[item.kind][task.check]
-    if not check(item, getattr(torch, task.dtype), ENGINES[engine]):
+    if not check(item, getattr(torch, task.dtype), ENGINES[engine], coverage.tier_samples(engine)):
         pytest.skip("does not apply: upstream has no such samples, or the CPU cannot run them")
     torch.spiral.synchronize(ENGINES[engine])
     assert fallbacks() == before, "an op fell back to the CPU"

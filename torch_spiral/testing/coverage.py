@@ -108,6 +108,11 @@ def stratum(task: Task, engine: str = "opencl") -> bool:
     return task.hash % 250 == 0
 
 
+def tier_samples(engine: str) -> int:
+    """Samples a check in the tier: every further one may compile kernels, which takes a software adapter a second each."""
+    return 2 if engine == "wgpu" else 4
+
+
 def tasks(
     listed: Iterable[Iterable[str]],
     *,
@@ -274,6 +279,8 @@ def main(args: argparse.Namespace) -> int:
     asked = (args.ops, args.dtype, args.forward, args.backward, args.checks, args.all, args.failed, args.resume)
     if args.report and not any(asked) and args.tier == "full":
         return _report(console)
+    if args.tier == "test" and args.samples is None:
+        args.samples = tier_samples(args.engine or "opencl")
     runner = Runner(args.device, args.engine, args.workers, args.timeout, args.samples)
     engine = args.engine or _engine(runner.described, args.device)
     wanted = _wanted(args, runner.listed)
