@@ -1055,6 +1055,7 @@ class _Rows:
         blocked = any(m.blocked for m, _ in now)
         wide = self.lanes if along_d else 1
         unroll = 4 if along_d and sum(len(m.dtypes) for m, _ in now) <= 2 and now else 1
+        each = SIMT_ELEMENTS if self.schedule == "invocation" and not software(self.target) else 1
         totals = self._accumulators(now, lanes_r * wide)
         tails = self._accumulators(now, 1) if along_d else totals
 
@@ -1071,6 +1072,24 @@ class _Rows:
                 return
             last = k.let(ir.cast(end, "i32"))
             j = k.var("i32", ir.cast(first, "i32"))
+
+            def several(j: Any, stop: Any, accs: list) -> None:
+                """Elements j .. stop; on GPUs a few at a time, all read before the first is written."""
+                if each > 1:
+                    with k.While(lambda: j + each <= stop):
+                        later: list[tuple[Operand, Any, Any]] = []
+                        base = j.as_node()
+                        for u in range(each):
+                            c = k.let(base + u) if u else base
+                            self._element(now, accs, stores, {**at, 0: c}, place + c, later)
+                        for o, index, value in later:
+                            self.bufs[o.name].store(index, value)
+                        j.set(base + each)
+                with k.While(lambda: j < stop):
+                    c = j.as_node()
+                    self._element(now, accs, stores, {**at, 0: c}, place + c)
+                    j.set(c + 1)
+
             block = 128 * unroll * wide if along_d else 128
             if along_d:
                 with k.While(lambda: j + unroll * wide <= last):
@@ -1099,18 +1118,11 @@ class _Rows:
             elif blocked:
                 with k.While(lambda: j < last):
                     block_accs = self._accumulators(now, lanes_r)
-                    stop = k.let(ir.minimum(j + block, last))
-                    with k.While(lambda: j < stop):
-                        c = j.as_node()
-                        self._element(now, block_accs, stores, {**at, 0: c}, place + c)
-                        j.set(c + 1)
+                    several(j, k.let(ir.minimum(j + block, last)), block_accs)
                     for (m, _), a, b in zip(now, totals, block_accs, strict=False):
                         self._combine(m, a, [x.as_node() for x in b])
             else:
-                with k.While(lambda: j < last):
-                    c = j.as_node()
-                    self._element(now, totals, stores, {**at, 0: c}, place + c)
-                    j.set(c + 1)
+                several(j, last, totals)
 
         inner(self.reduced - 1, {}, ir.const(0, "u32"))
         if not along_d:
