@@ -409,3 +409,39 @@ def test_attention_is_searched_by_its_key(device):
     (request,) = tuner.requests_of(command.attention_call("attention/1x2x80x32:f32:causal", device))
     result = tuner.Tuner(device.index, None, ROOF, limit=2, cheap_seconds=0.0).search(request)
     assert request.template == "attention" and not [t for t in result.trials if t.verdict in ("wrong", "failed")]
+
+
+def test_convolution_is_searched_by_its_key(device):
+    if torch.spiral.get_device_properties(device).engine != "wgpu":
+        pytest.skip("one schedule only")
+    (request,) = [
+        r for r in tuner.requests_of(command.conv_call("conv/2x8x14x14/12x3x1:f32", device)) if r.template == "conv"
+    ]
+    result = tuner.Tuner(device.index, None, ROOF, limit=2, cheap_seconds=0.0).search(request)
+    assert request.candidates and not [t for t in result.trials if t.verdict in ("wrong", "failed")]
+
+
+def test_the_command_searches_shapes_and_models(device, tmp_path, monkeypatch, capsys):
+    if torch.spiral.get_device_properties(device).engine != "opencl":
+        pytest.skip("one engine is enough")
+    (tmp_path / "own_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(512, 512), [torch.zeros(300, 512)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(model, "measure", lambda *_: ROOF)
+    monkeypatch.setattr(command, "measure", lambda *_: ROOF)
+    arguments = [
+        "--device",
+        str(device.index),
+        "--limit",
+        "1",
+        "--shapes",
+        "256x256x256:f32",
+        "--model",
+        "own_model:make",
+    ]
+    assert command.main([*arguments, "--report", str(tmp_path / "report")]) == 0
+    assert "2 keys searched" in capsys.readouterr().out
+    decisions = autotune.store().decisions()
+    assert {d.sizes for d in decisions} == {"256x256x256x1", "300x512x512x1"}
+    assert command.main(["show"]) == 0 and "300x512x512x1" in capsys.readouterr().out

@@ -36,6 +36,10 @@ from .model import Roofline, measure
 GEMMS = "512x512x512:f32,1024x1024x1024:f32,2048x2048x2048:f32,128x768x768:f32:nt,512x3072x768:f32:nt,64x64x4096:f32"
 
 
+def terminal() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
 def first_device(engine: str | None) -> int:
     for i in range(spiral.device_count()):
         if engine in (None, _C.device_properties(i)["engine"]):
@@ -74,6 +78,19 @@ def attention_call(text: str, device: torch.device) -> Callable[[], Any]:
     return call
 
 
+def conv_call(text: str, device: torch.device) -> Callable[[], Any]:
+    """conv/NxCxHxW/OxKxS, then :dtype: O channels of K x K taps at stride S, padded to keep the size."""
+    shape, dtype = text.split(":")
+    sizes, (o, taps, stride) = ([int(n) for n in part.split("x")] for part in shape.split("/")[1:])
+
+    def call() -> Any:
+        x = torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device)
+        w = torch.zeros(o, sizes[1], taps, taps, dtype=templates.TORCH[dtype], device=device)
+        return torch.nn.functional.conv2d(x, w, None, stride, taps // 2)
+
+    return call
+
+
 def rows_call(text: str, device: torch.device) -> Callable[[], Any]:
     """softmax/RxD, log_softmax/RxD or sum/RxD, then :dtype: of R rows of D."""
     what, _, rest = text.partition("/")
@@ -95,7 +112,13 @@ def gather(args: argparse.Namespace, device: int) -> list[Request]:
     """What the shapes and models ask, each key once."""
     where = torch.device("spiral", device)
     texts = (args.shapes or ("" if args.model else GEMMS)).split(",")
-    kinds = {"attention": attention_call, "softmax": rows_call, "log_softmax": rows_call, "sum": rows_call}
+    kinds = {
+        "attention": attention_call,
+        "conv": conv_call,
+        "softmax": rows_call,
+        "log_softmax": rows_call,
+        "sum": rows_call,
+    }
     calls = [kinds.get(t.split("/")[0], gemm_call)(t, where) for t in texts if t]
     calls += [model_call(text, where) for text in args.model]
     found: dict[tuple[str, str], Request] = {}
@@ -124,7 +147,7 @@ def compile_ahead(args: argparse.Namespace, device: int, requests: list[Request]
 
 
 def tune(args: argparse.Namespace) -> int:
-    console = Console()
+    console = terminal()
     device = args.device if args.device is not None else first_device(args.engine)
     requests = gather(args, device)
     if args.part is not None:

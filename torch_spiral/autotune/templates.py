@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -307,6 +308,114 @@ class Attention(Template):
         ).source
 
 
+class Conv(Template):
+    """Forward, one group. Key: dtype, spatial dimensions, taps, strides, layouts, then channels, output channels and result pixels as
+    floor(log2). Sizes: images, channels, extents, output channels, taps, strides, paddings, dilations."""
+
+    name = "conv"
+
+    def _parts(self, key: str, sizes: Sequence[int]) -> tuple[int, Any, int, list[list[int]]]:
+        nd = int(key.split()[1][0])
+        lists = [list(sizes[3 + nd + i * nd : 3 + nd + (i + 1) * nd]) for i in range(4)]
+        return nd, sizes[: 2 + nd], sizes[2 + nd], lists
+
+    def problem(self, device: int, key: str, sizes: Sequence[int], exact: bool = False) -> Problem:
+        dtype, _, _, _, layouts, *_ = key.split()
+        where = torch.device("spiral", device)
+        nd, shape, channels, (taps, stride, padding, dilation) = self._parts(key, sizes)
+        x = scratch(shape, TORCH[dtype], where, 1)
+        w = scratch((channels, shape[1], *taps), TORCH[dtype], where, 2)
+        if layouts.startswith("last"):
+            x = x.contiguous(memory_format=torch.channels_last if nd == 2 else torch.channels_last_3d)
+        function: Any = torch.nn.functional.conv2d if nd == 2 else torch.nn.functional.conv3d
+        problem: Problem
+
+        def call() -> None:
+            problem.outputs[:] = [function(x, w, None, stride, padding, dilation)]
+
+        def truth() -> list[torch.Tensor]:
+            return [function(x.cpu().double(), w.cpu().double(), None, stride, padding, dilation)]
+
+        tolerance = 5e-4 if layouts.endswith("tf32") else TOLERANCE[dtype]
+        problem = Problem(
+            self.name,
+            key,
+            tuple(sizes),
+            where,
+            dtype,
+            [x, w],
+            [],
+            [],
+            call,
+            truth if exact else None,
+            tolerance,
+            *self.work(key, sizes),
+        )
+        return problem
+
+    def _product(self, key: str, sizes: Sequence[int]) -> tuple[int, int, int]:
+        """m, n and k of the matrix product that it is."""
+        _, shape, channels, (taps, stride, padding, dilation) = self._parts(key, sizes)
+        pixels = shape[0]
+        for size, t, s, p, d in zip(shape[2:], taps, stride, padding, dilation, strict=True):
+            pixels *= (size + 2 * p - d * (t - 1) - 1) // s + 1
+        return channels, pixels, shape[1] * math.prod(taps)
+
+    def work(self, key: str, sizes: Sequence[int]) -> tuple[float, float]:
+        m, n, k = self._product(key, sizes)
+        _, shape, _, _ = self._parts(key, sizes)
+        return 2.0 * m * n * k, float(DTYPES[key.split()[0]].size * (math.prod(shape) + m * k + m * n))
+
+    def ragged(self, problem: Problem) -> Problem:
+        _, shape, channels, lists = self._parts(problem.key, problem.sizes)
+        small = [
+            2,
+            min(shape[1], 19),
+            *(min(n, 4 * lists[3][i] * lists[0][i] + 5) for i, n in enumerate(shape[2:])),
+            min(channels, 83),
+        ]
+        return self.problem(
+            problem.device.index, problem.key, (*small, *(n for part in lists for n in part)), exact=True
+        )
+
+    def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
+        target, size = Target.of(problem.device.index), DTYPES[problem.dtype].size
+        m, n, k = self._product(problem.key, problem.sizes)
+        tiling = Gemm()._tiling(
+            target, {"a": problem.dtype}, SimpleNamespace(schedule=schedule, splits=1), (m, n, k, 1)
+        )
+        # Indices are computed for every element of the gathered tile: wide tiles of rows share them.
+        return product_seconds(target, tiling, m, n, k, 1, problem.dtype, size, size, roofline)
+
+    def family(self, schedule: Any) -> Any:
+        return (schedule.tile_m, schedule.tile_n) if hasattr(schedule, "tile_m") else (schedule.m, schedule.n)
+
+    def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
+        from ..kernels.block import conv as block
+        from ..kernels.simt import conv as simt
+
+        dtype, nd, _, _, layouts, *_ = key.split()
+        first, second = layouts.split("-")
+        if target.schedule_class == "simt":
+            last = first == "last"
+            return simt.conv(
+                target,
+                schedule,
+                "forward",
+                dtype,
+                dtype,
+                int(nd[0]),
+                False,
+                not last,
+                "k" if last else "r",
+                second == "last",
+            ).source
+        precision = "" if second == "half" else second
+        return block.conv(
+            target, schedule, "forward", dtype, dtype, int(nd[0]), False, first == "first", precision, "", False
+        ).source
+
+
 class Rows(Template):
     """Reductions of rows. Key: what is computed, dtypes and stride classes of results and operands, reduced dimensions, floor(log2) of a
     row's length and of the number of rows. Sizes: a row's length, rows. There are scratch calls for contiguous rows of a matrix."""
@@ -380,7 +489,7 @@ class Rows(Template):
         return nest.first.kernel.source + nest.second.kernel.source if schedule.pieces > 1 else nest.kernel.source
 
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(), Attention(), Rows())}
+TEMPLATES: dict[str, Template] = {t.name: t for t in (Gemm(), Attention(), Conv(), Rows())}
 
 
 def template(name: str) -> Template:

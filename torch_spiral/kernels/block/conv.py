@@ -14,6 +14,7 @@ from ..simt.conv import MODES, scalar_names
 from ..triton import TYPES
 from . import STORAGE, cdiv, template
 from .gemm import Schedule
+from .gemm import candidates as products
 
 
 def schedule(dtype: str, m: int, n: int, k_pixels: bool) -> Schedule:
@@ -24,6 +25,12 @@ def schedule(dtype: str, m: int, n: int, k_pixels: bool) -> Schedule:
         return Schedule(min(tile_m, 32), 32, 16, 4, 2)
     step = 32 if dtype == "f32" else 64
     return Schedule(tile_m, tile_n, step, 8 if tile_m * tile_n >= 128 * 128 else 4, 3)
+
+
+def candidates(target: Target, dtype: str) -> list[Schedule]:
+    """What a tuner may choose from: tiles of matrix products, whatever the sizes."""
+    found = (c.schedule for c in products(target, dtype, "", 1 << 20, 1 << 20, 1, 1))
+    return list(dict.fromkeys(s for s in found if not s.persistent))
 
 
 def conv(

@@ -23,6 +23,7 @@ from __future__ import annotations
 from ..kernel import Kernel, Target, Unsupported
 from . import ACCUMULATOR, COMPONENTS, MAX_GROUPS, NO_EPILOGUE, Epilogue, Text, cdiv, epilogue_name, write_epilogue
 from .gemm import SCHEDULES, Accumulators, Schedule, thread_layout
+from .gemm import candidates as products
 
 MODES = ("forward", "input", "weight")
 __all__ = ["MODES", "SCHEDULES", "conv", "conv_groups", "direct", "direct_groups", "direct_weight", "scalar_names"]
@@ -45,6 +46,11 @@ def scalar_names(nd: int, split: bool = False) -> list[str]:
     names += ["w_row", "w_major", *(f"w_{i}" for i in d), "w_group"]
     names += ["c_row", "c_major", *(f"c_{i}" for i in d), "c_group"]
     return names + (["splits", "k_span"] if split else [])
+
+
+def candidates(target: Target, dtype: str) -> list[Schedule]:
+    """What a tuner may choose from: tiles of matrix products, whatever the sizes."""
+    return list(dict.fromkeys(c.schedule for c in products(target, dtype, 1 << 20, 1 << 20, 1, 1)))
 
 
 class _Conv:
