@@ -242,6 +242,13 @@ def test_lists_devices():
         assert f"spiral:{i}" in done.stdout
 
 
+def test_self_test():
+    command = [sys.executable, "-m", "torch_spiral", "--self-test"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "160"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok ") >= 5 * torch.spiral.device_count() and "GFLOP/s" in done.stdout
+
+
 def test_a_reported_error_is_raised_once(device):
     x = torch.arange(10.0).to(device)
     embedding = torch.ones(4, 3).to(device)
