@@ -105,6 +105,18 @@ def test_autoload_without_an_import():
     )
 
 
+def test_autoload_leaves_torch_cuda_alone():
+    """A PyTorch with CUDA differentiates on it only while it is the one accelerator."""
+    code = "import torch; torch.version.cuda = '13.0'; import torch_spiral_autoload, sys; torch_spiral_autoload.load(); "
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    for wanted, expected in (("", False), ("SPIRAL_AUTOLOAD", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code + "print('torch_spiral' in sys.modules)"],
+            env={**environment, **({wanted: "1"} if wanted else {})}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(expected), done.stderr
+
+
 def test_import_before_torch():
     assert run("import torch_spiral, torch; print(torch.ones(2).to('spiral').cpu().tolist())") == "[1.0, 1.0]"
 

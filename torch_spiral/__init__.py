@@ -1,16 +1,9 @@
-# ruff: noqa: E402  (_autoload has to stand first)
 """torch_spiral: a PyTorch device, `spiral`, for any GPU or CPU that has WebGPU, OpenCL, CUDA or HIP.
 
-Importing it (PyTorch does, through the entry point `torch.backends`) registers the device, `torch.spiral`, and the
+Importing it (PyTorch does, through torch_spiral_autoload) registers the device, `torch.spiral`, and the
 methods and properties `tensor.spiral()`, `tensor.is_spiral`, `module.spiral()`. No device is looked for before the
 first use.
 """
-
-
-def _autoload() -> None:
-    """Called by `import torch`; importing this module was all there is to do. Stands first: when torch_spiral is
-    imported before torch, torch calls this while the module below is still being executed."""
-
 
 import atexit
 import ctypes
