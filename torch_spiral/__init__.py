@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (torch before what extends it)
 """torch_spiral: a PyTorch device, `spiral`, for any GPU or CPU that has WebGPU, OpenCL, CUDA or HIP.
 
 Importing it (PyTorch does, through torch_spiral_autoload) registers the device, `torch.spiral`, and the
