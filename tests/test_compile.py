@@ -1,5 +1,6 @@
 """torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -300,6 +301,37 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so(device, monkeypatch):
             torch.compile(lambda x: x * 3, backend="spiral", fullgraph=True)(x)
 
 
+def test_a_kernel_that_cannot_be_generated_names_its_nodes(device, monkeypatch):
+    import torch_spiral.compiler.codegen as codegen
+
+    def refuse(*args):
+        raise NotImplementedError("no such kernel today")
+
+    monkeypatch.setattr(codegen, "build", refuse)
+    with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(Exception, match=r"no such kernel today, in .*aten\.cos"):
+        torch.compile(lambda x: x.cos() * 3, backend="spiral", fullgraph=True)(torch.randn(5).to(device))
+
+
+def test_a_kernel_that_does_not_compile_names_its_nodes_and_leaves_its_source(device, monkeypatch):
+    import dataclasses
+    from pathlib import Path
+
+    import torch_spiral.compiler.codegen as codegen
+
+    build = codegen.build
+
+    def broken(program, target):
+        built = build(program, target)
+        return dataclasses.replace(built, kernel=dataclasses.replace(built.kernel, source=built.kernel.source.replace("{", "{ this is no program;", 1)))
+
+    monkeypatch.setattr(codegen, "build", broken)
+    with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(RuntimeError) as error:
+        torch.compile(lambda x: x.cos() * 3, backend="spiral", fullgraph=True)(torch.randn(5).to(device))
+    text = str(error.value)
+    assert "aten.cos" in text and "does not compile" in text
+    assert "this is no program" in Path(re.search(r"Source and (?:build )?log: (\S+)", text)[1]).read_text()
+
+
 def test_the_default_backend_in_a_new_process():
     code = """
         import torch
@@ -400,6 +432,21 @@ def test_explain(device):
     assert "softmax" in group.origins and group.source in str(e).replace("\n    ", "\n")
 
 
+def test_explain_as_a_picture(device, tmp_path):
+    import xml.etree.ElementTree as xml
+
+    with torch.no_grad():
+        e = explain(lambda x, w: (F.gelu(x @ w) @ w).softmax(-1).cumsum(0), *torch.randn(2, 8, 8, device=device))
+    titles = [s.title for s in e.hosts[0]]
+    assert titles[:3] == ["mm + gelu", "mm", "fused"] and "cumsum" in titles[-1]
+    assert set(e.hosts[0][1].reads) & set(e.hosts[0][0].writes)
+    tree = xml.fromstring(e.svg(tmp_path / "graph.svg"))
+    texts = "\n".join(t.text or "" for t in tree.iter("{http://www.w3.org/2000/svg}text"))
+    sources = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}title")]
+    assert "mm + gelu" in texts and e.groups[0].name in texts and e.groups[0].source in sources
+    assert (tmp_path / "graph.svg").read_text().startswith("<svg")
+
+
 def test_generated_source():
     """The host side of a graph, whole."""
     from torch._inductor.utils import run_and_get_code
@@ -483,3 +530,33 @@ def test_temporaries_share_memory(device):
         y = g(x, w)  # noqa: F841
     one = 4 * 512 * 512
     assert torch.spiral.max_memory_allocated(device) - before <= 8 * one
+
+
+# ---- caches -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_starts_without_compiling(device, tmp_path):
+    """Neither Inductor nor the engine compiles again: both find what the first process left on disk, and add nothing."""
+    code = f"""
+        import torch
+        from torch import nn
+        from torch._dynamo.utils import counters
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)).to({str(device)!r})
+        with torch.no_grad():
+            y = torch.compile(m, backend="spiral", fullgraph=True)(torch.ones(4, 16, device={str(device)!r}))
+        print(y.sum().item())
+        print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+    """
+    environment = dict(os.environ, SPIRAL_CACHE_DIR=str(tmp_path / "kernels"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    found = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        files = {p: p.stat().st_mtime_ns for p in (tmp_path / "kernels").rglob("*") if p.is_file()}
+        found.append((done.stdout.split(), files))
+    (first, files), (second, files_after) = found
+    assert first[1:] == ["0", "1"] and second[1:] == ["1", "0"] and first[0] == second[0]
+    assert files.keys() == files_after.keys()
+    if torch.spiral.get_device_properties(device).engine == "opencl":
+        assert files

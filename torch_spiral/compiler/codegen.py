@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from ..kernels import ir, nest
-from ..kernels.kernel import Target, compute_dtype
+from ..kernels.kernel import Target, Unsupported, compute_dtype
 from . import compat
 from .compat import V
 from .loops import Built, Program, Store, build
@@ -356,6 +356,11 @@ def _dimensions(tree: Any, entries: Sequence[Any]) -> tuple[list[sympy.Expr], di
     return dims, {str(e.symbol()): affine(e) for e in entries}
 
 
+def summary(origins: str) -> str:
+    """The nodes of a graph that a kernel stands for, in a line."""
+    return origins.split("\n")[0].removeprefix("# Topologically Sorted ").strip("# ")
+
+
 class Scheduling(compat.SIMDScheduling):
     """Fusion as for other SIMD devices; one range for the rows, which the kernel cuts into dimensions itself."""
 
@@ -377,6 +382,13 @@ class Scheduling(compat.SIMDScheduling):
     ) -> Any:
         return cls.create_tiling([numel], [reduction_numel])
 
+    def codegen_node_schedule(self, kernel_features: Any) -> Any:
+        try:
+            return super().codegen_node_schedule(kernel_features)
+        except (NotImplementedError, Unsupported) as error:
+            origins, _ = compat.get_kernel_metadata(kernel_features.node_schedule, V.graph.wrapper_code)
+            raise type(error)(f"{error}, in {summary(origins)}") from error
+
     def define_kernel(self, src_code: str, node_schedule: Any, kernel: FusedKernel) -> str:
         wrapper: Any = V.graph.wrapper_code
         if src_code in wrapper.src_to_kernel:
@@ -384,7 +396,7 @@ class Scheduling(compat.SIMDScheduling):
         name = f"fused_{wrapper.next_kernel_suffix()}"
         wrapper.src_to_kernel[src_code] = name
         origins, _ = compat.get_kernel_metadata(node_schedule, wrapper)
-        wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, kernel.program, origins)
+        wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, kernel.program, origins, summary(origins))
         return name
 
     def codegen_sync(self) -> None:

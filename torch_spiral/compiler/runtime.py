@@ -31,6 +31,7 @@ class Fused:
     schedule: str
     lanes: int = 1
     sites: tuple[str, ...] = ()
+    nodes: str = ""  # of the graph, for messages
 
     def __call__(
         self, buffers: Sequence[Tensor], symbols: Sequence[Any], rows: Sequence[Any], reduced: Sequence[Any]
@@ -38,7 +39,10 @@ class Fused:
         scalars = [*symbols, *(error_site(text) for text in self.sites)]
         if self.schedule in ("tasks", "lanes_d", "lanes_r"):
             scalars.append(self._per_task(rows, reduced))
-        launch(self.kernel, list(buffers), scalars, self._groups(rows, reduced))
+        try:
+            launch(self.kernel, list(buffers), scalars, self._groups(rows, reduced))
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\nThe kernel stands for {self.nodes}") from error
 
     def _per_task(self, rows: Sequence[Any], reduced: Sequence[Any]) -> Any:
         work = product(reduced) if self.schedule != "tasks" else rows[0] if rows else 1

@@ -20,6 +20,7 @@ from .compat import V
 from .epilogue import Operand, match
 from .loops import Built, Program
 from .ops import dtype_name
+from .report import Step
 from .runtime import OUT_EXTERNS
 
 SIZE = re.compile(r"^(s|u|ps|z)\d+$")
@@ -36,6 +37,10 @@ class Report:
 
 
 reports: collections.deque[Report] = collections.deque(maxlen=1024)
+
+
+hosts: collections.deque[tuple[Step, ...]] = collections.deque(maxlen=64)
+"""The steps of the functions generated last, for explain()."""
 
 
 def _loaded(tree: ast.AST) -> list[str]:
@@ -81,7 +86,14 @@ class Wrapper(compat.PythonWrapperCodegen):
         )
 
     def define_fused(
-        self, name: str, built: Built, sites: Sequence[str], launch: dict[str, Any], program: Program, origins: str
+        self,
+        name: str,
+        built: Built,
+        sites: Sequence[str],
+        launch: dict[str, Any],
+        program: Program,
+        origins: str,
+        nodes: str,
     ) -> None:
         """Puts a kernel into the module."""
         digest = hashlib.sha256(repr((built, tuple(sites))).encode()).hexdigest()[:16]
@@ -96,7 +108,7 @@ class Wrapper(compat.PythonWrapperCodegen):
             f"    name={kernel.name!r}, {rest},",
             '    source="""',
             *kernel.source.strip("\n").split("\n"),
-            f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r})',
+            f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r}, nodes={nodes!r})',
             "",
         ]
         for line in [*origins.split("\n"), *lines]:
@@ -133,6 +145,7 @@ class Wrapper(compat.PythonWrapperCodegen):
         text = self.wrapper_call.getvalue()
         cutter = _Cutter(self, text)
         lines = cutter.cut()
+        hosts.append(tuple(cutter.steps))
         direct = cutter.direct()
         if direct is not None:
             self.header.writeline(f"direct, arguments = graph_0.direct({direct}), {len(V.graph.graph_input_names)}")
@@ -164,6 +177,7 @@ class _Cutter:
         self.calls: list[
             tuple[list[str], list[str], list[str], list[str]]
         ] = []  # per graph: what it reads, writes, its sizes, its results
+        self.steps: list[Step] = []
         self.base: dict[str, tuple[str, str]] = {}  # views and aliases: what they are of, how they are made
 
     def cut(self) -> list[str]:
@@ -457,6 +471,7 @@ class _Cutter:
                 view = found is not None and found[0] == "reinterpret_tensor"
                 if isinstance(s, ast.Assign) and (isinstance(s.value, ast.Name) or view):
                     self.base[target] = (_root(s.value), ast.unparse(s))
+            self._step(s, found)
             body.append(ast.unparse(s))
         if not body:
             self._forget(deleted, set())
@@ -519,6 +534,35 @@ class _Cutter:
         self.outer |= set(roots) | set(live)
         self._forget(deleted, later)
 
+    def _step(self, s: ast.stmt, found: tuple[str, ast.Call] | None, host: bool = False) -> None:
+        """Notes what a statement computes, for explain()."""
+        if found is None or found[0] in ("empty", "reinterpret_tensor", "args.clear"):
+            return
+        name, node = found
+        kernel = self.wrapper.fused[name][0] if name in self.wrapper.fused else ""
+        title = (
+            "fused"
+            if kernel
+            else name.replace("extern_kernels.", "").replace("torch.ops.", "").removesuffix(".default")
+        )
+        if name == "product":
+            steps = [
+                ast.unparse(x.elts[0] if isinstance(x, ast.Tuple) else x).strip("'")
+                for x in getattr(node.args[4], "elts", [])
+            ]
+            title = " + ".join([ast.literal_eval(node.args[0]), *steps])
+        elif name.startswith("aten("):
+            title = name[6:-2]
+        writes = tuple(dict.fromkeys(map(self._resolve, [*self._written(s), *_stored(s)])))
+        reads = dict.fromkeys(
+            self._resolve(n)
+            for n in _loaded(node)
+            if n not in self.wrapper.fused and n not in ("extern_kernels", "torch", "aten")
+        )
+        self.steps.append(
+            Step(f"host: {title}" if host else title, writes, tuple(r for r in reads if r not in writes), kernel)
+        )
+
     def _kernels(self, stretch: list[ast.stmt]) -> list[str]:
         return [n for s in stretch for n in _loaded(s) if n in self.wrapper.fused]
 
@@ -535,7 +579,7 @@ class _Cutter:
         if isinstance(s, ast.Delete):
             self._forget([t.id for t in s.targets if isinstance(t, ast.Name)], set())
             return
-        del found
+        self._step(s, found, host=True)
         self.out += ast.unparse(s).split("\n")
 
 
