@@ -307,6 +307,30 @@ def test_a_damaged_database_is_set_aside_and_begun_anew(tmp_path, damage):
         db.Database(tmp_path / "missing.sqlite", readonly=True)
 
 
+def test_a_database_in_use_is_no_damaged_one(tmp_path, monkeypatch):
+    path = tmp_path / "t.sqlite"
+    db.Database(path).put(DEVICE, decision())
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("begin exclusive")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0.05}))
+    with pytest.raises(OSError, match="locked"):
+        db.Database(path)
+    holder.execute("rollback")
+    assert db.Database(path).decisions() == [decision()] and not list(tmp_path.glob("*damaged*"))
+
+
+def test_a_search_that_fails_leaves_the_call_alone(device, doubling, monkeypatch):
+    x, out, call = doubling
+    monkeypatch.setattr(online, "LIFE", 2)
+    monkeypatch.setattr(DoublingTemplate, "ragged", lambda *_: 1 / 0)
+    autotune.set_mode("online")
+    with torch.no_grad(), pytest.warns(UserWarning, match="given up: division by zero"):
+        for _ in range(6):
+            call()
+    assert torch.equal(out.cpu(), x.cpu() * 2) and used(call) == [f"{SLOW} (built in)"]
+
+
 def test_merge_takes_what_is_newer(tmp_path):
     ours, theirs = db.Database(tmp_path / "a.sqlite"), db.Database(tmp_path / "b.sqlite")
     ours.put(DEVICE, decision(key="both"), decision(key="newer", time=300.0))

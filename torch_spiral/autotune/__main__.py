@@ -226,7 +226,7 @@ def show(args: argparse.Namespace) -> int:
                 table.add_row(
                     f"{d.template} {d.key}", d.sizes, d.schedule, d.fallback, f"{d.milliseconds:.4g}", gain, f"{d.wins}/{d.rounds}", f"{d.p:.1g}"
                 )  # fmt: skip
-        Console().print(table)
+        terminal().print(table)
     return 0
 
 

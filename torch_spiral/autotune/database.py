@@ -5,6 +5,7 @@ and what became of it. Nothing in it is executed: a schedule is a name that must
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,16 +19,16 @@ from typing import Any
 
 VERSION = 1
 SCHEMA = """
-create table devices (
+create table if not exists devices (
     device text primary key, engine text not null, vendor text not null, driver text not null, schedule_class text not null,
     compute_units integer not null, bandwidth real, flops text not null default '{}'
 );
-create table decisions (
+create table if not exists decisions (
     device text not null, template text not null, key text not null, sizes text not null, schedule text not null, fallback text not null,
     milliseconds real not null, fallback_milliseconds real not null, wins integer not null, rounds integer not null, p real not null,
     kernel_hash text not null, versions text not null, time real not null, primary key (device, template, key)
 );
-create table trials (
+create table if not exists trials (
     device text not null, template text not null, key text not null, schedule text not null, verdict text not null, milliseconds real,
     predicted_milliseconds real, detail text not null default '', primary key (device, template, key, schedule)
 );
@@ -121,7 +122,8 @@ class Database:
             self._connection = self._open()
         except DamagedDatabase as error:
             aside = self.path.with_suffix(f".damaged-{time.time_ns()}")
-            self.path.rename(aside)
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                self.path.rename(aside)
             for suffix in ("-wal", "-shm"):
                 Path(str(self.path) + suffix).unlink(missing_ok=True)
             warnings.warn(f"{error}; it was moved to {aside} and a new one begun", stacklevel=2)
@@ -144,6 +146,8 @@ class Database:
                     raise DamagedDatabase(f"{self.path}: the table {name} has other columns")
         except sqlite3.DatabaseError as error:
             connection.close()
+            if any(word in str(error) for word in ("locked", "busy", "unable to open", "disk", "readonly")):
+                raise OSError(f"{self.path}: {error}") from error  # in use or out of reach, which is no damage
             raise DamagedDatabase(f"{self.path} cannot be read ({error})") from error
         except DamagedDatabase:
             connection.close()

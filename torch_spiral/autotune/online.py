@@ -13,6 +13,7 @@ import random
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,8 +242,10 @@ class Explorer:
                 start = time.perf_counter()
                 try:
                     run_apart(bandit.step)
-                except NotImplementedError:
+                except Exception as error:  # a search that fails must not fail the call that it was to help
                     bandit.done = True
+                    if not isinstance(error, NotImplementedError):
+                        warnings.warn(f"tuning {key[1]} {key[2]} was given up: {error}", stacklevel=2)
                 finally:
                     self.spent += time.perf_counter() - start
         finally:
