@@ -197,3 +197,16 @@ def test_packing_gives_way_to_memory_pressure(device):
 def test_pack_asks_for_a_model_on_the_device():
     with pytest.raises(ValueError, match="no weights on a spiral device"):
         torch_spiral.pack(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_operations_of_attention_and_convolution(device):
+    q = torch.randn(1, 2, 40, 32, device=device)
+    x, w = torch.randn(2, 8, 12, 12, device=device), torch.randn(6, 8, 3, 3, device=device)
+    with torch.no_grad(), torch.spiral.telemetry() as t:
+        nn.functional.scaled_dot_product_attention(q, q, q)
+        nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        nn.functional.conv2d(x, w)
+    found = [k.flops for k in t.kernels() if k.flops]
+    whole = 2 * 2 * 40 * 40 * 64
+    assert whole in found and whole // 2 in found
+    assert 2 * 6 * (2 * 10 * 10) * (8 * 9) in found

@@ -75,6 +75,12 @@ def backward(
         _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
 
 
+def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
+    """Operations of a forward pass; of causal ones, half."""
+    batch, heads, queries, d = q.sizes
+    return lambda: batch * heads * queries * k.sizes[2] * (d + v.sizes[3]) * (1 if causal else 2)
+
+
 def _tuned(
     flags: str, default: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, rows: int, candidates: Any
 ) -> Any:
@@ -121,7 +127,7 @@ def _vector_forward(
     else:
         kernel = build(vector.attention_forward, *key)
         buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
-        launch(kernel, buffers, [*_bht(q, out), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1))
+        launch(kernel, buffers, [*_bht(q, out), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1), _work(q, k, v, causal))
 
 
 def _vector_backward(
@@ -174,7 +180,7 @@ def _block_forward(
     kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), tiles)
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
-    launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups)
+    launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups, _work(q, k, v, causal))
 
 
 def _block_backward(
@@ -228,7 +234,7 @@ def _simt_forward(
     if splits == 1 or t.compute_units <= 4:
         kernel = build(simt.forward, *key)
         groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
-        launch(kernel, [q, k, v, *masks, out, lse], scalars, groups)
+        launch(kernel, [q, k, v, *masks, out, lse], scalars, groups, _work(q, k, v, causal))
         return
     span = maximum(cdiv(cdiv(keys, splits), s.block_k), 4) * s.block_k
     parts = cdiv(keys, span)

@@ -252,7 +252,7 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     launch(
         kernel, [padded, p, out, *operands],
         [c * product(extents), *out_strides, *operand_strides, m, g.groups, *o, *g.taps, *extents, *step, *g.dilation, k, channels],
-        vector.conv_groups(m, product(o), n, g.groups, s, units),
+        vector.conv_groups(m, product(o), n, g.groups, s, units), lambda: 2 * m * k * product(o) * n * g.groups,
     )  # fmt: skip
 
 
