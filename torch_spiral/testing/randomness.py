@@ -93,7 +93,8 @@ def _ranks(values: Tensor, rounding: float) -> Tensor:
     n = len(values)
     ordered, order = values.sort(0)
     sane = ordered.abs() < 1e29
-    tolerance = rounding * torch.where(sane, ordered.abs(), 0.0).amax(0) + 1e-12
+    size = torch.where(sane, ordered.abs(), 0.0).amax(0)
+    tolerance = rounding * (size + 0.1 * size.mean()) + 1e-12  # where terms cancel, errors are of the terms' size
     new = torch.zeros_like(ordered, dtype=torch.int64)
     new[1:] = (ordered.diff(dim=0) > tolerance).long()
     group = new.cumsum(0)

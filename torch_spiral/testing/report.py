@@ -149,7 +149,7 @@ def _share(asked: list[Result]) -> str:
     if not asked:
         return ""
     good = sum(r.good for r in asked)
-    limits = {r.limit for r in asked} - {None}
+    limits = {r.limit for r in asked if r.limit is not None}
     most = f", ≤ {max(limits)} samples" if limits else ""
     return f"{good} / {len(asked)} ({100 * good / len(asked):.1f} %{most})"
 
