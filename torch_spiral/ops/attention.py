@@ -24,14 +24,12 @@ from ..lowering import (
     empty,
     fill_bytes,
     hint,
-    is_zero,
     launch,
     maximum,
     minimum,
     structured,
     target,
 )
-from .common import described
 from .contraction import allow_tf32
 
 
@@ -174,10 +172,9 @@ def _block_forward(
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
-    tiles = all(not is_zero(x.strides[2]) and described(x, *x.strides[:3]) for x in (k, v))
-    flags = ("tiles" if tiles else "rows") + ("-exact" if vec == 2 else "")
+    flags = "rows" + ("-exact" if vec == 2 else "")
     s = _tuned(flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows))
-    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), tiles)
+    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec))
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
     launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups, _work(q, k, v, causal))
