@@ -25,11 +25,12 @@ def _roofline(row: db.DeviceRow, decisions: list[db.Decision], path: Path) -> No
     axes = figure.add_subplot()
     points = [(d, *work(d)) for d in decisions]
     intensities = [f / b for _, f, b, _ in points]
-    low, high = min(intensities, default=1) / 4, max(intensities, default=100) * 4
+    ridges = [peak / (row.bandwidth or 1) for peak in row.flops.values()]
+    low, high = min([*intensities, *ridges], default=1) / 4, max([*intensities, *ridges], default=100) * 4
     for i, (dtype, peak) in enumerate(sorted(row.flops.items())):
         ridge = peak / (row.bandwidth or 1)
         axes.plot(
-            [low, ridge, max(high, ridge)],
+            [low, ridge, high],
             [low * (row.bandwidth or 1), peak, peak],
             color=f"C{i}",
             label=f"{dtype}: {peak / 1e12:.3g} TFLOP/s",
@@ -61,7 +62,8 @@ def _gains(decisions: list[db.Decision], path: Path) -> None:
         places, [d.speedup for d in decisions], color=["C0" if d.schedule != d.fallback else "0.8" for d in decisions]
     )
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(list(places), [f"{d.sizes} {d.key.split()[0]} {d.key.split()[3]}" for d in decisions], fontsize=7)
+    labels = [f"{d.template} {d.sizes} {d.key.split()[0]}" for d in decisions]
+    axes.set_yticks(list(places), labels, fontsize=7)
     axes.set(xlabel="time of the built-in schedule / time of the chosen one")
     figure.savefig(path)
 
