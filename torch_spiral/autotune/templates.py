@@ -304,7 +304,7 @@ class Attention(Template):
             return simt.forward(target, schedule, dtype, head, head_v, mask, causal == "causal", flag == "vec").source
         precision = "ieee" if dtype == "f32" else ""
         return block.forward(
-            target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision, "tiles" in flag
+            target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision
         ).source
 
 
