@@ -302,10 +302,8 @@ class Attention(Template):
         mask = "" if mask == "-" else mask
         if target.schedule_class == "simt":
             return simt.forward(target, schedule, dtype, head, head_v, mask, causal == "causal", flag == "vec").source
-        precision = "ieee" if dtype == "f32" else ""
-        return block.forward(
-            target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision
-        ).source
+        precision = "bf16x6" if dtype == "f32" else ""
+        return block.forward(target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision).source
 
 
 class Conv(Template):
