@@ -59,6 +59,7 @@ class FusedKernel(compat.SIMDKernel):
         super().__init__(*args, **kwargs)
         self.cse: Any = _Variables(self.newvar_prefix, self.suffix)
         self.indirect: dict[sympy.Symbol, ir.Node] = {}
+        self.checked: list[tuple[sympy.Expr, sympy.Symbol]] = []  # index expressions that were checked, and their values
         self.recorded: list[tuple[str, sympy.Expr, ir.Node, str | None, bool]] = []
         self.loaded: list[tuple[str, sympy.Expr]] = []
         self.sites: list[str] = []
@@ -107,7 +108,7 @@ class FusedKernel(compat.SIMDKernel):
 
     def load(self, name: str, index: sympy.Expr) -> Any:
         self.args.input(name)
-        index = self.prepare_indexing(index)
+        index = self._with_checks(self.prepare_indexing(index))
         dtype = V.graph.get_dtype(name)
         compute = compute_dtype(dtype_name(dtype))
         self.loaded.append((name, index))
@@ -126,7 +127,7 @@ class FusedKernel(compat.SIMDKernel):
         if mode not in (None, "atomic_add"):
             raise NotImplementedError(f"spiral's compiler has no store mode {mode}")
         self.args.output(name)
-        index = self.prepare_indexing(index)
+        index = self._with_checks(self.prepare_indexing(index))
         self.recorded.append((name, index, node(value), "add" if mode else None, self.inside_reduction))
 
     def store_reduction(self, name: str, index: sympy.Expr, value: Any) -> None:
@@ -139,15 +140,36 @@ class FusedKernel(compat.SIMDKernel):
     def check_bounds(self, expr: sympy.Expr, size: sympy.Expr, lower: bool, upper: bool) -> None:
         if not (lower or upper):
             return
-        if expr not in self.indirect:
-            raise NotImplementedError(f"spiral's compiler cannot check the index {expr}")
         text = f"index {{}} is out of bounds for dimension with size {size}"
         if text not in self.sites:
             self.sites.append(text)
-        args = [self.indirect[expr], ir.cast(index_node(size), self.indirect[expr].dtype)]
+        whole = expr in self.indirect
+        index = self.indirect[expr] if whole else index_node(expr := self.prepare_indexing(expr))
+        args = [index, ir.cast(index_node(size), index.dtype)]
         if self.mask is not None:
             args.append(self.mask)
-        self.indirect[expr] = ir.Node("check", "i32", *args, attr=self.sites.index(text))
+        checked = ir.Node("check", "i32", *args, attr=self.sites.index(text))
+        if whole:
+            self.indirect[expr] = checked
+        else:
+            symbol = sympy.Symbol(f"checked{len(self.checked)}", integer=True)
+            self.indirect[symbol] = checked
+            self.checked.append((expr, symbol))
+
+    def _with_checks(self, index: sympy.Expr) -> sympy.Expr:
+        """index with the expressions that were checked replaced by their checked values."""
+        for expr, symbol in self.checked:
+            loaded = [s for s in expr.free_symbols if s in self.indirect]
+            if not all(s in index.free_symbols for s in loaded):
+                continue
+            for scale in {sympy.Integer(1), *(index.coeff(s) / expr.coeff(s) for s in loaded if expr.coeff(s) != 0)}:
+                rest = sympy.expand(index - scale * expr)
+                if not any(s in rest.free_symbols for s in loaded):
+                    index = rest + scale * symbol
+                    break
+            else:
+                raise NotImplementedError(f"spiral's compiler cannot check the index {expr} in {index}")
+        return index
 
     def device_assert_async(self, cond: Any, msg: str) -> None:
         raise NotImplementedError("spiral's compiler has no device-side assertions in fused kernels")

@@ -414,7 +414,7 @@ _operator_names = (
     "chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w hermite_polynomial_h "
     "hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p shifted_chebyshev_polynomial_t "
     "shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w zeta polygamma igamma igammac "
-    "gammainc gammaincc frexp max_pool2d_with_indices_backward"
+    "gammainc gammaincc frexp"
 )
 SPECIAL, OPERATORS = _special_names.split(), _operator_names.split()
 
