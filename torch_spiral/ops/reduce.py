@@ -108,11 +108,11 @@ def reduce_rows(
     pieces = (4 * t.compute_units if vector else pieces) if cut else 1
     if enabled is None and length + count >= 16:  # below a millisecond's fraction nothing is worth a search
         operands = "|".join(d + "".join(c) for part in layout for d, c in part)
-        s = autotune.choose(
+        picked: nest.RowSchedule = autotune.choose(
             "rows", f"{name} {operands} r{reduced} l{length} c{count}", nest.RowSchedule(schedule or "auto", pieces),
             lambda: nest.row_candidates(t, length, count, cuttable), [hint(n) for n in sizes],
         )  # fmt: skip
-        schedule, pieces = None if s.kind == "auto" else s.kind, s.pieces
+        schedule, pieces = None if picked.kind == "auto" else picked.kind, picked.pieces
         cut = pieces > 1
     built = build(_kernel, name, function, tuple(key), *layout, reduced, len(sizes), tuple(types), schedule, cut)
 
