@@ -1,4 +1,4 @@
-"""The CUDA and HIP engine by itself: memory, copies, events, kernels. Skipped where no such device is."""
+"""The CUDA and HIP engine: memory, copies, events, kernels, and what it shares with torch.cuda. Skipped where no such device is."""
 
 import random
 
@@ -141,3 +141,100 @@ def test_kernel():
     )  # fmt: skip
     assert compiled.name == "axpy_test"
     assert torch.cuda.is_available() or torch.version.cuda is None
+
+
+# ---- beside torch.cuda -----------------------------------------------------------------------------------------------
+
+
+def gpu_of_both() -> str | None:
+    """The spiral device that is cuda:0, where torch has CUDA too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    for i in range(torch.spiral.device_count()):
+        p = torch.spiral.get_device_properties(i)
+        if p.engine in ("cuda", "hip") and _C.device_properties(i)["ordinal"] == 0:
+            return f"spiral:{i}"
+    return None
+
+
+@pytest.fixture
+def both():
+    found = gpu_of_both() if ADAPTERS else None
+    if found is None:
+        pytest.skip("no GPU that torch.cuda and the CUDA engine share")
+    return found
+
+
+def test_no_gpu_is_no_view():
+    import torch
+
+    if ADAPTERS:
+        pytest.skip("the first device is a GPU")
+    with pytest.raises(RuntimeError, match="no device of torch.cuda"):
+        torch.spiral.to_cuda(torch.ones(3, device="spiral"))
+    with pytest.raises(RuntimeError, match="takes a strided CUDA tensor"):
+        torch.spiral.from_cuda(torch.ones(3))
+    with pytest.raises(RuntimeError, match="nothing to wait for"):
+        torch.spiral.wait_for_cuda()
+
+
+def test_copies_between_the_two(both):
+    """Any strides and dtypes, on the GPU; each side's queued work comes first."""
+    import torch
+
+    x = torch.randn(1000, 300, device="cuda")
+    for _ in range(20):
+        x = x * 1.5 - x * 0.5  # queued, not waited for
+    y = x.to(both)
+    assert torch.equal(y.cpu(), x.cpu()) and torch.equal((y * 2).to("cuda"), x * 2)
+    assert torch.equal(x.t().to(both).cpu(), x.t().cpu())
+    assert torch.equal(x[::3, 5:].to(both, torch.float64).cpu(), x[::3, 5:].double().cpu())
+    z = torch.zeros(300, 1000, device="cuda").t()
+    z.copy_(y)
+    assert torch.equal(z, x)
+
+
+def test_views_share_memory(both):
+    import torch
+
+    x = torch.randn(128, 64, device="cuda")
+    expected = (x * 3).cpu()
+    view = torch.spiral.from_cuda(x[:, ::2])
+    assert view.device == torch.device(both) and view.stride() == (64, 2)
+    torch.spiral.from_cuda(x).mul_(3)
+    torch.spiral.wait_for_cuda(both)
+    assert torch.equal(x.cpu(), expected) and torch.equal(view.cpu(), expected[:, ::2])
+    y = torch.ones(1000, device=both)
+    other = torch.spiral.to_cuda(y)
+    other.add_(torch.arange(1000, device="cuda"))
+    torch.spiral.wait_for_cuda(both)
+    assert torch.equal(y.cpu(), torch.arange(1000) + 1.0)
+    del other
+    assert torch.equal((y + 1).cpu(), torch.arange(1000) + 2.0)
+
+
+def test_views_outlive_their_tensors(both):
+    """torch's allocator gives the memory out again only after the spiral queue is done with it."""
+    import torch
+
+    for _ in range(20):
+        x = torch.full((1 << 22,), 2.0, device="cuda")
+        view = torch.spiral.from_cuda(x)
+        del x
+        total = (view * 3).sum()
+        del view
+        torch.empty(1 << 22, device="cuda").fill_(7.0)
+        assert total.item() == 6.0 * (1 << 22)
+
+
+def test_dlpack(both):
+    import torch
+
+    y = torch.arange(12.0, device=both).view(3, 4)
+    z = torch.from_dlpack(y)
+    assert z.is_cuda and torch.equal(z.cpu(), y.cpu())
+    z.zero_()
+    torch.spiral.wait_for_cuda(both)
+    assert y.sum().item() == 0

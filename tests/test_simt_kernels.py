@@ -1,4 +1,4 @@
-"""Contractions of the simt class, as WGSL on a Vulkan device and as OpenCL, against float64 NumPy."""
+"""Contractions of the simt class, and nests as GPUs get them: as WGSL on a Vulkan device and as OpenCL, against NumPy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_runner import run, targets
 
+from torch_spiral.kernels import ir, nest
 from torch_spiral.kernels.simt import attention as A
 from torch_spiral.kernels.simt import conv as C
 from torch_spiral.kernels.simt import gemm as G
@@ -485,3 +486,52 @@ def test_attention(target, case, vec):
     )
     close(view(got[-2], shapes[1], ks), want[3], tolerance)
     close(view(got[-1], shapes[2], vs), want[4], tolerance)
+
+
+# ---- nests, as GPUs get them: several elements an invocation, rows in registers ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu(target):
+    return dataclasses.replace(target, compute_units=132)
+
+
+@pytest.mark.parametrize("n", [1, 255, 1024, 1025, 5000])
+def test_pointwise_on_gpus(gpu, n):
+    """Whole groups of elements, a last one that is cut, and one with fewer than a workgroup's."""
+    operands = [nest.Operand("o", "f32", ("1",))], [nest.Operand("x", "f32", ("1",)), nest.Operand("y", "f32", ("s",))]
+    built = nest.pointwise(gpu, "f", *operands, lambda x, y: x * 2.0 + y, 1)
+    assert built.unit == nest.SIMT_ELEMENTS and built.kernel.trusted
+    x, y = np.random.default_rng(0).standard_normal((2, 2 * n)).astype(np.float32)
+    out = np.full(n + 9, 7, np.float32)
+    got = run(built.kernel, [out, x[:n], y], built.scalars([n], [(1,), (1,), (2,)]), built.groups([n]))[0]
+    np.testing.assert_allclose(got[:n], x[:n] * 2 + y[::2], rtol=1e-6)
+    assert (got[n:] == 7).all()
+
+
+@pytest.mark.parametrize("d", [0, 1, 300, 1024, 4096, 4500])
+def test_rows_on_gpus(gpu, d):
+    """Rows that fit into registers and rows that don't, in the place of their input."""
+
+    def softmax(r, x, w):
+        e = ir.exp(x - r.reduce(nest.MAX(), x))
+        return e / r.sum(e) * w
+
+    ins = [nest.Operand("x", "f32", ("1", "s")), nest.Operand("w", "f32", ("1", "0"))]
+    built = nest.rows(gpu, "weighted_softmax", [nest.Operand("o", "f32", ("1", "s"))], ins, softmax)
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((3, d)).astype(np.float32), rng.standard_normal(d).astype(np.float32)
+    scalars = built.scalars([d, 3], [(1, d), (1, d), (1, 0)])
+    got = run(built.kernel, [np.full((3, d), 9, np.float32), x, w], scalars, built.groups([d, 3]))[0]
+    if d:
+        e = np.exp(x - x.max(1, keepdims=True))
+        np.testing.assert_allclose(got, e / e.sum(1, keepdims=True) * w, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 3, 131, 700])
+def test_columns_on_gpus(gpu, m):
+    built = nest.rows(gpu, "sum", [nest.Operand("o", "f32", ("0", "1"))], [nest.Operand("x", "f32", ("s", "1"))], lambda r, x: r.sum(x))
+    assert built.schedule == "invocation"
+    x = np.random.default_rng(0).standard_normal((m, 77)).astype(np.float32)
+    got = run(built.kernel, [np.zeros(77, np.float32), x], built.scalars([m, 77], [(0, 1), (77, 1)]), built.groups([m, 77]))[0]
+    np.testing.assert_allclose(got, x.sum(0), rtol=1e-4, atol=1e-4)
