@@ -85,3 +85,15 @@ def test_gradient(device):
 def test_unsupported_dtype(device):
     with pytest.raises(RuntimeError, match="Unsupported dtype"):
         torch.fft.fft(torch.zeros(4, dtype=torch.float16, device=device))
+
+
+def test_strides_are_those_of_the_cpu(device):
+    """Fake tensors, and so compiled graphs, foretell them."""
+    for x in (torch.randn(4, 5, 6), torch.randn(4, 5, 6).permute(2, 0, 1)):
+        for name in ("fft", "rfft", "irfft"):
+            f = getattr(torch.fft, name)
+            for dim in range(3):
+                assert f(x.to(device), dim=dim).stride() == f(x, dim=dim).stride()
+            f = getattr(torch.fft, name + "n")
+            for dims in ((0, 1), (1, 0), (2, 1), None):
+                assert f(x.to(device), dim=dims).stride() == f(x, dim=dims).stride()

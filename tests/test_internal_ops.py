@@ -21,3 +21,10 @@ def test_slow_conv_transpose2d(device):
     expected = F.conv_transpose2d(x, w, bias, **how)
     ours = torch._C._nn.slow_conv_transpose2d(x.to(device), w.to(device), (3, 2), bias.to(device), *how.values())
     assert_close(ours.cpu(), expected)
+
+
+def test_biases_that_are_conjugate_views(device):
+    bias, a, b = (torch.randn(3, 3, dtype=torch.complex64) for _ in range(3))
+    assert_close(torch.addmm(bias.to(device).conj(), a.to(device), b.to(device)).cpu(), torch.addmm(bias.conj(), a, b))
+    ours = torch.baddbmm(bias[None].to(device).conj(), a[None].to(device).conj(), b[None].to(device))
+    assert_close(ours.cpu(), torch.baddbmm(bias[None].conj(), a[None].conj(), b[None]))

@@ -61,3 +61,9 @@ def test_assert_async(device):
     with pytest.raises(RuntimeError, match="numbers were wrong"):
         torch.spiral.synchronize(device)
     torch.spiral.synchronize(device)
+
+
+def test_round_to_decimals(device):
+    x = torch.randn(4096) * 1000
+    for decimals in (-2, -1, 1, 3, 10):
+        assert_close(x.to(device).round(decimals=decimals).cpu(), x.round(decimals=decimals), rtol=1e-6, atol=0)

@@ -342,6 +342,8 @@ def abs(a: Any) -> Any:
     if isinstance(a, Complex):
         return hypot(a.re, a.im)
     a = as_node(a)
+    if a.op == "const" and a.dtype in FLOATS:  # naga folds no abs of a float64
+        return const(math.fabs(const_value(a)), a.dtype)
     return a if a.dtype in ("u32", "u64", "bool") else Node("abs", a.dtype, a)
 
 

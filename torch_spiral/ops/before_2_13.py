@@ -42,6 +42,8 @@ def _var_mean(name: str, self: Any, dim: Any, correction: Any, keepdim: bool, ro
 
 
 def _resized(out: Any, result: Any) -> Any:
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {out.dtype}")
     return out.resize_(result.shape).copy_(result)
 
 

@@ -160,7 +160,7 @@ def _complex_product(a: Tensor, b: Tensor, out: Tensor, alpha: Any, add: Any) ->
     if add is None:
         map_tensors("complex_scale", _complex_scale, [out], [result], number(alpha), [kind] * 2)
     else:
-        bias = broadcast(add[1], out.sizes)
+        bias = broadcast(contiguous(add[1]) if add[1].is_conj or add[1].is_neg else add[1], out.sizes)
         map_tensors("complex_addmm", _complex_addmm, [out], [result, bias], [*number(alpha), *number(add[0])], [kind] * 4)
 
 

@@ -95,9 +95,23 @@ def _check(x: Any) -> None:
         raise RuntimeError(f"Unsupported dtype {str(x.dtype).removeprefix('torch.')}")
 
 
-def _c2c(x: Any, dims: Sequence[int], forward: bool, scale: float) -> Any:
-    for i, d in enumerate(reversed(dims)):
-        x = torch.ops.spiral.fft(x, d % x.dim(), x.size(d), "c2c", forward, scale if i == len(dims) - 1 else 1.0)
+def _ordered(x: Any, dims: Sequence[int]) -> tuple[Any, list[int]]:
+    """(x with the dims last, in their order, and the others before them by stride; what takes that back): so results get the strides
+    that ATen's have, and that fake tensors foretell."""
+    others = sorted((d for d in range(x.dim()) if d not in dims), key=x.stride, reverse=True)
+    order = [*others, *dims]
+    return x.permute(order), [order.index(d) for d in range(x.dim())]
+
+
+def _by_stride(x: Any, dims: Sequence[int]) -> list[int]:
+    return sorted((d % x.dim() for d in dims), key=x.stride, reverse=True)
+
+
+def _c2c(x: Any, count: int, forward: bool, scale: float, skip: int = 0) -> Any:
+    """Complex transforms of `count` dimensions, before the last `skip`."""
+    for i in range(count):
+        d = x.dim() - 1 - skip - i
+        x = torch.ops.spiral.fft(x, d, x.size(d), "c2c", forward, scale if i == count - 1 else 1.0)
     return x
 
 
@@ -105,7 +119,10 @@ def _c2c(x: Any, dims: Sequence[int], forward: bool, scale: float) -> Any:
 def fft_c2c(self: Any, dim: Sequence[int], normalization: int, forward: bool) -> Any:
     """Complex to complex over dimensions."""
     _check(self)
-    return _c2c(self, dim, forward, _scale([self.size(d) for d in dim], normalization)) if dim else self.clone()
+    if not dim:
+        return self.clone()
+    x, back = _ordered(self, _by_stride(self, dim))
+    return _c2c(x, len(dim), forward, _scale([self.size(d) for d in dim], normalization)).permute(back)
 
 
 @composite("_fft_r2c")
@@ -113,10 +130,11 @@ def fft_r2c(self: Any, dim: Sequence[int], normalization: int, onesided: bool) -
     """Real to complex; onesided keeps the first n // 2 + 1 values along the last of the dimensions."""
     _check(self)
     scale = _scale([self.size(d) for d in dim], normalization)
-    last = dim[-1]
     kind = "half" if onesided else "c2c"
-    x = torch.ops.spiral.fft(self, last % self.dim(), self.size(last), kind, True, scale if len(dim) == 1 else 1.0)
-    return _c2c(x, dim[:-1], True, scale)
+    last = dim[-1] % self.dim()
+    x, back = _ordered(self, [*_by_stride(self, dim[:-1]), last])
+    x = torch.ops.spiral.fft(x, x.dim() - 1, self.size(last), kind, True, scale if len(dim) == 1 else 1.0)
+    return _c2c(x, len(dim) - 1, True, scale, 1).permute(back)
 
 
 @composite("_fft_c2r")
@@ -124,8 +142,12 @@ def fft_c2r(self: Any, dim: Sequence[int], normalization: int, last_dim_size: in
     """The inverse of a onesided _fft_r2c, of size last_dim_size along the last of the dimensions."""
     _check(self)
     scale = _scale([*(self.size(d) for d in dim[:-1]), last_dim_size], normalization)
-    x = _c2c(self, dim[:-1], False, 1.0)
-    return torch.ops.spiral.fft(x, dim[-1] % x.dim(), last_dim_size, "c2r", False, scale)
+    x = self
+    if len(dim) > 1:
+        x, back = _ordered(self, _by_stride(self, dim[:-1]))
+        x = _c2c(x, len(dim) - 1, False, 1.0).permute(back)
+    x, back = _ordered(x, [dim[-1] % x.dim()])
+    return torch.ops.spiral.fft(x, x.dim() - 1, last_dim_size, "c2r", False, scale).permute(back)
 
 
 def _into(out: Any, result: Any) -> Any:

@@ -876,6 +876,8 @@ def masked_fill_tensor_(self: Any, mask: Any, value: Any) -> Any:
         )
     if value.device.type == "cpu":
         return self.masked_fill_(mask, value.item())
+    if value.is_complex() and not self.is_complex():
+        raise RuntimeError(f"value cannot be converted to type {self.dtype} without overflow")
     if mask.dtype != torch.bool:
         raise RuntimeError(f"masked_fill_ only supports boolean masks, but got mask with dtype {mask.dtype}")
     if torch._C._VariableFunctions._debug_has_internal_overlap(self) == 1:

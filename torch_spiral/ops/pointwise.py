@@ -209,7 +209,11 @@ def _sign(x: Any) -> Any:
 
 
 def _round_decimals(x: Any, decimals: Any) -> Any:
-    ten = ir.pow(ir.const(10.0, x.dtype), ir.abs(ir.cast(decimals, x.dtype)))
+    places = ir.abs(ir.cast(decimals, "i32"))
+    ten: Any = ir.const(1.0, x.dtype)  # to the power of places: exact, where a float can be
+    for bit in range(9 if x.dtype == "f64" else 6):
+        factor = float(10 ** (1 << bit))
+        ten = ten * where(ir.ne(ir.and_(ir.shr(places, bit), 1), 0), ir.const(factor, x.dtype), 1.0)
     negative = ir.lt(decimals, 0)
     return where(negative, ir.rint(x / ten) * ten, ir.rint(x * ten) / ten)
 

@@ -245,16 +245,18 @@ PICKS = {"sort": 1, "argsort": 1, "msort": None, "topk": 2, "kthvalue": 2}  # th
 
 def _as_picked(item: Item, tree: Any, result: Any, reference: Any, grad: bool) -> bool:
     """Whether results differ only in which of equal elements the op picked."""
-    if not isinstance(tree[-1], dict) or not isinstance(tree[0], tuple):
-        return False
-    (x, *rest), kwargs = tree[0], tree[-1]
+    if not isinstance(tree[-1], dict):  # ((args, kwargs), out)
+        tree = tree[0]
+    (x, *rest), kwargs = tree
     place = PICKS[item.info.name]
     if kwargs.get("stable") or (item.info.name == "argsort" and len(rest) > 2):
         return False
     given = 0 if place is None else kwargs.get("dim", rest[place - 1] if len(rest) >= place else -1)
     x, dim = x.detach().cpu().resolve_neg(), int(given)
-    ours, theirs = ([t.detach().cpu() for t in tree_leaves(v)] for v in (result, reference))
-    if not x.dim():
+    both = [tree_leaves(v) for v in (result, reference)]
+    ours, theirs = ([t.detach().cpu() for t in leaves if isinstance(t, Tensor)] for leaves in both)
+    others = [[t for t in leaves if not isinstance(t, Tensor)] for leaves in both]
+    if not x.dim() or others[0] != others[1]:
         return False
     if grad:  # what the elements of one value get together
         (ours, theirs) = (ours[0], theirs[0])
