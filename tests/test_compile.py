@@ -196,15 +196,71 @@ def test_epilogues_with_constants_and_casts(device):
     assert len(names) == 1, names
 
 
-def test_attention_from_its_decomposed_form(device):
-    def f(q, k, v):
-        return torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1) @ v
+D = 8  # of a head below
 
-    q, k, v = torch.randn(3, 2, 4, 16, 8)
+
+def _eager_attention(q, k, v, mask):
+    """transformers' eager_attention_forward."""
+    weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5 + mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, 0.1, training=False), v).transpose(1, 2).contiguous()
+
+
+def _where(q, k, v, mask):
+    """GPT-2's, before SDPA."""
+    w = torch.matmul(q, k.transpose(-1, -2))
+    w = w / torch.full([], D**0.5, dtype=w.dtype, device=w.device)
+    w = torch.where(mask > -1, w, torch.full([], torch.finfo(w.dtype).min, dtype=w.dtype, device=w.device))
+    return torch.matmul(F.softmax(w, -1).type(v.dtype), v)
+
+
+def _bmm(q, k, v, mask):
+    """BART's and Whisper's, in three dimensions."""
+    b, h, t, _ = q.shape
+    q, k, v = ((x * s).reshape(b * h, t, D) for x, s in ((q, D**-0.5), (k, 1.0), (v, 1.0)))
+    return torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
+
+
+ATTENTION = {
+    "eager": _eager_attention,
+    "where": _where,
+    "bmm": _bmm,
+    "divided": lambda q, k, v, mask: torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1) @ v,
+    "masked_fill": lambda q, k, v, mask: (q @ k.mT).masked_fill(mask < -1, float("-inf")).softmax(-1) @ v,
+    "T5": lambda q, k, v, mask: torch.matmul(F.softmax(torch.matmul(q, k.transpose(3, 2)) + mask, dim=-1), v),
+    "SDPA with a mask": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ATTENTION)
+def test_attention_from_its_decomposed_forms(device, form):
+    f = ATTENTION[form]
+    q, k, v = torch.randn(3, 2, 4, 16, D)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., 12:] = -100.0
     with torch.no_grad():
-        check(device, f, q, k, v)
-        names = kernels(f, *on(device, (q, k, v)))
-    assert len(names) == 1 and "attention" in names[0]
+        check(device, f, q, k, v, mask)
+        names = kernels(f, *on(device, (q, k, v, mask)))
+    assert sum("attention" in n for n in names) == 1 and not any("gemm" in n for n in names), names
+
+
+def test_attention_from_its_decomposed_form_backward(device):
+    q, k, v = torch.randn(3, 2, 4, 16, D)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., 12:] = -100.0
+    ours, theirs = ([x.detach().to(p).requires_grad_() for x in (q, k, v)] for p in (device, "cpu"))
+    torch.compile(_eager_attention, backend="spiral", fullgraph=True)(*ours, mask.to(device)).square().sum().backward()
+    _eager_attention(*theirs, mask).square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_whose_weights_are_read_is_left_alone(device):
+    def f(q, k, v):
+        weights = torch.softmax(q @ k.transpose(-2, -1), -1)
+        return weights @ v, weights
+
+    check(device, f, *torch.randn(3, 2, 4, 16, D))
 
 
 # ---- graphs -------------------------------------------------------------------------------------------------------------

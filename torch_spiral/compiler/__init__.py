@@ -41,7 +41,10 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
     device.register()
     compat.forget_stream(gm)
+    from .passes import fuse_attention
+
     try:
+        fuse_attention(gm)
         with compat.parts_of_compilation() as parts:
             compiled: Any = compile_fx(
                 gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)}

@@ -14,8 +14,15 @@ MAX_HEAD = 256
 Shape = tuple[Sequence[int], Sequence[int]]  # sizes, strides
 
 
+def bias_of(backward: bool, node: ast.Call) -> ast.AST | None:
+    """The argument that is added to the scores."""
+    at = 4 if backward else 3
+    found = node.args[at] if at < len(node.args) else next((k.value for k in node.keywords if k.arg == "attn_bias"), None)
+    return None if isinstance(found, ast.Constant) else found
+
+
 def plan(
-    backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str]
+    backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str], bias: Shape | None = None
 ) -> dict[str, Any] | None:
     """Keyword arguments of forward() or backward() below for a call of the operator, or None where C++ must look at it. shapes and
     dtypes: of the operator's first arguments, (g,) q, k, v."""
@@ -38,19 +45,22 @@ def plan(
         return default if found is None else ast.literal_eval(found)
 
     try:
-        at = (4, 12, 13) if backward else (3, 4, 5)
-        names = ("attn_bias", "dropout_p", "is_causal")
-        bias, dropout, causal = (argument(i, n, x) for i, n, x in zip(at, names, (None, 0.0, False), strict=True))
+        at = (12, 13) if backward else (4, 5)
+        dropout, causal = (argument(i, n, x) for i, n, x in zip(at, ("dropout_p", "is_causal"), (0.0, False), strict=True))
         wanted = argument(5, "grad_input_mask", None) if backward else [False] * 4
         scale = argument(16 if backward else 99, "scale", None)
     except ValueError:
         return None
-    if bias is not None or dropout or wanted[3]:
+    if dropout or wanted[3] or (bias_of(backward, node) is not None and (bias is None or (queries == 1 and kv_heads != heads))):
         return None
+    added = None
+    if bias is not None:
+        sizes, strides = [1] * (4 - len(bias[0])) + list(bias[0]), [0] * (4 - len(bias[0])) + list(bias[1])
+        added = [0 if n == 1 else step for n, step in zip(sizes, strides, strict=True)]
     tiles = q[0][0] * heads
     split = queries <= 32 and keys >= 512 and tiles <= 128
     return {
-        "causal": causal, "scale": scale if scale is not None else 1.0 / math.sqrt(d),
+        "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d),
         "classes": (
             (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
             min(queries.bit_length() - 1, 6), 256 >> (tiles.bit_length() - 1) if split else 1,
@@ -77,18 +87,21 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
     return out
 
 
-def forward(*args: Any, causal: bool, scale: float, classes: Any, strides: Any, head_v: int, **_: Any) -> Any:
+def forward(*args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, attn_bias: Any = None) -> Any:
     """The operator's results on handles. There is no random state without dropout, but its callers want tensors."""
     q, k, v = args[:3]
+    mask = _mask(args[3] if len(args) > 3 else attn_bias, q, k, bias)
     out = low.empty((*q.sizes[:3], head_v), q.dtype, strides[0])
     lse = low.empty(q.sizes[:3], "f32")
-    low.lowerings[NAME](q, k, v, None, causal, low.recorder().lift(float(scale)), *classes, out, lse)
+    low.lowerings[NAME](q, k, v, mask, causal, low.recorder().lift(float(scale)), *classes, out, lse)
     return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
 
 
-def backward(
-    *args: Any, causal: bool, scale: float, classes: Any, strides: Any, wanted: Sequence[bool], **_: Any
-) -> Any:
+def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:
+    return None if strides is None else bias.view((*q.sizes[:3], k.sizes[2]), strides)
+
+
+def backward(*args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, wanted: Sequence[bool]) -> Any:
     g, q, k, v = args[:4]
     out, lse = args[6:8]
     dq = low.empty(q.sizes, q.dtype, strides[0]) if wanted[0] else None
@@ -97,6 +110,6 @@ def backward(
         for x, s in ((k, strides[1]), (v, strides[2]))
     )
     low.lowerings[f"{NAME}_backward"](
-        g, q, k, v, None, out, lse, causal, low.recorder().lift(float(scale)), *classes, dq, dk, dv, None
+        g, q, k, v, _mask(args[4], q, k, bias), out, lse, causal, low.recorder().lift(float(scale)), *classes, dq, dk, dv, None
     )
     return dq, dk, dv, None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import fx
 
 from .. import device as spiral
 from ..kernels.kernel import Target
@@ -35,4 +39,161 @@ class Passes(compat.CustomGraphModulePass):
         return f"{[Target.of(i) for i in range(spiral.device_count())]!r} {builder()}"
 
 
-__all__ = ["Passes", "builder"]
+# ---- attention, as models spell it out ------------------------------------------------------------------------------------
+#
+# Before AOTAutograd, so that forward and backward are fused attention's. Inductor knows some forms itself; this knows
+# softmax(q @ k.T, scaled, masked by addition, where or masked_fill) @ v, with casts and dropout on the way, in three or four dimensions.
+
+_MATMUL = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm")
+_SOFTMAX = (torch.softmax, F.softmax, torch.nn.functional.softmax, "softmax")
+_SCALE = {
+    operator.mul: 1, torch.mul: 1, "mul": 1, operator.imul: 1, "mul_": 1,
+    operator.truediv: -1, torch.div: -1, torch.true_divide: -1, "div": -1, operator.itruediv: -1, "div_": -1,
+}  # fmt: skip
+_ADD = (operator.add, torch.add, operator.iadd, "add", "add_")
+_CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
+HEAD = 256  # the largest head that the kernels take
+
+
+def _value(n: Any) -> Any:
+    return n.meta.get("example_value") if isinstance(n, fx.Node) else n
+
+
+def _number(n: Any) -> float | None:
+    """A number, or what a tensor without dimensions was made of."""
+    if isinstance(n, (int, float)) and not isinstance(n, bool):
+        return float(n)
+    if isinstance(n, fx.Node) and n.target in (torch.full, torch.tensor):
+        given = n.args[-1]
+        shape = n.args[0] if n.target is torch.full else ()
+        return float(given) if not shape and isinstance(given, (int, float)) else None
+    return None
+
+
+def _argument(n: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    return n.args[index] if index < len(n.args) else n.kwargs.get(name, default)
+
+
+def _alone(n: Any) -> bool:
+    return isinstance(n, fx.Node) and len(n.users) == 1
+
+
+def _through_casts(n: Any) -> Any:
+    while _alone(n) and n.op == "call_method" and n.target in _CASTS and isinstance(_value(n), torch.Tensor) and _value(n).is_floating_point():
+        n = n.args[0]
+    return n
+
+
+def fuse_attention(gm: fx.GraphModule) -> int:
+    """Replaces attention that is spelled out by scaled_dot_product_attention; how often."""
+    found = 0
+    for out in list(gm.graph.nodes):
+        if out.target in _MATMUL and out.op in ("call_function", "call_method") and _fuse(gm.graph, out):
+            found += 1
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return found
+
+
+def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
+    probabilities, v = out.args[:2] if len(out.args) > 1 else (None, None)
+    dropout = 0.0
+    n = _through_casts(probabilities)
+    if _alone(n) and n.target in (F.dropout, torch.dropout):
+        p, training = _argument(n, 1, "p", 0.5), _argument(n, 2, "training", n.target is F.dropout)
+        if not isinstance(p, float) or not isinstance(training, bool):
+            return False
+        dropout = p if training else 0.0
+        n = _through_casts(n.args[0])
+    if not _alone(n) or n.target not in _SOFTMAX or not isinstance(_value(n), torch.Tensor):
+        return False
+    if _argument(n, 1, "dim") not in (-1, _value(n).ndim - 1):
+        return False
+    n = _through_casts(n.args[0])
+    biases: list[Any] = []  # (what makes a bias, its arguments)
+    scale = 1.0
+    while _alone(n) and n.target not in _MATMUL:
+        a, b = (n.args[0], _argument(n, 1, "other")) if n.args else (None, None)
+        if n.target in _ADD and not biases and set(n.kwargs) <= {"other"}:
+            scores = [x for x in (a, b) if _has_product(x)]
+            if len(scores) != 1:
+                return False
+            biases.append(("tensor", b if scores[0] is a else a))
+            n = _through_casts(scores[0])
+        elif n.target in (torch.where, "where") and not biases and len(n.args) == 3 and isinstance(n.args[0], fx.Node) and _number(n.args[2]) is not None:
+            condition, scores, other = n.args if n.target is torch.where else (n.args[1], n.args[0], n.args[2])
+            biases.append(("where", condition, _number(other)))
+            n = _through_casts(scores)
+        elif n.target in ("masked_fill", "masked_fill_") and not biases and _number(n.args[2]) is not None:
+            biases.append(("fill", n.args[1], _number(n.args[2])))
+            n = _through_casts(n.args[0])
+        elif n.target in _SCALE:
+            number, scores = (_number(b), a) if _number(b) is not None else (_number(a), b)
+            if number is None or not number or (_SCALE[n.target] < 0 and scores is b) or not isinstance(scores, fx.Node):
+                return False
+            scale *= number ** _SCALE[n.target]
+            n = _through_casts(scores)
+        else:
+            return False
+    if not _alone(n) or n.target not in _MATMUL or len(n.args) < 2:
+        return False
+    q, kt = n.args[:2]
+    values = [_value(x) for x in (q, kt, v)]
+    if not all(isinstance(x, torch.Tensor) for x in values):
+        return False
+    qv, kv, vv = values
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    if (
+        qv.device.type != "spiral" or qv.dtype not in floats or len({x.dtype for x in values}) != 1 or qv.ndim not in (3, 4)
+        or len({x.ndim for x in values}) != 1 or qv.shape[:-2] != kv.shape[:-2] or qv.shape[:-2] != vv.shape[:-2]
+        or _value(out).dtype != qv.dtype or not isinstance(qv.shape[-1], int) or max(qv.shape[-1], vv.shape[-1]) > HEAD
+    ):  # fmt: skip
+        return False
+    flat = qv.ndim == 3
+    with graph.inserting_before(out):
+        call = graph.call_function
+        bias = None
+        for kind, tensor, *number in biases:
+            if kind == "tensor":
+                given = _value(tensor)
+                if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.device.type != "spiral":
+                    return False
+                bias = tensor if given.dtype == qv.dtype else graph.call_method("to", (tensor, qv.dtype))
+            else:
+                given = _value(tensor)
+                if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.device.type != "spiral":
+                    return False
+                number = [max(number[0], torch.finfo(qv.dtype).min) if number[0] > float("-inf") else number[0]]
+                zero, other = (call(torch.full, ((), x), {"dtype": qv.dtype, "device": qv.device}) for x in (0.0, number[0]))
+                bias = call(torch.where, (tensor, zero, other) if kind == "where" else (tensor, other, zero))
+            ndim = given.ndim
+            if flat and ndim == 3:
+                bias = call(torch.unsqueeze, (bias, 1))
+        k = graph.call_method("transpose", (kt, -2, -1))
+        q, k, v = (call(torch.unsqueeze, (x, 1)) if flat else x for x in (q, k, v))
+        fused = call(F.scaled_dot_product_attention, (q, k, v), {"attn_mask": bias, "dropout_p": dropout, "scale": scale})
+        if flat:
+            fused = call(torch.squeeze, (fused, 1))
+    fused.meta.update(out.meta)
+    out.replace_all_uses_with(fused)
+    return True
+
+
+def _has_product(n: Any) -> bool:
+    """Whether n is made of a matrix product by what _fuse sees through."""
+    for _ in range(4):
+        if not isinstance(n, fx.Node):
+            return False
+        if n.target in _MATMUL:
+            return True
+        inner = [a for a in n.args if isinstance(a, fx.Node) and _number(a) is None]
+        if n.target not in _SCALE and n.target not in _CASTS and n.target not in _ADD:
+            return False
+        if not inner:
+            return False
+        n = inner[0]
+    return False
+
+
+__all__ = ["Passes", "builder", "fuse_attention"]

@@ -414,11 +414,14 @@ class _Cutter:
     def _attention(self, backward: bool, node: ast.Call) -> bool:
         found = [_shape(a) for a in node.args[: 4 if backward else 3]]
         dtypes = [dtype_name(V.graph.get_dtype(_root(a))) for a in node.args[: 4 if backward else 3]]
-        keywords = attention.plan(backward, node, found, dtypes)
+        bias = attention.bias_of(backward, node)
+        keywords = attention.plan(backward, node, found, dtypes, None if bias is None else _shape(bias))
         if keywords is None:
             return False
         node.func = ast.Name("attention_backward" if backward else "attention", ast.Load())
-        node.keywords = [ast.keyword(k, ast.parse(repr(v), mode="eval").body) for k, v in keywords.items()]
+        node.keywords = [k for k in node.keywords if k.arg == "attn_bias"] + [
+            ast.keyword(k, ast.parse(repr(v), mode="eval").body) for k, v in keywords.items()
+        ]
         return True
 
     # ---- one graph ------------------------------------------------------------------------------------------------------
