@@ -97,6 +97,8 @@ def contiguous(x: Tensor, dtype: str | None = None) -> Tensor:
 def broadcast(x: Tensor, sizes: Sequence[Any]) -> Tensor:
     """x expanded to `sizes` (aligned at the last dimension). Where a size of x is not known to be 1, it must be equal."""
     missing = len(sizes) - x.ndim
+    if not missing and all(is_one(n) == is_one(m) for n, m in zip(x.sizes, sizes)):
+        return x  # it has the shape, and its key may say that it is contiguous
     strides: list[Any] = [0] * missing
     strides += [0 if is_one(n) else s for n, s in zip(x.sizes, x.strides)]
     return x.view(sizes, strides, None)
