@@ -123,21 +123,67 @@ def decode(name: str = "gpt2", seen: int = 128) -> Make:
     return make
 
 
-def call_overhead(device: torch.device) -> float:
-    """Microseconds that a call of a compiled graph of three kernels over a few elements takes to return."""
+def _call_time(device: torch.device, backend: Any, calls: int = 5) -> float:
+    """Microseconds until a call of a compiled function of three kernels over a few elements returns: the median of bursts of a few
+    calls, so that kernels which run on the host's own cores seldom interrupt it."""
+    torch._dynamo.reset()
     x, w = randn(device, 8, 8), randn(device, 8, 8)
-    fn = torch.compile(lambda x, w: ((x @ w).relu() @ w).softmax(-1), backend="spiral")
-    for _ in range(5):
-        fn(x, w)
     times = []
-    for _ in range(20):
+    with torch.no_grad():
+        fn = torch.compile(lambda x, w: ((x @ w).relu() @ w).softmax(-1), backend=backend)
+        for _ in range(5):
+            fn(x, w)
+        for _ in range(300):
+            x[0, 0].item()  # waits for the device
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn(x, w)
+            times.append((time.perf_counter() - start) / calls)
+    return 1e6 * sorted(times)[len(times) // 2]
+
+
+def call_overhead(device: torch.device) -> float:
+    """Inference: Dynamo's guards and wrapper included."""
+    return _call_time(device, "spiral")
+
+
+def dynamo_overhead(device: torch.device) -> float:
+    """The same call with a backend whose compiled function does nothing: what of it is Dynamo's."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from torch_spiral.compiler import compat
+
+        compat.forget_stream(gm)
+        return lambda *args: (args[0],)
+
+    return _call_time(device, backend)
+
+
+def graph_overhead(device: torch.device) -> float:
+    """The call of the compiled graph alone, as Dynamo makes it."""
+    from torch_spiral.compiler import backend
+
+    compiled: list[Callable[..., Any]] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(backend(gm, inputs))
+        return compiled[-1]
+
+    _call_time(device, keep)
+    x, w = randn(device, 8, 8), randn(device, 8, 8)
+    times = []
+    for _ in range(300):
         torch.accelerator.synchronize(device)
         start = time.perf_counter()
-        for _ in range(20):
-            fn(x, w)
-        times.append((time.perf_counter() - start) / 20)
-        torch.accelerator.synchronize(device)
+        for _ in range(5):
+            compiled[0](x, w)
+        times.append((time.perf_counter() - start) / 5)
     return 1e6 * sorted(times)[len(times) // 2]
+
+
+def cpu_overhead(device: torch.device) -> float:
+    """The same function compiled by Inductor for the CPU, which also computes in that time."""
+    return _call_time(CPU, "inductor")
 
 
 WARM_START = """
@@ -199,6 +245,9 @@ ROWS: list[Work | Reading] = [
     work("training step resnet18 b16, AdamW", training("resnet18", 16), torch=1.15),
     work("decode step gpt2, 128 tokens seen", decode(), torch=1.5),
     Reading("compiled call of a 3-kernel graph", call_overhead, "µs", at_most=10),
+    Reading("of that, Dynamo's guards and wrapper", dynamo_overhead, "µs"),
+    Reading("call of that graph without Dynamo", graph_overhead, "µs", at_most=10),
+    Reading("the same call, torch.compile on the CPU", cpu_overhead, "µs"),
     Reading("warm start of gpt2 from the disk cache", warm_start, "s", at_most=3),
 ]
 
