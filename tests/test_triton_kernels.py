@@ -54,7 +54,7 @@ else:
     import torch
 
     from torch_spiral.kernels import ir, linalg, nest
-    from torch_spiral.kernels.block import attention, conv, gemm
+    from torch_spiral.kernels.block import attention, conv, gemm, quantized
     from torch_spiral.kernels.builder import KernelBuilder
     from torch_spiral.kernels.kernel import Unsupported
     from torch_spiral.kernels.nest import Operand
@@ -269,6 +269,31 @@ else:
         torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=0.1)
         if not split:
             assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
+
+    def test_gemm_of_int8():
+        a, b = torch.randint(-128, 128, (20, 70), dtype=torch.int8), torch.randint(-128, 128, (33, 70), dtype=torch.int8)
+        c = torch.zeros(20, 33, dtype=torch.int32)
+        s = gemm.Schedule(32, 32, 32, 4, 1)
+        kernel = gemm.gemm(TARGET, s, "i8", "i8", "i32", "n", "t", "n", "", False, Epilogue())
+        run(kernel, [a, b, c], [0, 0, 0, 70, 70, 33, 20, 33, 70], gemm.groups(s, 20, 33, 1))
+        assert torch.equal(c.long(), a.long() @ b.long().t())
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_quantized_weights(bits):
+        m, k, n, group = 19, 96, 40, 32
+        x, out = torch.randn(m, k + 3).half()[:, :k], torch.zeros(m, n).half()
+        if bits == 8:
+            w, scales = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n).half()
+            expected, packed = x.double() @ w.double().t() * scales.double(), w
+        else:
+            q, scales = torch.randint(0, 16, (n, k)), torch.randn(k // group, n, 2).half()
+            packed = (q[:, ::2] * 16 + q[:, 1::2]).to(torch.uint8).view(torch.int32)
+            factor, zero = (scales[..., i].double().repeat_interleave(group, 0).t() for i in (0, 1))
+            expected = x.double() @ ((q - 8) * factor + zero).t()
+        s = gemm.Schedule(16, 32, 32, 4, 1)
+        kernel = quantized.product(TARGET, s, "f16", bits, "f16", group, "")
+        run(kernel, [x, packed, scales, out], [k + 3, m, n, k], quantized.groups(s, m, n))
+        assert (out.double() - expected).norm() / expected.norm() < 2e-3
 
     def test_gemm_in_splits_with_epilogue():
         m, n, k, count = 20, 33, 200, 3

@@ -404,8 +404,8 @@ class _Pointwise:
                 self._element(e, store)
             for o, index, value in stores:
                 self.bufs[o.name].store(index, value)
-        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as j:
-            e = k.let(i + j * workgroup)
+        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as turn:
+            e = k.let(i + turn * workgroup)
             with k.If(e < n):
                 self._element(e)
 

@@ -112,6 +112,14 @@ def product(
     by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
 
 
+def int8_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out (int32) = a @ b, both int8."""
+    if target().schedule_class == "block" and not out.is_empty and not is_zero(a.sizes[2]):
+        _block_product(a, b, out, Epilogue(), [], [])
+    else:
+        product(a, b, out)
+
+
 def _no_products(out: Tensor, add: Any, terms: Any, activation: str | None) -> None:
     assert not terms and activation is None
     if add is None:

@@ -44,7 +44,7 @@ SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64,
 TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 DOUBLE = (Schedule(64, 64, 16, 4, 3),)
 WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
-SKINNY = {2: Schedule(16, 64, 128, 4, 4), 4: Schedule(16, 64, 64, 4, 4), 8: Schedule(16, 32, 32, 4, 3)}
+SKINNY = {1: Schedule(16, 64, 128, 4, 4), 2: Schedule(16, 64, 128, 4, 4), 4: Schedule(16, 64, 64, 4, 4), 8: Schedule(16, 32, 32, 4, 3)}
 
 
 def precision_of(dtype: str, allow_tf32: bool) -> str:
@@ -58,13 +58,13 @@ def schedule(
     """For about m rows and n columns: the largest tiles that still occupy the device. along_k: both operands have unit stride
     along the reduction."""
     compute = compute_dtype(dtype)
-    size = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}.get(dtype)
+    size = {"i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}.get(dtype)
     if size is None:
         return WHOLE[0]
     if m < 32:
         return SKINNY[size]
-    choices = DOUBLE if compute == "f64" else (HALF_TILES if described else HALF) if size == 2 else TF32 if precision == "tf32" else SINGLE
-    enough = target.compute_units * (3 if size == 2 else 6) // 4  # by measurement
+    choices = DOUBLE if compute == "f64" else (HALF_TILES if described else HALF) if size <= 2 else TF32 if precision == "tf32" else SINGLE
+    enough = target.compute_units * (3 if size <= 2 else 6) // 4  # by measurement
     found = next((s for s in choices if -(-m // s.m) * -(-n // s.n) * batch >= enough), choices[-1])
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
 
@@ -151,7 +151,7 @@ def gemm(
             "cn": "1" if c_layout == "n" else "cn"}  # fmt: skip
     cast = "" if a == b and a != "bool" else f".to({acc})"
     dot = f", input_precision={precision!r}" if precision else ""
-    out_type = f", out_dtype={acc}" if compute == "f64" else ""
+    out_type = f", out_dtype={acc}" if compute in ("f64", "i32") else ""
     product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
     place = [
         f"first = tile // ({s.group} * tiles_n) * {s.group}",
