@@ -152,3 +152,21 @@ def test_errors(device):
         torch._foreach_add(x, x + x)
     with pytest.raises(RuntimeError, match="can't be cast"):
         torch._foreach_add_([torch.ones(3, device=device, dtype=torch.int32)], 1.5)
+
+
+def test_contiguous_lists_are_not_copied(device):
+    """Tensors of one shape stay as they are, whatever dimensions of size 1 they have."""
+    shapes = [(8, 3, 7, 7), (8, 8, 1, 1), (5, 8), (8,), (1, 4, 1)]
+    a = [torch.ones(s, device=device) for s in shapes]
+    b = [torch.full(s, 2.0, device=device) for s in shapes]
+
+    def step():
+        torch._foreach_lerp_(a, b, 0.5)
+        torch._foreach_addcmul_(a, b, b, 0.5)
+        return torch._foreach_sqrt(a)
+
+    step()
+    with torch.spiral.telemetry() as t:
+        roots = step()
+    assert not [k.kernel for k in t.kernels() if k.kernel.startswith("copy")]
+    assert all(r.is_contiguous() for r in roots)

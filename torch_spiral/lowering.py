@@ -372,6 +372,8 @@ def contiguous_strides(sizes: Sequence[Any]) -> tuple[Any, ...]:
     dense: Any = 1
     for size in reversed(list(sizes)):
         strides.append(dense)
+        if is_one(size):
+            continue  # what follows is known to be as dense as it was
         dense = dense * size
         if isinstance(dense, Sym):
             factor, dense = dense.factor, _Dense(dense._ref, "i", dense._recorder, dense._hint)
