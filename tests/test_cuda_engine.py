@@ -172,7 +172,7 @@ def test_no_gpu_is_no_view():
 
     if ADAPTERS:
         pytest.skip("the first device is a GPU")
-    with pytest.raises(RuntimeError, match="no device of torch.cuda"):
+    with pytest.raises(RuntimeError, match=r"no device of torch\.cuda"):
         torch.spiral.to_cuda(torch.ones(3, device="spiral"))
     with pytest.raises(RuntimeError, match="takes a strided CUDA tensor"):
         torch.spiral.from_cuda(torch.ones(3))

@@ -135,7 +135,7 @@ def test_damaged_packages_are_refused(device, tmp_path):
             load(tmp_path / "m", device)
         path.write_bytes(data)
     (tmp_path / "m" / "more.txt").write_text("")
-    with pytest.raises(PackageError, match="more.txt does not belong"):
+    with pytest.raises(PackageError, match=r"more\.txt does not belong"):
         load(tmp_path / "m", device)
     (tmp_path / "m" / "more.txt").unlink()
     load(tmp_path / "m", device)

@@ -74,7 +74,7 @@ def _dlpack() -> None:
             )
         if tensor.requires_grad:
             raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
-        return torch.spiral.to_cuda(tensor)
+        return torch.spiral.to_cuda(tensor)  # type: ignore[attr-defined]
 
     def exporting(original: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(original)
@@ -84,8 +84,8 @@ def _dlpack() -> None:
         return export
 
     dlpack, device, to_dlpack = (exporting(f) for f in originals)
-    torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__ = dlpack, device  # type: ignore[method-assign]
-    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack  # type: ignore[assignment]
+    torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__ = dlpack, device  # type: ignore[method-assign,assignment]
+    torch.utils.dlpack.to_dlpack = torch.to_dlpack = to_dlpack
 
 
 def _print_on_the_cpu() -> None:
@@ -154,7 +154,7 @@ def _take_uninitialized(root: torch.nn.Module, recurse: bool) -> list[tuple[torc
         (module, name, p)
         for module in (root.modules() if recurse else [root])
         for name, p in module._parameters.items()
-        if torch.nn.parameter.is_lazy(p)
+        if p is not None and torch.nn.parameter.is_lazy(p)
     ]
     for module, name, _ in lazy:
         module._parameters[name] = None

@@ -90,6 +90,7 @@ __all__ = [
     "engines",
     "fallback_mode",
     "fallbacks",
+    "from_cuda",
     "get_amp_supported_dtype",
     "get_device_capability",
     "get_device_name",
@@ -131,4 +132,6 @@ __all__ = [
     "stream",
     "synchronize",
     "telemetry",
+    "to_cuda",
+    "wait_for_cuda",
 ]

@@ -275,7 +275,7 @@ def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False, *, values:
     """The k-th smallest element along dim, and where it is."""
     if values.dtype != self.dtype:
         raise RuntimeError("output values must be of same type as input")
-    if any(torch._C._is_alias_of(self, out) for out in (values, indices)):
+    if any(torch._C._is_alias_of(self, out) for out in (values, indices)):  # type: ignore[attr-defined]
         raise RuntimeError(
             "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory "
             "location. Please clone() the tensor before performing the operation."

@@ -260,12 +260,11 @@ def _as_picked(item: Item, tree: Any, result: Any, reference: Any, grad: bool) -
     if not x.dim() or others[0] != others[1]:
         return False
     if grad:  # what the elements of one value get together
-        (ours, theirs) = (ours[0], theirs[0])
         values, order = x.sort(dim=dim, stable=True)
         first = torch.ones_like(values.narrow(dim, 0, 1), dtype=torch.bool)
         same = values.narrow(dim, 1, values.shape[dim] - 1) == values.narrow(dim, 0, values.shape[dim] - 1)
         group = torch.cat([first, ~same], dim).cumsum(dim) - 1
-        sums = [torch.zeros_like(g).scatter_add_(dim, group, g.gather(dim, order)) for g in (ours, theirs)]
+        sums = [torch.zeros_like(g).scatter_add_(dim, group, g.gather(dim, order)) for g in (ours[0], theirs[0])]
     else:
         kept = x.dim() == ours[-1].dim()
         picks = [v[-1] if kept else v[-1].unsqueeze(dim) for v in (ours, theirs)]
