@@ -185,11 +185,11 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
         ):
             other = n.args[1] if n.args[0] is current else n.args[0]
             if other.op == "const":
-                value = float(ir.const_value(other))
+                c = float(ir.const_value(other))
                 if n.op in ("sub", "div"):
-                    value = -value if n.op == "sub" else 1.0 / value if value else math.nan
-                if math.isfinite(value):
-                    return n, constant_step("add" if n.op in ("add", "sub") else "mul", value)
+                    c = -c if n.op == "sub" else 1.0 / c if c else math.nan
+                if math.isfinite(c):
+                    return n, constant_step("add" if n.op in ("add", "sub") else "mul", c)
             whole = _operand(n.op, other)
             terms = _terms(n.op, other) if n.op in ("add", "mul") else [other]
             steps = [whole] if whole else [_operand(n.op, t) for t in terms]

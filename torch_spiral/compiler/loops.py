@@ -28,6 +28,11 @@ class Store:
     mode: str | None
     per_element: bool
 
+    @property
+    def name(self) -> str:
+        """The buffer, in nest's words."""
+        return self.buffer
+
 
 @dataclass
 class Program:
@@ -219,6 +224,8 @@ class _Reduction(_Evaluation, _Rows):
         self._begin(program, target)
         k = self.k
         self.split = self.block = False
+        self.bufs = self.buffers
+        self.kept = []
         self.reduced = len(program.reduced)
         self.ndim = self.reduced + len(program.rows)
         vector = target.schedule_class == "vector"
@@ -293,15 +300,23 @@ class _Reduction(_Evaluation, _Rows):
         else:
             self._stores(rest, self.row_leaves, self.done)
 
-    def _element(self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any) -> None:
+    def _element(
+        self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
+        kept: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         leaves = self._leaves_at(at, position)
         if now:
             values = self.evaluate([x for _, xs in now for x in xs], leaves)
             for (monoid, xs), acc in zip(now, accs, strict=True):
                 self._combine(monoid, acc, values[: len(xs)])
                 values = values[len(xs) :]
-        if stores:
-            self._stores([self.program.stores[i] for i in stores], leaves, self.done)
+        chosen = [self.program.stores[i] for i in stores]
+        if later is None or any(s.mode for s in chosen):
+            if chosen:
+                self._stores(chosen, leaves, self.done)
+            return
+        values = self._emit([e for s in chosen for e in (s.index, s.value)], leaves, self.done)
+        later += [(s, self.k.let(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
 
 
 def build(program: Program, target: Target) -> Built:

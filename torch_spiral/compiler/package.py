@@ -163,21 +163,21 @@ def _host_function(name: str) -> Callable[..., Any]:
     if name in _METHODS:
         return _METHODS[name]
     if name == "reinterpret_tensor":
-        return torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[no-any-return,attr-defined]
+        return getattr(torch._C._dynamo.guards, "_reinterpret_tensor")  # noqa: B009 (its stub lacks it)
     if name == "empty":
         names = {short: dtype for dtype, short in runtime.DTYPES.items()}
         return lambda sizes, strides, dtype: torch.empty_strided(sizes, strides, dtype=names[dtype], device="spiral")
     parts = name.split(".")
     if parts[:2] == ["torch", "ops"] and len(parts) == 5 and parts[2] in ("aten", "prims"):
-        return getattr(getattr(getattr(torch.ops, parts[2]), parts[3]), parts[4])  # type: ignore[no-any-return]
+        return getattr(getattr(getattr(torch.ops, parts[2]), parts[3]), parts[4])
     if parts[0] == "aten" and len(parts) == 3:
-        return getattr(getattr(torch.ops.aten, parts[1]), parts[2])  # type: ignore[no-any-return]
+        return getattr(getattr(torch.ops.aten, parts[1]), parts[2])
     if parts[0] == "extern_kernels" and len(parts) == 2 and hasattr(torch.ops.aten, parts[1]):
-        return getattr(torch.ops.aten, parts[1])  # type: ignore[no-any-return]
+        return getattr(torch.ops.aten, parts[1])
     raise PackageError(f"a package cannot call {name}")
 
 
-def _graph_function(name: str, kernels: Mapping[str, runtime.Fused]) -> Callable[..., Any]:
+def _graph_function(name: str, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """What a graph may call, on handles."""
     if name in kernels:
         return kernels[name]
@@ -185,9 +185,10 @@ def _graph_function(name: str, kernels: Mapping[str, runtime.Fused]) -> Callable
     if head == "aten" and not rest:
         return lambda overload, *args, **kwargs: runtime.aten(overload)(*args, **kwargs)
     if head == "extern_kernels" and rest and "." not in rest and (rest == "convolution" or rest in runtime.OUT_EXTERNS):
-        return getattr(runtime.GLOBALS[head], rest)  # type: ignore[no-any-return]
+        return getattr(runtime.GLOBALS[head], rest)
     if not rest and head in runtime.GLOBALS and head != "extern_kernels":
-        return runtime.GLOBALS[head]
+        found: Any = runtime.GLOBALS[head]
+        return found
     raise PackageError(f"a package's graph cannot call {name}")
 
 
@@ -261,7 +262,7 @@ def package(exported: torch.export.ExportedProgram, path: str | os.PathLike[str]
             _host_function(name)
     for graph in program["graphs"].values():
         for name in _functions(graph["body"]):
-            _graph_function(name, dict.fromkeys(program["kernels"]))  # type: ignore[arg-type]
+            _graph_function(name, dict.fromkeys(program["kernels"], runtime.empty))
     program["constants"], files["constants.bin"] = _tensors(stored)
     files["program.json"] = json.dumps(program, indent=1).encode()
     target = Target.of(index)
@@ -446,7 +447,7 @@ class Package:
 
 
 def _fused(described: Mapping[str, Any], files: Mapping[str, bytes]) -> runtime.Fused:
-    k = {name: tuple(v) if isinstance(v, list) else v for name, v in described["kernel"].items()}
+    k: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in described["kernel"].items()}
     return runtime.Fused(
         Kernel(source=files[described["source"]].decode(), **k),
         described["schedule"],
@@ -463,7 +464,7 @@ def _graph(described: Mapping[str, Any], kernels: Mapping[str, runtime.Fused], i
             _run(described["body"], {"inputs": inputs, "written": written, "sizes": sizes}, functions.__getitem__)
         )
 
-    return runtime.Graph(described["name"], body, tuple(described["counts"]), index).call  # type: ignore[no-any-return]
+    return runtime.Graph(described["name"], body, tuple(described["counts"]), index).call
 
 
 __all__ = ["Package", "PackageError", "load", "package"]

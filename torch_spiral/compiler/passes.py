@@ -116,11 +116,10 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
     while _alone(n) and n.target not in _MATMUL:
         a, b = (n.args[0], _argument(n, 1, "other")) if n.args else (None, None)
         if n.target in _ADD and not biases and set(n.kwargs) <= {"other"}:
-            scores = [x for x in (a, b) if _has_product(x)]
-            if len(scores) != 1:
+            if _has_product(a) == _has_product(b):
                 return False
-            biases.append(("tensor", b if scores[0] is a else a))
-            n = _through_casts(scores[0])
+            biases.append(("tensor", b if _has_product(a) else a))
+            n = _through_casts(a if _has_product(a) else b)
         elif n.target in (torch.where, "where") and not biases and len(n.args) == 3 and isinstance(n.args[0], fx.Node) and _number(n.args[2]) is not None:
             condition, scores, other = n.args if n.target is torch.where else (n.args[1], n.args[0], n.args[2])
             biases.append(("where", condition, _number(other)))
@@ -129,10 +128,10 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
             biases.append(("fill", n.args[1], _number(n.args[2])))
             n = _through_casts(n.args[0])
         elif n.target in _SCALE:
-            number, scores = (_number(b), a) if _number(b) is not None else (_number(a), b)
-            if number is None or not number or (_SCALE[n.target] < 0 and scores is b) or not isinstance(scores, fx.Node):
+            factor, scores = (_number(b), a) if _number(b) is not None else (_number(a), b)
+            if not factor or (_SCALE[n.target] < 0 and scores is b) or not isinstance(scores, fx.Node):
                 return False
-            scale *= number ** _SCALE[n.target]
+            scale *= factor ** _SCALE[n.target]
             n = _through_casts(scores)
         else:
             return False
@@ -164,15 +163,15 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
                 given = _value(tensor)
                 if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.device.type != "spiral":
                     return False
-                number = [max(number[0], torch.finfo(qv.dtype).min) if number[0] > float("-inf") else number[0]]
-                zero, other = (call(torch.full, ((), x), {"dtype": qv.dtype, "device": qv.device}) for x in (0.0, number[0]))
+                low = number[0] if number[0] == float("-inf") else max(number[0], torch.finfo(qv.dtype).min)
+                zero, other = (call(torch.full, ((), x), {"dtype": qv.dtype, "device": qv.device}) for x in (0.0, low))
                 bias = call(torch.where, (tensor, zero, other) if kind == "where" else (tensor, other, zero))
             ndim = given.ndim
             if flat and ndim == 3:
                 bias = call(torch.unsqueeze, (bias, 1))
         k = graph.call_method("transpose", (kt, -2, -1))
-        q, k, v = (call(torch.unsqueeze, (x, 1)) if flat else x for x in (q, k, v))
-        fused = call(F.scaled_dot_product_attention, (q, k, v), {"attn_mask": bias, "dropout_p": dropout, "scale": scale})
+        qkv = tuple(call(torch.unsqueeze, (x, 1)) if flat else x for x in (q, k, v))
+        fused = call(F.scaled_dot_product_attention, qkv, {"attn_mask": bias, "dropout_p": dropout, "scale": scale})
         if flat:
             fused = call(torch.squeeze, (fused, 1))
     fused.meta.update(out.meta)
