@@ -129,6 +129,12 @@ class Target:
     vendor: str = ""
     capability: int = 0  # CUDA: of sm_90, 90
 
+    @property
+    def software(self) -> bool:
+        """Whether a `simt` device is a CPU (lavapipe): wide kernels compile slowly there, and memory keeps up with one load at a
+        time."""
+        return self.compute_units <= 4 or self.vendor.lower() in ("mesa", "llvmpipe")
+
     @staticmethod
     def of(device_index: int | None = None) -> Target:
         """The Target of a spiral device (the current one for None)."""

@@ -58,11 +58,6 @@ def product(xs: Sequence[Any]) -> Any:
     return r
 
 
-def software(target: Target) -> bool:
-    """Whether a `simt` target runs on a CPU: wide kernels compile slowly there, and memory keeps up with one load at a time."""
-    return target.compute_units <= 4 or "llvmpipe" in target.vendor.lower()
-
-
 def fold_groups(target: Target, n: Any) -> tuple[Any, Any, Any]:
     """A grid of at least n workgroups; kernels use the flattened index and skip what is beyond."""
     limit = target.max_workgroups
@@ -186,7 +181,7 @@ class _Pointwise:
         self.lanes = lanes or _lanes_for([o.dtype for o in operands])
         self.word_out = self._word_output() if not vector else None
         key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
-        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or software(target) else SIMT_ELEMENTS
+        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
         unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
         self.bufs = {
@@ -931,7 +926,7 @@ class _Rows:
 
         self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
         self.kept: list[dict[str, Any]] = []
-        kept = self._read_again() if self.schedule == "workgroup" and self.reduced == 1 and not software(self.target) else []
+        kept = self._read_again() if self.schedule == "workgroup" and self.reduced == 1 and not self.target.software else []
         if not kept or self.block or self.split:
             self._loops_of_row(lanes_r, split, row_id)
             return
@@ -1055,7 +1050,7 @@ class _Rows:
         blocked = any(m.blocked for m, _ in now)
         wide = self.lanes if along_d else 1
         unroll = 4 if along_d and sum(len(m.dtypes) for m, _ in now) <= 2 and now else 1
-        each = SIMT_ELEMENTS if self.schedule == "invocation" and not software(self.target) else 1
+        each = SIMT_ELEMENTS if self.schedule == "invocation" and not self.target.software else 1
         totals = self._accumulators(now, lanes_r * wide)
         tails = self._accumulators(now, 1) if along_d else totals
 
@@ -1166,7 +1161,7 @@ class _Rows:
         totals = self._accumulators(now, 1)
         lid = k.local_id()
 
-        each = 1 if self.block or software(self.target) else SIMT_ELEMENTS
+        each = 1 if self.block or self.target.software else SIMT_ELEMENTS
 
         def body(t: Any, accs: list, later: list | None = None, kept: dict[str, Any] | None = None) -> None:
             at, rest = {}, t

@@ -116,7 +116,7 @@ def _log_softmax_online(vector: bool, r: Any, x: Any) -> Any:
 def _online(x: Tensor, dim: int) -> bool:
     """Whether the largest element and the sum are found in one pass over memory: GPUs, rows too long for registers."""
     t = target()
-    return t.schedule_class == "simt" and not nest.software(t) and x.ndim > 0 and bucket(x.sizes[dim]) > LONG_IN_REGISTERS
+    return t.schedule_class == "simt" and not t.software and x.ndim > 0 and bucket(x.sizes[dim]) > LONG_IN_REGISTERS
 
 
 def _softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:

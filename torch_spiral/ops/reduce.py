@@ -92,7 +92,7 @@ def reduce_rows(
         return
     few = count <= (2 if vector else 8)
     pieces = 256 >> min(count, 8)  # of a row that is cut, on a GPU
-    gpu = t.schedule_class == "block" or (not vector and not nest.software(t))
+    gpu = t.schedule_class == "block" or (not vector and not t.software)
     if gpu:
         # About 1024 workgroups in all; where rows lie side by side, one takes 128 of them.
         side_by_side = len(sizes) > reduced and is_one(in_strides[0][reduced]) and not is_one(in_strides[0][0])

@@ -103,7 +103,7 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
     if ACCUMULATOR[dtype] != "f32":
         return WIDE_SCHEDULE
     area = m_bucket + n_bucket
-    if (target.vendor and "llvmpipe" in target.vendor.lower()) or target.compute_units <= 4:
+    if target.software:
         return SOFTWARE if area >= 12 and SOFTWARE.fits(target) else SCHEDULES[0]
     if area >= 22:
         wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0)
