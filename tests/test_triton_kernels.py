@@ -48,6 +48,34 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         binary = compile_kernel(product, gpu, divisible)
         assert binary.shared >= 2 * 3 * 2 * 64 * 64 / 2  # the loads are pipelined
 
+    def test_transposed_products_spill_nothing(monkeypatch, tmp_path):
+        """Through descriptors: 776 bytes a thread were spilled where addresses lay in registers. It fits the H200's memory."""
+        import re
+        from pathlib import Path
+
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        from torch_spiral.kernels.block import gemm
+        from torch_spiral.kernels.kernel import Target
+        from torch_spiral.kernels.triton_binary import compile_kernel
+        from torch_spiral.kernels.vector.gemm import Epilogue
+
+        monkeypatch.setenv("SPIRAL_CACHE", "0")
+        memory = 227 << 10
+        target = Target(language="triton", schedule_class="block", engine="cuda", compute_units=132, capability=90, max_workgroup_memory=memory)
+        s = gemm.schedule(target, "bf16", "", 4096, 4096, 1, True, True)
+        stored = gemm.stores_tiles(target, s, "bf16", "bf16")
+        kernel = gemm.gemm(target, s, "bf16", "bf16", "bf16", "n", "t", "n", "", False, Epilogue(), True, stored)
+        binary = compile_kernel(kernel, GPUTarget("cuda", 90, 32), tuple((i, 16) for i in range(12)))
+        assert s.persistent and stored and binary.scratch > 0 and binary.shared <= memory
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if not tool.exists():
+            pytest.skip("Triton without its disassembler")
+        (tmp_path / "k.cubin").write_bytes(binary.image)
+        usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True).stdout
+        assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0 and int(re.search(r"REG:(\d+)", usage)[1]) < 200
+
 else:
     from torch_spiral.testing.triton_interpreter import TARGET, run  # isort: skip
 

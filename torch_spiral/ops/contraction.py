@@ -308,8 +308,8 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
         choice = _tuned(key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about))
         s, count = choice.schedule, choice.splits
-    if s.persistent and (count > 1 or not is_one(batch)):
-        s = replace(s, persistent=False)
+    if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
+        s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
 
     def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
         own = [
