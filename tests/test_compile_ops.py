@@ -25,6 +25,11 @@ ELSEWHERE = (
     "sparse.mm", "sparse.sampled_addmm", "to_sparse", "tensor_split",
 )  # fmt: skip
 OPS = [op for op in op_db if torch.float32 in op.dtypes and op.name not in (*UNDETERMINED, *ELSEWHERE)]
+# Relative errors of operators that amplify rounding; eager spiral's are the same.
+TOLERANCES = {"matrix_exp": 5e-3}
+# Under torch.compile the mean of nothing is 0 on every device.
+NOT_EMPTY = ("std_mean", "var_mean")
+pytestmark = pytest.mark.filterwarnings("error:spiral runs a graph")  # a graph that is run eagerly is a failure here
 QUICK = (
     "add", "addmm", "argmax", "baddbmm", "bmm", "cat", "clamp", "cumsum", "div", "expand", "flip", "gather", "index_select", "linspace",
     "logsumexp", "masked_fill", "matmul", "max", "mean", "nn.functional.conv2d", "nn.functional.embedding", "nn.functional.gelu",
@@ -35,6 +40,7 @@ QUICK = (
 
 def run(op, device):
     samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=False))
+    samples = [s for s in samples if op.name not in NOT_EMPTY or s.input.numel()]
     step = max(len(samples) // SAMPLES, 1)
     for sample in samples[::step][:SAMPLES]:
         args = (sample.input, *sample.args)
@@ -49,7 +55,7 @@ def run(op, device):
         for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
             if isinstance(a, torch.Tensor):
                 assert a.dtype == b.dtype and a.shape == b.shape
-                torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4, equal_nan=True)
+                torch.testing.assert_close(b.cpu(), a, rtol=TOLERANCES.get(op.name, 1e-3), atol=1e-4, equal_nan=True)
 
 
 def move_devices(kwargs, device):
