@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models import assert_as_good, outputs
 
-QUICK = ("mlp", "gpt2", "dcgan")  # of the everyday tier
+QUICK = ("mlp", "dcgan")  # of the everyday tier
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in zoo.MODELS]
 pytestmark = pytest.mark.filterwarnings("error:spiral runs a graph")  # a graph that is run eagerly is a failure here
 

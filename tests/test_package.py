@@ -50,7 +50,7 @@ def make(device, path):
     return x, shift, expected
 
 
-@pytest.mark.parametrize("name", ["model", "model.zip"])
+@pytest.mark.parametrize("name", ["model", pytest.param("model.zip", marks=pytest.mark.full)])
 def test_a_package_runs_without_inductor(device, tmp_path, name):
     """In a process of its own, which has no module of Inductor after loading and running."""
     make(device, tmp_path / name)
@@ -111,6 +111,7 @@ def test_written_inputs_and_shared_constants(device, tmp_path):
         assert z.getinfo("constants.bin").file_size < 2 * 4 * 80
 
 
+@pytest.mark.full
 def test_what_is_wrong_with_a_call_is_said(device, tmp_path):
     make(device, tmp_path / "m")
     model = load(tmp_path / "m", device)
@@ -144,6 +145,7 @@ def test_damaged_packages_are_refused(device, tmp_path):
         load(tmp_path / "x.zip", device)
 
 
+@pytest.mark.full
 def test_a_package_of_another_device_is_refused(device, tmp_path):
     make(device, tmp_path / "m")
     manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
