@@ -1,5 +1,6 @@
 """torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
 
+import math
 import os
 import re
 import subprocess
@@ -327,6 +328,21 @@ def test_dropout_agrees_in_backward(device):
     kept = (y > 0).cpu()
     assert torch.equal(kept, (x.grad > 0).cpu()) and 0.4 < kept.float().mean() < 0.6
     assert not torch.equal(kept, (f(x) > 0).cpu())
+
+
+def test_checkpointing_recomputes_with_the_same_dropout(device):
+    from torch.utils.checkpoint import checkpoint
+
+    def f(x):
+        return checkpoint(lambda x: F.dropout(x, 0.5).exp(), x, use_reentrant=False).sum()
+
+    x = torch.ones(1000, device=device, requires_grad=True)
+    y = torch.compile(f, backend="spiral", fullgraph=True)(x)
+    y.backward()
+    # Where a value was kept, exp'(2) · 2; elsewhere 0: as many as the sum says.
+    kept = (x.grad > 0).sum().item()
+    assert 400 < kept < 600 and y.item() == pytest.approx(kept * math.exp(2) + (1000 - kept), rel=1e-4)
+    assert x.grad.sum().item() == pytest.approx(kept * 2 * math.exp(2), rel=1e-4)
 
 
 def test_autocast(device):
