@@ -217,6 +217,20 @@ def draw_each(name: str, body: Callable[..., Any], out: Tensor, ins: Sequence[Te
     launch(kernel, [out, *ins], [*_words(seed), *_words(offset), n, *values], groups)
 
 
+def _for_each(k: KernelBuilder, n: Any, emit: Callable[[Any], None]) -> Kernel:
+    """Finishes a kernel that emits one element after the other: an invocation each on GPUs, tasks of many on CPU devices."""
+    if k.target.schedule_class != "vector":
+        size = min(SIMT_WORKGROUP, k.target.max_workgroup_size)
+        i = k.global_id(size)
+        with k.If(i < n):
+            emit(i)
+        return k.finish((size, 1, 1))
+    start = k.let(k.group_index() * TASK_ELEMENTS)
+    with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, n))) as i:
+        emit(i)
+    return k.finish()
+
+
 def _each_kernel(target: Target, name: str, body: Callable[..., Any], out: str, ins: tuple, types: tuple) -> Kernel:
     vector = target.schedule_class == "vector"
     k = KernelBuilder(target, "_".join(["random_each", name, out, *ins, *types, "vector" if vector else "simt"]))
@@ -229,16 +243,7 @@ def _each_kernel(target: Target, name: str, body: Callable[..., Any], out: str, 
     def emit(i: Any) -> None:
         o[i] = as_dtype(body(Stream(k, source, i), *[b[i] for b in buffers], *values), out)
 
-    if not vector:
-        size = min(SIMT_WORKGROUP, target.max_workgroup_size)
-        i = k.global_id(size)
-        with k.If(i < n):
-            emit(i)
-        return k.finish((size, 1, 1))
-    start = k.let(k.group_index() * TASK_ELEMENTS)
-    with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, n))) as i:
-        emit(i)
-    return k.finish()
+    return _for_each(k, n, emit)
 
 
 # ---- samples from words ----------------------------------------------------------------------------------------------
@@ -628,16 +633,7 @@ def _randperm_kernel(target: Target, dtype: str) -> Kernel:
                 k.Break()
         out[i] = as_dtype(x.as_node(), dtype)
 
-    if not vector:
-        size = min(SIMT_WORKGROUP, target.max_workgroup_size)
-        i = k.global_id(size)
-        with k.If(i < n):
-            emit(i)
-        return k.finish((size, 1, 1))
-    start = k.let(k.group_index() * TASK_ELEMENTS)
-    with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, n))) as i:
-        emit(i)
-    return k.finish()
+    return _for_each(k, n, emit)
 
 
 # ---- gamma, Poisson, binomial ----------------------------------------------------------------------------------------
