@@ -15,7 +15,7 @@ from ..kernels import ir
 from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
-from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, _lanes_for, _Rows
+from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Pointwise(_Evaluation):
         self.sizes = [self._size(n) for n in program.rows] or [ir.const(1, "u32")]
         if vector:
             assert per_task is not None
-            lanes = 1 if self._scalar_only() else _lanes_for([t for _, t, _ in program.buffers])
+            lanes = 1 if self._scalar_only() else lanes_for([t for _, t, _ in program.buffers])
             inner = size_of(program.rows[0]) if program.rows else 1
             if inner is not None:
                 while lanes > 1 and inner < lanes:
@@ -217,7 +217,7 @@ class _Pointwise(_Evaluation):
                     j.set(j + width)
 
 
-class _Reduction(_Evaluation, _Rows):
+class _Reduction(_Evaluation, Rows):
     """Row loops of nest.rows over a Program: levels, accumulators and trees are those of nest.rows."""
 
     def __init__(self, program: Program, target: Target) -> None:
@@ -231,7 +231,7 @@ class _Reduction(_Evaluation, _Rows):
         vector = target.schedule_class == "vector"
         along = program.along_rows and bool(program.rows)
         self.schedule = ("lanes_r" if along else "lanes_d") if vector else "invocation" if along else "workgroup"
-        self.lanes = 1 if self._scalar_only() or not vector else _lanes_for([t for _, t, _ in program.buffers])
+        self.lanes = 1 if self._scalar_only() or not vector else lanes_for([t for _, t, _ in program.buffers])
         self.subgroups = self.schedule == "workgroup" and target.subgroup > 0
         per_task = k.scalar("rows_per_task", "u32") if vector else None
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]

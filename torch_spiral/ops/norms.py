@@ -1,4 +1,4 @@
-"""Softmax, and layer, RMS, group and batch normalisation, with their gradients: rows of nest.py.
+"""Softmax, and layer, RMS, group and batch normalisation, with their gradients: rows of kernels/nest.
 
 Statistics are float32 (float64 for float64). Every forward is one launch, every backward one or two.
 """

@@ -1,579 +1,30 @@
-"""Pointwise and row (reduction) kernels from expressions, for the schedule classes `vector` and `simt`.
-
-Dimension 0 is the fastest. A kernel is built for stride classes, never for sizes: sizes and strides that are not 0
-or 1 are scalars of the
-launch. What is built is a Nest: the Kernel and how to launch it for given sizes. Sizes may be ints or the Syms of a
-lowering.
-
-    nest = pointwise(target, "gelu", [Operand("out", "f16", "dense")], [Operand("x", "f16", "dense")],
-                     lambda x: x * 0.5 * (1.0 + ir.erf(x * 0.7071067811865476)), ndim=1)
-    launch(nest.kernel, [out, x], nest.scalars(sizes=[n]), nest.groups(sizes=[n]))
-"""
+"""Row kernels: expressions whose reductions run over some dimensions, in as many loops as they need."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from . import ir
-from .builder import KernelBuilder
-from .ir import Complex, Node
-from .kernel import DTYPES, Kernel, Target
-
-SIMT_ELEMENTS = 4  # that an invocation of a GPU handles, a workgroup apart: so many loads are in flight
-SIMT_KEPT = 16  # elements of a row that an invocation of a GPU keeps in registers, where several loops read them
-SIMT_WORKGROUP = 256  # invocations; 64 on software rasterisers would do as well
-BLOCK_LANES = 1024  # of a Triton kernel: 16 bytes a thread and access for most dtypes
-TASK_ELEMENTS = 16384  # what one workgroup of a CPU device handles at least
-TILE_ROWS = 64
-
-
-def cdiv(a: Any, b: Any) -> Any:
-    return (a + (b - 1)) // b
-
-
-def minimum(a: Any, b: Any) -> Any:
-    """Of ints or Syms."""
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    from torch_spiral import lowering
-
-    return lowering.minimum(a, b)
-
-
-def maximum(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return max(a, b)
-    from torch_spiral import lowering
-
-    return lowering.maximum(a, b)
-
-
-def product(xs: Sequence[Any]) -> Any:
-    r: Any = 1
-    for x in xs:
-        r = x if isinstance(r, int) and r == 1 else r * x
-    return r
-
-
-def fold_groups(target: Target, n: Any) -> tuple[Any, Any, Any]:
-    """A grid of at least n workgroups; kernels use the flattened index and skip what is beyond."""
-    limit = target.max_workgroups
-    if limit >= 1 << 31:
-        return (n, 1, 1)
-    return (minimum(n, limit), cdiv(n, limit), 1)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor in a nest. strides: "dense" (the element's index is its place in the iteration order), or per dimension
-    "0", "1" or "s" (a stride given at launch, in elements, may be negative)."""
-
-    name: str
-    dtype: str
-    strides: str | tuple[str, ...] = "dense"
-    windows: int = 1  # bindings it takes (Tensor.windows)
-
-    @property
-    def key(self) -> str:
-        s = "d" if self.strides == "dense" else "".join(self.strides)
-        return f"{self.dtype}{s}" + (f"w{self.windows}" if self.windows > 1 else "")
-
-
-def stride_classes(strides: Sequence[Any]) -> tuple[str, ...]:
-    """Classes of integer strides."""
-    return tuple("0" if s == 0 else "1" if s == 1 else "s" for s in strides)
-
-
-@dataclass(frozen=True)
-class Nest:
-    """A built kernel and its launch. Buffers go in the order outputs, inputs, extra buffers."""
-
-    kernel: Kernel
-    target: Target
-    operands: tuple[Operand, ...]
-    ndim: int
-    schedule: str
-    wide_scalars: tuple[int, ...] = ()  # which of `values` are 64-bit and travel first
-    unit: int = 1  # elements an invocation handles (simt)
-    words: bool = False  # those of a word
-    n_values: int = 0
-    extra: dict[str, int] = field(default_factory=dict, compare=False)
-
-    def scalars(
-        self, sizes: Sequence[Any], strides: Sequence[Sequence[Any] | None] = (), values: Sequence[Any] = ()
-    ) -> list[Any]:
-        """The launch's scalars. sizes: per dimension. strides: per operand (outputs, inputs), of every dimension;
-        None for
-        dense ones. values: of the scalars that the expression takes."""
-        out = [values[i] for i in self.wide_scalars]
-        out += list(sizes)
-        for i, op in enumerate(self.operands):
-            if op.strides != "dense":
-                out += [s for s, c in zip(strides[i] or (), op.strides, strict=False) if c == "s"]
-        out += self._partition(sizes)
-        out += [v for i, v in enumerate(values) if i not in self.wide_scalars]
-        return out
-
-    def _partition(self, sizes: Sequence[Any]) -> list[Any]:
-        if self.schedule == "vector":
-            # Rows longer than a task are cut into chunks; several short ones make a task.
-            return [maximum(TASK_ELEMENTS // maximum(sizes[0], 1), 1)]
-        return []
-
-    def groups(self, sizes: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """The grid."""
-        if self.schedule == "vector":
-            items = product([cdiv(sizes[0], TASK_ELEMENTS), *sizes[1:]])
-            return (cdiv(items, self._partition(sizes)[0]), 1, 1)
-        if self.schedule == "tiles":
-            return (product([cdiv(sizes[1], TILE_ROWS), *sizes[2:]]), 1, 1)
-        n = cdiv(product(sizes), self.unit)
-        if self.words:
-            n = n + 1  # a first word that is cut off by the offset
-        return fold_groups(self.target, cdiv(n, self.kernel.workgroup[0]))
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an expression may use besides its operands: the builder, the element's coordinates (i32, dimension 0
-    first) and its place in the iteration order."""
-
-    k: KernelBuilder
-    coordinates: tuple[Node, ...]
-    position: Node
-
-
-def _lanes_for(dtypes: Sequence[str]) -> int:
-    widest = max((DTYPES[d].size for d in dtypes), default=4)
-    return 8 if widest >= 8 else 16
-
-
-class _Pointwise:
-    def __init__(
-        self,
-        target: Target,
-        name: str,
-        outs: Sequence[Operand],
-        ins: Sequence[Operand],
-        fn: Callable[..., Any],
-        ndim: int,
-        scalars: Sequence[str],
-        buffers: Sequence[tuple],
-        context: bool,
-        lanes: int,
-    ) -> None:
-        self.target, self.outs, self.ins, self.fn, self.ndim = target, list(outs), list(ins), fn, ndim
-        self.with_context = context
-        operands = [*outs, *ins]
-        for o in operands:
-            if o.strides != "dense" and len(o.strides) != ndim:
-                raise ValueError(f"operand {o.name}: {len(o.strides)} strides for {ndim} dimensions")
-        vector = target.schedule_class == "vector"
-        tiles = (
-            vector
-            and ndim > 1
-            and any(o.strides != "dense" and o.strides[0] == "s" and "1" in o.strides[1:2] for o in operands)
-        )
-        self.schedule = "tiles" if tiles else "vector" if vector else "simt"
-        self.lanes = lanes or _lanes_for([o.dtype for o in operands])
-        self.word_out = self._word_output() if not vector else None
-        key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
-        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
-        unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
-        k = self.k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
-        self.bufs = {
-            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r", o.windows)
-            for i, o in enumerate(operands)
-        }
-        self.extra = tuple(k.buffer(*b) for b in buffers)
-        self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
-        self.strides: dict[tuple[str, int], Node] = {}
-        for o in operands:
-            for d, c in enumerate(o.strides if o.strides != "dense" else ()):
-                if c == "s":
-                    self.strides[o.name, d] = k.scalar(f"{o.name}_stride{d}", "i32")
-        per_task = k.scalar("rows_per_task", "u32") if self.schedule == "vector" else None
-        values = [k.scalar(f"value{i}", t) for i, t in enumerate(scalars)]
-        self.values = values
-        if self.schedule == "vector":
-            assert per_task is not None
-            self._vector(per_task)
-            workgroup = (1, 1, 1)
-        elif self.schedule == "tiles":
-            self._tiles()
-            workgroup = (1, 1, 1)
-        else:
-            block = target.schedule_class == "block"
-            workgroup = (BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
-            (self._block if block else self._simt)(workgroup[0])
-        self.nest = Nest(
-            kernel=k.finish(workgroup, trusted=not self.extra),  # every index is below the sizes
-            target=target,
-            operands=tuple(operands),
-            ndim=ndim,
-            schedule=self.schedule,
-            wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
-            unit=unit,
-            words=self.word_out is not None,
-            n_values=len(values),
-        )
-
-    def _word_output(self) -> Operand | None:
-        """The one dense output narrower than a WGSL word, where whole words can be written."""
-        small = [o for o in self.outs if DTYPES[o.dtype].size < 4]
-        if self.target.language == "wgsl" and len(small) == 1 and small[0].strides == "dense":
-            return small[0]
-        return None
-
-    # ---- addressing -----------------------------------------------------------------------------------------------
-
-    def decompose(self, row: Node, first: int) -> list[Node]:
-        """Coordinates of dimensions `first` and up (u32) of a flattened index over them."""
-        k, out = self.k, []
-        for d in range(first, self.ndim):
-            if d == self.ndim - 1:
-                out.append(row)
-            else:
-                q = k.let(ir.idiv(row, self.sizes[d]))
-                out.append(k.let(row - q * self.sizes[d]))
-                row = q
-        return out
-
-    def offset(self, o: Operand, coordinates: Sequence[Node], first: int) -> Node:
-        """i32 sum of coordinate * stride over dimensions `first` and up."""
-        total: Any = ir.const(0, "i32")
-        for d, c in enumerate(coordinates, first):
-            cls = o.strides[d]
-            if cls != "0":
-                c = ir.cast(c, "i32")
-                total = total + (c if cls == "1" else c * self.strides[o.name, d])
-        return total
-
-    def body(
-        self,
-        index: Callable[[Operand], Any],
-        coordinates: Sequence[Any],
-        position: Any,
-        store: Callable[[Operand, Any], None],
-    ) -> None:
-        loaded = [self.bufs[o.name].load(index(o)) for o in self.ins]
-        args = [*loaded, *self.values]
-        if self.with_context:
-            args.insert(0, Context(self.k, tuple(coordinates), position))
-        args += self.extra
-        result = self.fn(*args)
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        if len(results) != len(self.outs):
-            raise ValueError(f"{self.k.name}: {len(results)} results for {len(self.outs)} outputs")
-        for o, v in zip(self.outs, results, strict=False):
-            store(o, v)
-
-    # ---- schedules ------------------------------------------------------------------------------------------------
-
-    def _span(
-        self, start: Node, stop: Node, row_position: Node, coordinates: list[Node], base: dict[str, Node]
-    ) -> None:
-        """Elements start .. stop of a row: wide, then one by one. All i32."""
-        k = self.k
-        j = k.var("i32", start)
-        for width in (self.lanes, 1):
-            with k.While(lambda: j + width <= stop):  # noqa: B023 (called at once)
-                at = j.as_node() + k.lanes(width)
-
-                def index(o: Operand, at: Node = at) -> Node:
-                    if o.strides == "dense":
-                        return row_position + at
-                    c = o.strides[0]
-                    if c == "0":
-                        return base[o.name]
-                    return base[o.name] + (at if c == "1" else at * self.strides[o.name, 0])
-
-                def store(o: Operand, v: Any, index: Callable[[Operand], Node] = index) -> None:
-                    self.bufs[o.name].store(index(o), v)
-
-                self.body(index, [at, *coordinates], row_position + at, store)
-                j.set(j + width)
-
-    def _bases(self, coordinates: list[Node]) -> dict[str, Node]:
-        return {
-            o.name: self.k.let(self.offset(o, coordinates, 1)) for o in [*self.outs, *self.ins] if o.strides != "dense"
-        }
-
-    def _vector(self, per_task: Node) -> None:
-        k = self.k
-        size = self.sizes[0]
-        chunks = k.let(ir.idiv(size + (TASK_ELEMENTS - 1), TASK_ELEMENTS))
-        items: Any = chunks
-        for s in self.sizes[1:]:
-            items = items * s
-        items = k.let(items)
-        k.stream(product(self.sizes))
-        first = k.let(k.group_index() * per_task)
-        last = k.let(ir.minimum(first + per_task, items))
-        with k.For(first, last) as item:
-            if self.ndim == 1:
-                row, chunk = ir.const(0, "u32"), item
-            else:
-                row = k.let(ir.idiv(item, chunks))
-                chunk = k.let(item - row * chunks)
-            start = k.let(chunk * TASK_ELEMENTS)
-            stop = k.let(ir.minimum(start + TASK_ELEMENTS, size))
-            coordinates = self.decompose(row, 1) if self.ndim > 1 else []
-            base = self._bases(coordinates)
-            position = k.let(ir.cast(row * size, "i32"))
-            self._span(
-                ir.cast(start, "i32"),
-                k.let(ir.cast(stop, "i32")),
-                position,
-                [ir.cast(c, "i32") for c in coordinates],
-                base,
-            )
-
-    def _tiles(self) -> None:
-        """TILE_ROWS rows at a time, one column block after the other, so that operands whose unit stride is along
-        dimension 1
-        have their cache lines used up."""
-        k = self.k
-        blocks = k.let(ir.idiv(self.sizes[1] + (TILE_ROWS - 1), TILE_ROWS))
-        group = k.group_index()
-        outer = k.let(ir.idiv(group, blocks)) if self.ndim > 2 else ir.const(0, "u32")
-        first = k.let((group - outer * blocks) * TILE_ROWS)
-        last = k.let(ir.minimum(first + TILE_ROWS, self.sizes[1]))
-        rest = self.decompose(outer, 2) if self.ndim > 2 else []
-        size = k.let(ir.cast(self.sizes[0], "i32"))
-        step = 4 * self.lanes
-        with k.For(ir.const(0, "i32"), size, step) as column:
-            stop = k.let(ir.minimum(column + step, size))
-            with k.For(first, last) as r:
-                coordinates = [r, *rest]
-                position = k.let(ir.cast((outer * self.sizes[1] + r) * self.sizes[0], "i32"))
-                self._span(column, stop, position, [ir.cast(c, "i32") for c in coordinates], self._bases(coordinates))
-
-    def _element(self, i: Node, store: Callable[[Operand, Any], None] | None = None) -> None:
-        """One element of the whole nest, i: u32 place in the iteration order."""
-        need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
-        coordinates = self.decompose(i, 0) if need else []
-        position = ir.cast(i, "i32")
-
-        def index(o: Operand) -> Node:
-            return position if o.strides == "dense" else self.offset(o, coordinates, 0)
-
-        def plain(o: Operand, v: Any) -> None:
-            self.bufs[o.name].store(index(o), v)
-
-        self.body(index, [ir.cast(c, "i32") for c in coordinates], position, store or plain)
-
-    def _block(self, lanes: int) -> None:
-        """Whole blocks without a mask, so that loads are wide; the last one with."""
-        k = self.k
-        k.num_warps = lanes // 256  # type: ignore[attr-defined]
-        n: Any = self.sizes[0]
-        for s in self.sizes[1:]:
-            n = n * s
-        n = k.let(n)
-        first = k.let(k.group_index() * lanes)
-        i = k.let(first + k.local_id())
-        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
-            self._element(i)
-        with k.Else(), k.If(i < n):
-            self._element(i)
-
-    def _several(self, n: Any, workgroup: int) -> None:
-        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads, as far
-        as a compiler knows."""
-        k = self.k
-        span = workgroup * self.each
-        first = k.let(k.group_index() * span)
-        i = k.let(first + k.local_id())
-        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
-            stores: list[tuple[Operand, Any, Any]] = []
-            for j in range(self.each):
-                e = k.let(i + j * workgroup) if j else i
-
-                def store(o: Operand, v: Any, e: Node = e) -> None:
-                    stores.append((o, k.let(self._place(o, e)), k.let(v)))
-
-                self._element(e, store)
-            for o, index, value in stores:
-                self.bufs[o.name].store(index, value)
-        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as turn:
-            e = k.let(i + turn * workgroup)
-            with k.If(e < n):
-                self._element(e)
-
-    def _place(self, o: Operand, i: Node) -> Node:
-        """Where element i of the iteration order lies in an operand."""
-        return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, self.decompose(i, 0), 0)
-
-    def _simt(self, workgroup: int) -> None:
-        k = self.k
-        n: Any = self.sizes[0]
-        for s in self.sizes[1:]:
-            n = n * s
-        n = k.let(n)
-        i = k.global_id(workgroup)
-        if self.word_out is None and self.each == 1:
-            with k.If(i < n):
-                self._element(i)
-            return
-        if self.word_out is None:
-            self._several(n, workgroup)
-            return
-        out = self.word_out
-        per, bits = 4 // DTYPES[out.dtype].size, 8 * DTYPES[out.dtype].size
-        offset = k.raw("u32", f"{out.name}_offset")
-        word = k.let(ir.idiv(offset, per) + i)
-        first = k.let(word * per - offset)  # of the word's elements; wraps below 0 for a first partial word
-        with k.If(ir.or_(first < n, first + (per - 1) < per - 1)):  # the first word may start before 0
-            packed, mask = k.var("u32", 0), k.var("u32", 0)
-            for lane in range(per):
-                e = k.let(first + lane)
-                with k.If(e < n):
-
-                    def store(o: Operand, v: Any, lane: int = lane, e: Node = e) -> None:
-                        if o is not out:
-                            index = ir.cast(e, "i32")
-                            if o.strides != "dense":
-                                index = self.offset(o, self.decompose(e, 0), 0)
-                            self.bufs[o.name].store(index, v)
-                            return
-                        value = ir.cast(v, DTYPES[o.dtype].compute)
-                        code = k.lang.encode(o.dtype, value)  # type: ignore[attr-defined]
-                        packed.set(ir.or_(packed, ir.shl(code, lane * bits)))
-                        mask.set(ir.or_(mask, ((1 << bits) - 1) << (lane * bits)))
-
-                    self._element(e, store)
-            m, p, w = k.atom(mask), k.atom(packed), k.atom(word)
-            with k.If(ir.eq(mask, 0xFFFFFFFF)):
-                k.text(f"atomicStore(&{out.name}[{w}], {p});")
-            with k.Else():
-                k.text(f"atomicXor(&{out.name}[{w}], (atomicLoad(&{out.name}[{w}]) ^ {p}) & {m});")
-
-
-def pointwise(
-    target: Target,
-    name: str,
-    outs: Sequence[Operand],
-    ins: Sequence[Operand],
-    fn: Callable[..., Any],
-    ndim: int,
-    *,
-    scalars: Sequence[str] = (),
-    buffers: Sequence[tuple] = (),
-    context: bool = False,
-    lanes: int = 0,
-) -> Nest:
-    """A nest that computes outs = fn(*ins, *scalars) for every element.
-
-    name: says what fn computes; operand dtypes, stride classes and the schedule are added to it. ndim: dimensions, 1
-    or more,
-    coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the
-    scalars; it gives one
-    value per output, cast on the store. It is called several times. scalars: types ("f32", "i32", ...). buffers:
-    further (name, dtype,
-    mode) buffers, passed to fn as Buffer after the scalars, to be loaded at any index (OpenCL: with a vector of
-    indices too).
-    context: fn takes a Context first. Each operand has fewer than 2**31 elements in reach. Inputs may be the same
-    tensor as an output only
-    element by element.
-
-        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [Operand("x", "f32", ("s", "1")), Operand("y",
-        "f16", ("1", "0"))],
-                  lambda x, y, alpha: x + alpha * y, 2, scalars=["f32"])
-    """
-    return _Pointwise(target, name, outs, ins, fn, ndim, scalars, buffers, context, lanes).nest
-
-
-# ---- rows ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Monoid:
-    """An associative combination with a neutral element, on tuples of values. blocked: rounding errors grow with the
-    number of
-    combinations, so long reductions go in blocks."""
-
-    name: str
-    dtypes: tuple[str, ...]
-    init: tuple[Any, ...]
-    combine: Callable[[tuple, tuple], tuple] = field(compare=False)
-    blocked: bool = False
-
-
-def SUM(dtype: str = "f32") -> Monoid:
-    return Monoid("sum", (dtype,), (0,), lambda a, b: (a[0] + b[0],), blocked=dtype in ir.FLOATS)
-
-
-def PROD(dtype: str = "f32") -> Monoid:
-    return Monoid("prod", (dtype,), (1,), lambda a, b: (a[0] * b[0],), blocked=dtype in ir.FLOATS)
-
-
-_LOWEST: dict[str, Any] = {
-    "f32": -math.inf, "f64": -math.inf, "i32": -(2**31), "i64": -(2**63), "u32": 0, "u64": 0, "bool": 0
-}  # fmt: skip
-_HIGHEST: dict[str, Any] = {
-    "f32": math.inf, "f64": math.inf, "i32": 2**31 - 1, "i64": 2**63 - 1, "u32": 2**32 - 1, "u64": 2**64 - 1, "bool": 1
-}  # fmt: skip
-
-
-def MAX(dtype: str = "f32") -> Monoid:
-    """NaN propagates."""
-    return Monoid("max", (dtype,), (_LOWEST[dtype],), lambda a, b: (ir.maximum(a[0], b[0]),))
-
-
-def MIN(dtype: str = "f32") -> Monoid:
-    return Monoid("min", (dtype,), (_HIGHEST[dtype],), lambda a, b: (ir.minimum(a[0], b[0]),))
-
-
-def _arg(better: Callable[[Any, Any], Node]) -> Callable[[tuple, tuple], tuple]:
-    def combine(a: tuple, b: tuple) -> tuple:
-        tie = ir.or_(ir.eq(a[0], b[0]), ir.and_(ir.isnan(a[0]), ir.isnan(b[0])))
-        wins = ir.or_(better(b[0], a[0]), ir.isnan(b[0]))
-        wins = ir.and_(wins, ir.not_(ir.isnan(a[0])))
-        take = ir.or_(wins, ir.and_(tie, ir.lt(b[1], a[1])))
-        return ir.where(take, b[0], a[0]), ir.where(take, b[1], a[1])
-
-    return combine
-
-
-def ARGMAX(dtype: str = "f32") -> Monoid:
-    """(value, index): the first of the largest, or the first NaN. Elements are (x, rows.index)."""
-    return Monoid("argmax", (dtype, "i32"), (_LOWEST[dtype], 2**31 - 1), _arg(ir.gt))
-
-
-def ARGMIN(dtype: str = "f32") -> Monoid:
-    return Monoid("argmin", (dtype, "i32"), (_HIGHEST[dtype], 2**31 - 1), _arg(ir.lt))
-
-
-ANY = Monoid("any", ("bool",), (False,), lambda a, b: (ir.or_(a[0], b[0]),))
-ALL = Monoid("all", ("bool",), (True,), lambda a, b: (ir.and_(a[0], b[0]),))
-
-
-def WELFORD(dtype: str = "f32") -> Monoid:
-    """(mean, sum of squared deviations, count). Elements are (x, 0, 1)."""
-
-    def combine(a: tuple, b: tuple) -> tuple:
-        n = a[2] + b[2]
-        d = b[0] - a[0]
-        r = b[2] / ir.where(ir.gt(n, 1.0), n, 1.0)
-        return a[0] + d * r, a[1] + b[1] + d * d * a[2] * r, n
-
-    return Monoid("welford", (dtype,) * 3, (0, 0, 0), combine)
-
-
-def LOGSUMEXP(dtype: str = "f32") -> Monoid:
-    """(m, s) for m + log(s). Elements are (x, 1)."""
-
-    def combine(a: tuple, b: tuple) -> tuple:
-        m = ir.maximum(a[0], b[0])
-        at = ir.where(ir.isfinite(m), m, 0.0)  # infinities: exp(-inf - -inf) would be NaN
-        s = a[1] * ir.exp(a[0] - at) + b[1] * ir.exp(b[0] - at)
-        return m, ir.where(ir.eq(m, math.inf), 1.0, s)
-
-    return Monoid("logsumexp", (dtype, dtype), (-math.inf, 0), combine)
+from .. import ir
+from ..builder import KernelBuilder
+from ..ir import Complex, Node
+from ..kernel import DTYPES, Kernel, Target
+from .monoids import SUM, Monoid
+from .operands import (
+    BLOCK_LANES,
+    SIMT_ELEMENTS,
+    SIMT_KEPT,
+    TASK_ELEMENTS,
+    Declarations,
+    Operand,
+    cdiv,
+    fold_groups,
+    lanes_for,
+    maximum,
+    operands_key,
+    product,
+)
 
 
 class RowContext:
@@ -683,7 +134,7 @@ class RowNest:
         return fold_groups(self.target, n)
 
 
-class _Rows:
+class Rows(Declarations):
     def __init__(
         self,
         target: Target,
@@ -713,29 +164,19 @@ class _Rows:
                 raise ValueError(f"operand {o.name}: row kernels take a stride class for each of {ndim} dimensions")
         self.schedule = schedule or self._choose()
         self.block = target.schedule_class == "block"
-        self.lanes = _lanes_for([o.dtype for o in operands]) if target.schedule_class == "vector" else 1
+        self.lanes = lanes_for([o.dtype for o in operands]) if target.schedule_class == "vector" else 1
         if split:  # evaluate fn once, to know the components of its reduction
             monoid = split_monoid(fn, ins, len(scalars), scalars)
             self.outs = [Operand(f"partial{i}", _storage(t), "dense") for i, t in enumerate(monoid.dtypes)]
             operands = [*self.outs, *ins]
         self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0 and not self.block
-        key = "_".join([*(o.key for o in operands), *scalars, *("".join(map(str, b[1:])) for b in buffers)])
-        k = self.k = KernelBuilder(
+        key = operands_key(operands, scalars, buffers)
+        k = KernelBuilder(
             target,
             f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}"
             f"{'_split' if split else ''}{'_subgroups' if self.subgroups else ''}",
         )
-        self.bufs = {
-            o.name: k.buffer(o.name, o.dtype, "w" if i < len(self.outs) else "r", o.windows)
-            for i, o in enumerate(operands)
-        }
-        self.extra = tuple(k.buffer(*b) for b in buffers)
-        self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
-        self.strides: dict[tuple[str, int], Node] = {}
-        for o in operands:
-            for d, c in enumerate(o.strides if o.strides != "dense" else ()):
-                if c == "s":
-                    self.strides[o.name, d] = k.scalar(f"{o.name}_stride{d}", "i32")
+        self.declare(k, self.outs, self.ins, buffers, ndim)
         vector = self.schedule in ("lanes_d", "lanes_r")
         per_task = k.scalar("rows_per_task", "u32") if vector else None
         if split:
@@ -871,8 +312,7 @@ class _Rows:
             for p in (e.re, e.im) if isinstance(e, Complex) else (e,):
                 visit(p)
 
-    # ---- addressing
-    # ---------------------------------------------------------------------------------------------------
+    # ---- addressing --------------------------------------------------------------------------------------
 
     def _term(self, o: Operand, d: int, c: Any) -> Any:
         cls = o.strides[d]
@@ -892,18 +332,6 @@ class _Rows:
                 total = total + self._term(o, d, c)
             bases[o.name] = total if total.lanes > 1 else self.k.let(total)
         return bases
-
-    def _coordinates(self, row: Node) -> list[Node]:
-        """Of a flattened row index."""
-        out, k = [], self.k
-        for d in range(self.reduced, self.ndim):
-            if d == self.ndim - 1:
-                out.append(row)
-            else:
-                q = k.let(ir.idiv(row, self.sizes[d]))
-                out.append(k.let(row - q * self.sizes[d]))
-                row = q
-        return out
 
     def _range(self, split: Node | None) -> tuple[Any, Any]:
         """First and end of the outermost reduced dimension, u32."""
@@ -1315,7 +743,7 @@ class _Rows:
         elif self.split:
             rest = k.let(ir.idiv(row, self.n_splits))
             split = k.let(row - rest * self.n_splits)
-        self.row(self._coordinates(rest) if self.ndim > self.reduced else [], 1, split, row)
+        self.row(self.decompose(rest, self.reduced) if self.ndim > self.reduced else [], 1, split, row)
 
     def _lanes_d(self, per_task: Any) -> None:
         k = self.k
@@ -1421,7 +849,7 @@ def rows(
         def max_dim(r, x):
             return r.reduce(ARGMAX(), x, r.index)     # outputs: value, index (stored as i64 where the buffer is i64)
     """
-    return _Rows(target, name, outs, ins, fn, reduced, ndim, scalars, buffers, schedule, False, subgroups).nest
+    return Rows(target, name, outs, ins, fn, reduced, ndim, scalars, buffers, schedule, False, subgroups).nest
 
 
 def _single_reduction(results: Sequence[Any]) -> tuple[Monoid, tuple[Node, ...]]:
@@ -1482,7 +910,7 @@ def split_rows(
     for rows. The second launch takes the value r.count (u32) before fn's scalars."""
     n = len(scalars)
     monoid = split_monoid(fn, ins, n, scalars)
-    first = _Rows(target, name, outs, ins, fn, reduced, ndim, scalars, (), schedule, True, True).nest
+    first = Rows(target, name, outs, ins, fn, reduced, ndim, scalars, (), schedule, True, True).nest
     dtypes = tuple(_storage(t) for t in monoid.dtypes)
     row_dims = ndim - reduced
     partials = [Operand(f"partial{i}", t, ("1", *["s"] * row_dims)) for i, t in enumerate(dtypes)]

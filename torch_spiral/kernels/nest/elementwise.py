@@ -1,0 +1,402 @@
+"""Pointwise kernels: one expression for every element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import ir
+from ..builder import KernelBuilder
+from ..ir import Node
+from ..kernel import DTYPES, Kernel, Target
+from .operands import (
+    BLOCK_LANES,
+    SIMT_ELEMENTS,
+    SIMT_WORKGROUP,
+    TASK_ELEMENTS,
+    TILE_ROWS,
+    Declarations,
+    Operand,
+    cdiv,
+    fold_groups,
+    lanes_for,
+    maximum,
+    operands_key,
+    product,
+)
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A built kernel and its launch. Buffers go in the order outputs, inputs, extra buffers."""
+
+    kernel: Kernel
+    target: Target
+    operands: tuple[Operand, ...]
+    ndim: int
+    schedule: str
+    wide_scalars: tuple[int, ...] = ()  # which of `values` are 64-bit and travel first
+    unit: int = 1  # elements an invocation handles (simt)
+    words: bool = False  # those of a word
+    n_values: int = 0
+    extra: dict[str, int] = field(default_factory=dict, compare=False)
+
+    def scalars(
+        self, sizes: Sequence[Any], strides: Sequence[Sequence[Any] | None] = (), values: Sequence[Any] = ()
+    ) -> list[Any]:
+        """The launch's scalars. sizes: per dimension. strides: per operand (outputs, inputs), of every dimension, None
+        for dense ones. values: of the scalars that the expression takes."""
+        out = [values[i] for i in self.wide_scalars]
+        out += list(sizes)
+        for i, op in enumerate(self.operands):
+            if op.strides != "dense":
+                out += [s for s, c in zip(strides[i] or (), op.strides, strict=False) if c == "s"]
+        out += self._partition(sizes)
+        out += [v for i, v in enumerate(values) if i not in self.wide_scalars]
+        return out
+
+    def _partition(self, sizes: Sequence[Any]) -> list[Any]:
+        if self.schedule == "vector":
+            # Rows longer than a task are cut into chunks; several short ones make a task.
+            return [maximum(TASK_ELEMENTS // maximum(sizes[0], 1), 1)]
+        return []
+
+    def groups(self, sizes: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """The grid."""
+        if self.schedule == "vector":
+            items = product([cdiv(sizes[0], TASK_ELEMENTS), *sizes[1:]])
+            return (cdiv(items, self._partition(sizes)[0]), 1, 1)
+        if self.schedule == "tiles":
+            return (product([cdiv(sizes[1], TILE_ROWS), *sizes[2:]]), 1, 1)
+        n = cdiv(product(sizes), self.unit)
+        if self.words:
+            n = n + 1  # a first word that is cut off by the offset
+        return fold_groups(self.target, cdiv(n, self.kernel.workgroup[0]))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an expression may use besides its operands: the builder, the element's coordinates (i32, dimension 0
+    first) and its place in the iteration order."""
+
+    k: KernelBuilder
+    coordinates: tuple[Node, ...]
+    position: Node
+
+
+class Pointwise(Declarations):
+    def __init__(
+        self,
+        target: Target,
+        name: str,
+        outs: Sequence[Operand],
+        ins: Sequence[Operand],
+        fn: Callable[..., Any],
+        ndim: int,
+        scalars: Sequence[str],
+        buffers: Sequence[tuple],
+        context: bool,
+        lanes: int,
+    ) -> None:
+        self.target, self.outs, self.ins, self.fn, self.ndim = target, list(outs), list(ins), fn, ndim
+        self.with_context = context
+        operands = [*outs, *ins]
+        for o in operands:
+            if o.strides != "dense" and len(o.strides) != ndim:
+                raise ValueError(f"operand {o.name}: {len(o.strides)} strides for {ndim} dimensions")
+        vector = target.schedule_class == "vector"
+        tiles = (
+            vector
+            and ndim > 1
+            and any(o.strides != "dense" and o.strides[0] == "s" and "1" in o.strides[1:2] for o in operands)
+        )
+        self.schedule = "tiles" if tiles else "vector" if vector else "simt"
+        self.lanes = lanes or lanes_for([o.dtype for o in operands])
+        self.word_out = self._word_output() if not vector else None
+        key = operands_key(operands, scalars, buffers)
+        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
+        unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
+        k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
+        self.declare(k, self.outs, self.ins, buffers, ndim)
+        per_task = k.scalar("rows_per_task", "u32") if self.schedule == "vector" else None
+        values = [k.scalar(f"value{i}", t) for i, t in enumerate(scalars)]
+        self.values = values
+        if self.schedule == "vector":
+            assert per_task is not None
+            self._vector(per_task)
+            workgroup = (1, 1, 1)
+        elif self.schedule == "tiles":
+            self._tiles()
+            workgroup = (1, 1, 1)
+        else:
+            block = target.schedule_class == "block"
+            workgroup = (BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
+            (self._block if block else self._simt)(workgroup[0])
+        self.nest = Nest(
+            kernel=k.finish(workgroup, trusted=not self.extra),  # every index is below the sizes
+            target=target,
+            operands=tuple(operands),
+            ndim=ndim,
+            schedule=self.schedule,
+            wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
+            unit=unit,
+            words=self.word_out is not None,
+            n_values=len(values),
+        )
+
+    def _word_output(self) -> Operand | None:
+        """The one dense output narrower than a WGSL word, where whole words can be written."""
+        small = [o for o in self.outs if DTYPES[o.dtype].size < 4]
+        if self.target.language == "wgsl" and len(small) == 1 and small[0].strides == "dense":
+            return small[0]
+        return None
+
+    # ---- addressing -----------------------------------------------------------------------------------------------
+
+    def offset(self, o: Operand, coordinates: Sequence[Node], first: int) -> Node:
+        """i32 sum of coordinate * stride over dimensions `first` and up."""
+        total: Any = ir.const(0, "i32")
+        for d, c in enumerate(coordinates, first):
+            cls = o.strides[d]
+            if cls != "0":
+                c = ir.cast(c, "i32")
+                total = total + (c if cls == "1" else c * self.strides[o.name, d])
+        return total
+
+    def body(
+        self,
+        index: Callable[[Operand], Any],
+        coordinates: Sequence[Any],
+        position: Any,
+        store: Callable[[Operand, Any], None],
+    ) -> None:
+        loaded = [self.bufs[o.name].load(index(o)) for o in self.ins]
+        args = [*loaded, *self.values]
+        if self.with_context:
+            args.insert(0, Context(self.k, tuple(coordinates), position))
+        args += self.extra
+        result = self.fn(*args)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if len(results) != len(self.outs):
+            raise ValueError(f"{self.k.name}: {len(results)} results for {len(self.outs)} outputs")
+        for o, v in zip(self.outs, results, strict=False):
+            store(o, v)
+
+    # ---- schedules ------------------------------------------------------------------------------------------------
+
+    def _span(
+        self, start: Node, stop: Node, row_position: Node, coordinates: list[Node], base: dict[str, Node]
+    ) -> None:
+        """Elements start .. stop of a row: wide, then one by one. All i32."""
+        k = self.k
+        j = k.var("i32", start)
+        for width in (self.lanes, 1):
+            with k.While(lambda: j + width <= stop):  # noqa: B023 (called at once)
+                at = j.as_node() + k.lanes(width)
+
+                def index(o: Operand, at: Node = at) -> Node:
+                    if o.strides == "dense":
+                        return row_position + at
+                    c = o.strides[0]
+                    if c == "0":
+                        return base[o.name]
+                    return base[o.name] + (at if c == "1" else at * self.strides[o.name, 0])
+
+                def store(o: Operand, v: Any, index: Callable[[Operand], Node] = index) -> None:
+                    self.bufs[o.name].store(index(o), v)
+
+                self.body(index, [at, *coordinates], row_position + at, store)
+                j.set(j + width)
+
+    def _bases(self, coordinates: list[Node]) -> dict[str, Node]:
+        return {
+            o.name: self.k.let(self.offset(o, coordinates, 1)) for o in [*self.outs, *self.ins] if o.strides != "dense"
+        }
+
+    def _vector(self, per_task: Node) -> None:
+        k = self.k
+        size = self.sizes[0]
+        chunks = k.let(ir.idiv(size + (TASK_ELEMENTS - 1), TASK_ELEMENTS))
+        items: Any = chunks
+        for s in self.sizes[1:]:
+            items = items * s
+        items = k.let(items)
+        k.stream(product(self.sizes))
+        first = k.let(k.group_index() * per_task)
+        last = k.let(ir.minimum(first + per_task, items))
+        with k.For(first, last) as item:
+            if self.ndim == 1:
+                row, chunk = ir.const(0, "u32"), item
+            else:
+                row = k.let(ir.idiv(item, chunks))
+                chunk = k.let(item - row * chunks)
+            start = k.let(chunk * TASK_ELEMENTS)
+            stop = k.let(ir.minimum(start + TASK_ELEMENTS, size))
+            coordinates = self.decompose(row, 1) if self.ndim > 1 else []
+            base = self._bases(coordinates)
+            position = k.let(ir.cast(row * size, "i32"))
+            self._span(
+                ir.cast(start, "i32"),
+                k.let(ir.cast(stop, "i32")),
+                position,
+                [ir.cast(c, "i32") for c in coordinates],
+                base,
+            )
+
+    def _tiles(self) -> None:
+        """TILE_ROWS rows at a time, one column block after the other, so that operands whose unit stride is along
+        dimension 1
+        have their cache lines used up."""
+        k = self.k
+        blocks = k.let(ir.idiv(self.sizes[1] + (TILE_ROWS - 1), TILE_ROWS))
+        group = k.group_index()
+        outer = k.let(ir.idiv(group, blocks)) if self.ndim > 2 else ir.const(0, "u32")
+        first = k.let((group - outer * blocks) * TILE_ROWS)
+        last = k.let(ir.minimum(first + TILE_ROWS, self.sizes[1]))
+        rest = self.decompose(outer, 2) if self.ndim > 2 else []
+        size = k.let(ir.cast(self.sizes[0], "i32"))
+        step = 4 * self.lanes
+        with k.For(ir.const(0, "i32"), size, step) as column:
+            stop = k.let(ir.minimum(column + step, size))
+            with k.For(first, last) as r:
+                coordinates = [r, *rest]
+                position = k.let(ir.cast((outer * self.sizes[1] + r) * self.sizes[0], "i32"))
+                self._span(column, stop, position, [ir.cast(c, "i32") for c in coordinates], self._bases(coordinates))
+
+    def _element(self, i: Node, store: Callable[[Operand, Any], None] | None = None) -> None:
+        """One element of the whole nest, i: u32 place in the iteration order."""
+        need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
+        coordinates = self.decompose(i, 0) if need else []
+        position = ir.cast(i, "i32")
+
+        def index(o: Operand) -> Node:
+            return position if o.strides == "dense" else self.offset(o, coordinates, 0)
+
+        def plain(o: Operand, v: Any) -> None:
+            self.bufs[o.name].store(index(o), v)
+
+        self.body(index, [ir.cast(c, "i32") for c in coordinates], position, store or plain)
+
+    def _block(self, lanes: int) -> None:
+        """Whole blocks without a mask, so that loads are wide; the last one with."""
+        k = self.k
+        k.num_warps = lanes // 256  # type: ignore[attr-defined]
+        n: Any = self.sizes[0]
+        for s in self.sizes[1:]:
+            n = n * s
+        n = k.let(n)
+        first = k.let(k.group_index() * lanes)
+        i = k.let(first + k.local_id())
+        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
+            self._element(i)
+        with k.Else(), k.If(i < n):
+            self._element(i)
+
+    def _several(self, n: Any, workgroup: int) -> None:
+        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads, as far
+        as a compiler knows."""
+        k = self.k
+        span = workgroup * self.each
+        first = k.let(k.group_index() * span)
+        i = k.let(first + k.local_id())
+        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
+            stores: list[tuple[Operand, Any, Any]] = []
+            for j in range(self.each):
+                e = k.let(i + j * workgroup) if j else i
+
+                def store(o: Operand, v: Any, e: Node = e) -> None:
+                    stores.append((o, k.let(self._place(o, e)), k.let(v)))
+
+                self._element(e, store)
+            for o, index, value in stores:
+                self.bufs[o.name].store(index, value)
+        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as turn:
+            e = k.let(i + turn * workgroup)
+            with k.If(e < n):
+                self._element(e)
+
+    def _place(self, o: Operand, i: Node) -> Node:
+        """Where element i of the iteration order lies in an operand."""
+        return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, self.decompose(i, 0), 0)
+
+    def _simt(self, workgroup: int) -> None:
+        k = self.k
+        n: Any = self.sizes[0]
+        for s in self.sizes[1:]:
+            n = n * s
+        n = k.let(n)
+        i = k.global_id(workgroup)
+        if self.word_out is None and self.each == 1:
+            with k.If(i < n):
+                self._element(i)
+            return
+        if self.word_out is None:
+            self._several(n, workgroup)
+            return
+        out = self.word_out
+        per, bits = 4 // DTYPES[out.dtype].size, 8 * DTYPES[out.dtype].size
+        offset = k.raw("u32", f"{out.name}_offset")
+        word = k.let(ir.idiv(offset, per) + i)
+        first = k.let(word * per - offset)  # of the word's elements; wraps below 0 for a first partial word
+        with k.If(ir.or_(first < n, first + (per - 1) < per - 1)):  # the first word may start before 0
+            packed, mask = k.var("u32", 0), k.var("u32", 0)
+            for lane in range(per):
+                e = k.let(first + lane)
+                with k.If(e < n):
+
+                    def store(o: Operand, v: Any, lane: int = lane, e: Node = e) -> None:
+                        if o is not out:
+                            index = ir.cast(e, "i32")
+                            if o.strides != "dense":
+                                index = self.offset(o, self.decompose(e, 0), 0)
+                            self.bufs[o.name].store(index, v)
+                            return
+                        value = ir.cast(v, DTYPES[o.dtype].compute)
+                        code = k.lang.encode(o.dtype, value)  # type: ignore[attr-defined]
+                        packed.set(ir.or_(packed, ir.shl(code, lane * bits)))
+                        mask.set(ir.or_(mask, ((1 << bits) - 1) << (lane * bits)))
+
+                    self._element(e, store)
+            m, p, w = k.atom(mask), k.atom(packed), k.atom(word)
+            with k.If(ir.eq(mask, 0xFFFFFFFF)):
+                k.text(f"atomicStore(&{out.name}[{w}], {p});")
+            with k.Else():
+                k.text(f"atomicXor(&{out.name}[{w}], (atomicLoad(&{out.name}[{w}]) ^ {p}) & {m});")
+
+
+def pointwise(
+    target: Target,
+    name: str,
+    outs: Sequence[Operand],
+    ins: Sequence[Operand],
+    fn: Callable[..., Any],
+    ndim: int,
+    *,
+    scalars: Sequence[str] = (),
+    buffers: Sequence[tuple] = (),
+    context: bool = False,
+    lanes: int = 0,
+) -> Nest:
+    """A nest that computes outs = fn(*ins, *scalars) for every element.
+
+    name: says what fn computes; operand dtypes, stride classes and the schedule are added to it. ndim: dimensions, 1
+    or more,
+    coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the
+    scalars; it gives one
+    value per output, cast on the store. It is called several times. scalars: types ("f32", "i32", ...). buffers:
+    further (name, dtype,
+    mode) buffers, passed to fn as Buffer after the scalars, to be loaded at any index (OpenCL: with a vector of
+    indices too).
+    context: fn takes a Context first. Each operand has fewer than 2**31 elements in reach. Inputs may be the same
+    tensor as an output only
+    element by element.
+
+        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [Operand("x", "f32", ("s", "1")), Operand("y",
+        "f16", ("1", "0"))],
+                  lambda x, y, alpha: x + alpha * y, 2, scalars=["f32"])
+    """
+    return Pointwise(target, name, outs, ins, fn, ndim, scalars, buffers, context, lanes).nest
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
