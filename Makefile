@@ -57,7 +57,7 @@ demo: setup $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # A lint error must not hide the tests' result, nor the tests' result the lint error.

@@ -60,7 +60,9 @@ def standard_library() -> list[str]:
         return []
 
     def found(name: str) -> str:
-        run = subprocess.run([get_cxx_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [get_cxx_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=False
+        )
         return run.stdout.strip()
 
     if os.path.isfile(found("libstdc++.so")) or not os.path.isfile(found("libstdc++.so.6")):

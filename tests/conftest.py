@@ -30,7 +30,16 @@ def pytest_report_header(config):
 
 # `make test` runs what is not marked `full`. Kernels take a second each to compile on a software adapter: a fixed sixth of its tests
 # are everyday ones, but for these files, which test what differs between engines or choose a part themselves.
-ALWAYS_WHOLE = ("test_engine", "test_wgpu_engine", "test_memory", "test_stream_event", "test_device", "test_errors", "test_fallback", "test_ops")
+ALWAYS_WHOLE = (
+    "test_engine",
+    "test_wgpu_engine",
+    "test_memory",
+    "test_stream_event",
+    "test_device",
+    "test_errors",
+    "test_fallback",
+    "test_ops",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -93,7 +93,11 @@ def test_any_strides(device):
 def test_one_query_with_a_growing_cache(device):
     torch.manual_seed(3)
     for keys in (1, 2, 15, 64, 513):
-        q, k, v = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 520, 32)[:, :, :keys], torch.randn(1, 2, 520, 32)[:, :, :keys]
+        q, k, v = (
+            torch.randn(1, 4, 1, 32),
+            torch.randn(1, 2, 520, 32)[:, :, :keys],
+            torch.randn(1, 2, 520, 32)[:, :, :keys],
+        )
         want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
         got = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device), enable_gqa=True)
         close(got, want, 2e-6)
@@ -187,7 +191,10 @@ def test_multi_head_attention(device):
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
     for training in (True, False):
-        reference, moved = copy.deepcopy(layer).double().train(training), copy.deepcopy(layer).to(device).train(training)
+        reference, moved = (
+            copy.deepcopy(layer).double().train(training),
+            copy.deepcopy(layer).to(device).train(training),
+        )
         with torch.set_grad_enabled(training):
             want = reference(x.double(), src_key_padding_mask=padding)
             got = moved(x.to(device), src_key_padding_mask=padding.to(device)).cpu()

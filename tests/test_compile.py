@@ -55,21 +55,49 @@ def test_pointwise_of_mixed_dtypes(device):
     def f(x):
         i = (x * 10).to(torch.int64)
         small = i.to(torch.int8) * 3
-        return i // 3, i % 7, i >> 1, small, small // 2, (i & 5) | 2, i.to(torch.uint8) + 200, torch.where(x > 0, i, -1), x.half() * 2
+        return (
+            i // 3,
+            i % 7,
+            i >> 1,
+            small,
+            small // 2,
+            (i & 5) | 2,
+            i.to(torch.uint8) + 200,
+            torch.where(x > 0, i, -1),
+            x.half() * 2,
+        )
 
     check(device, f, torch.randn(8, 100).clamp(-3, 3))
 
 
 def test_reductions(device):
     def f(x):
-        return x.sum(), x.sum(0), x.mean(1), x.amax(0), x.argmax(-1), x.max(-1), (x > 2).any(), (x > -9).all(0), x.prod(1), x.var(0), x.logsumexp(1)
+        return (
+            x.sum(),
+            x.sum(0),
+            x.mean(1),
+            x.amax(0),
+            x.argmax(-1),
+            x.max(-1),
+            (x > 2).any(),
+            (x > -9).all(0),
+            x.prod(1),
+            x.var(0),
+            x.logsumexp(1),
+        )
 
     check(device, f, torch.randn(37, 53) + 0.1, tolerance=1e-4)
 
 
 def test_softmax_and_norms(device):
     def f(x, w, b):
-        return x.softmax(-1), x.softmax(0), F.layer_norm(x, (64,), w, b), F.group_norm(x.view(2, 8, 1, 64), 4), x.log_softmax(1)
+        return (
+            x.softmax(-1),
+            x.softmax(0),
+            F.layer_norm(x, (64,), w, b),
+            F.group_norm(x.view(2, 8, 1, 64), 4),
+            x.log_softmax(1),
+        )
 
     check(device, f, torch.randn(16, 64), torch.randn(64), torch.randn(64))
 
@@ -81,7 +109,15 @@ def test_small_floats(device, dtype):
 
 def test_views_and_concatenation(device):
     def f(x, y):
-        return torch.cat([x, y], 1) * 2, F.pad(x, (3, 5), value=2.0), x.t() + 1, x.flip(1), x.roll(2, -1), x[:, 3:9].reshape(-1), x.tril()
+        return (
+            torch.cat([x, y], 1) * 2,
+            F.pad(x, (3, 5), value=2.0),
+            x.t() + 1,
+            x.flip(1),
+            x.roll(2, -1),
+            x[:, 3:9].reshape(-1),
+            x.tril(),
+        )
 
     check(device, f, torch.randn(8, 100), torch.randn(8, 50))
 
@@ -171,7 +207,8 @@ class ConvBlock(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("k", "groups", "residual", "activate"), [(3, 1, False, True), (1, 1, False, True), (3, 1, True, True), (3, 8, False, True), (1, 1, True, False)]
+    ("k", "groups", "residual", "activate"),
+    [(3, 1, False, True), (1, 1, False, True), (3, 1, True, True), (3, 8, False, True), (1, 1, True, False)],
 )
 def test_convolution_batch_norm_and_relu_are_one_kernel(device, k, groups, residual, activate):
     """What pads or packs the input for a CPU device belongs to the convolution."""
@@ -193,7 +230,10 @@ def test_epilogues_with_constants_and_casts(device):
 
     x, w, v = torch.randn(6, 16), torch.randn(16, 24), torch.rand(24) + 0.5
     check(device, f, x, w, v, tolerance=1e-3)
-    names = kernels(lambda x, w, v: ((x @ w) * 0.125 - 1.5).half() if v is None else torch.sigmoid((x @ w) / 3) - v, *on(device, (x, w, v)))
+    names = kernels(
+        lambda x, w, v: ((x @ w) * 0.125 - 1.5).half() if v is None else torch.sigmoid((x @ w) / 3) - v,
+        *on(device, (x, w, v)),
+    )
     assert len(names) == 1, names
 
 
@@ -380,7 +420,10 @@ def test_a_kernel_that_cannot_be_generated_names_its_nodes(device, monkeypatch):
         raise NotImplementedError("no such kernel today")
 
     monkeypatch.setattr(codegen, "build", refuse)
-    with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(Exception, match=r"no such kernel today, in .*aten\.cos"):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        pytest.raises(Exception, match=r"no such kernel today, in .*aten\.cos"),
+    ):
         torch.compile(lambda x: x.cos() * 3, backend="spiral", fullgraph=True)(torch.randn(5).to(device))
 
 
@@ -394,7 +437,12 @@ def test_a_kernel_that_does_not_compile_names_its_nodes_and_leaves_its_source(de
 
     def broken(program, target):
         built = build(program, target)
-        return dataclasses.replace(built, kernel=dataclasses.replace(built.kernel, source=built.kernel.source.replace("{", "{ this is no program;", 1)))
+        return dataclasses.replace(
+            built,
+            kernel=dataclasses.replace(
+                built.kernel, source=built.kernel.source.replace("{", "{ this is no program;", 1)
+            ),
+        )
 
     monkeypatch.setattr(codegen, "build", broken)
     with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(RuntimeError) as error:
@@ -464,7 +512,12 @@ class Block(nn.Module):
     def __init__(self, d=64, heads=4):
         super().__init__()
         self.heads, self.ln1, self.ln2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.proj, self.fc, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.qkv, self.proj, self.fc, self.out = (
+            nn.Linear(d, 3 * d),
+            nn.Linear(d, d),
+            nn.Linear(d, 4 * d),
+            nn.Linear(4 * d, d),
+        )
 
     def forward(self, x):
         b, t, d = x.shape
@@ -530,7 +583,9 @@ def test_generated_source():
     device = torch.device("spiral", ENGINES["opencl"])
     x, w, b = torch.randn(8, 16, device=device), torch.randn(16, 24, device=device), torch.randn(24, device=device)
     with torch._inductor.config.patch(fx_graph_cache=False), torch.no_grad():
-        _, (code,) = run_and_get_code(torch.compile(lambda x, w, b: F.relu(x @ w + b).sum(1), backend="spiral"), x, w, b)
+        _, (code,) = run_and_get_code(
+            torch.compile(lambda x, w, b: F.relu(x @ w + b).sum(1), backend="spiral"), x, w, b
+        )
     text = code[code.index("def graph_0") : code.index("graph_0 = ")]
     assert text.strip() == textwrap.dedent(
         """\
@@ -620,10 +675,14 @@ def test_a_second_process_starts_without_compiling(device, tmp_path):
         print(y.sum().item())
         print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
     """
-    environment = dict(os.environ, SPIRAL_CACHE_DIR=str(tmp_path / "kernels"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    environment = dict(
+        os.environ, SPIRAL_CACHE_DIR=str(tmp_path / "kernels"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor")
+    )
     found = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=environment
+        )
         assert done.returncode == 0, done.stderr
         files = {p: p.stat().st_mtime_ns for p in (tmp_path / "kernels").rglob("*") if p.is_file()}
         found.append((done.stdout.split(), files))

@@ -48,7 +48,10 @@ def run(op, device):
         def function(*args, kwargs=sample.kwargs):
             return op(*args, **kwargs)
 
-        expected = function(*tree_map_only(torch.Tensor, torch.clone, args), kwargs=tree_map_only(torch.Tensor, torch.clone, sample.kwargs))
+        expected = function(
+            *tree_map_only(torch.Tensor, torch.clone, args),
+            kwargs=tree_map_only(torch.Tensor, torch.clone, sample.kwargs),
+        )
         there, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, sample.kwargs))
         torch._dynamo.reset()
         got = torch.compile(function, backend="spiral", dynamic=False)(*there, kwargs=move_devices(kwargs, device))
@@ -62,7 +65,9 @@ def move_devices(kwargs, device):
     return {k: device if k == "device" else v for k, v in kwargs.items()}
 
 
-@pytest.mark.parametrize("op", [o for o in OPS if o.name in QUICK and not o.variant_test_name], ids=lambda op: op.formatted_name)
+@pytest.mark.parametrize(
+    "op", [o for o in OPS if o.name in QUICK and not o.variant_test_name], ids=lambda op: op.formatted_name
+)
 def test_sample(op, opencl_device):
     run(op, opencl_device)
 

@@ -132,7 +132,9 @@ def test_kernel():
     from torch_spiral.kernels.triton_binary import compile_kernel, gpu_target
 
     engine = _C.engines.adapters("cuda")[0][0].open()
-    kernel = Kernel("axpy_test", SOURCE, "main_", "triton", (1, 1), ("i64", "i32", "f32"), (128, 1, 1), dtypes=("f32", "f32"))
+    kernel = Kernel(
+        "axpy_test", SOURCE, "main_", "triton", (1, 1), ("i64", "i32", "f32"), (128, 1, 1), dtypes=("f32", "f32")
+    )
     binary = compile_kernel(kernel, gpu_target(engine.properties))
     assert binary.threads == 128 and len(binary.image) > 1000
     compiled = engine.compile(

@@ -107,7 +107,9 @@ def test_autoload_without_an_import():
 
 def test_autoload_leaves_torch_cuda_alone():
     """A PyTorch with CUDA differentiates on it only while it is the one accelerator."""
-    code = "import torch; torch.version.cuda = '13.0'; import torch_spiral_autoload, sys; torch_spiral_autoload.load(); "
+    code = (
+        "import torch; torch.version.cuda = '13.0'; import torch_spiral_autoload, sys; torch_spiral_autoload.load(); "
+    )
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     for wanted, expected in (("", False), ("SPIRAL_AUTOLOAD", True)):
         done = subprocess.run(

@@ -108,7 +108,9 @@ def test_triangular(device, n, dtype, left, upper):
         for view in (lambda t: t, lambda t: t.mT, lambda t: t.mH):
             x = view(a)
             expected = torch.linalg.solve_triangular(wide(x), wide(b), upper=upper, left=left, unitriangular=unit)
-            got = torch.linalg.solve_triangular(view(a.to(device)), b.to(device), upper=upper, left=left, unitriangular=unit)
+            got = torch.linalg.solve_triangular(
+                view(a.to(device)), b.to(device), upper=upper, left=left, unitriangular=unit
+            )
             agree(got, expected)
 
 
@@ -126,7 +128,10 @@ def test_qr(device, batch, m, n, dtype):
     agree(tau, t)
     c = matrix(batch, m, 4, dtype)
     for transpose in (False, True):
-        agree(torch.ormqr(vectors, tau, c.to(device), transpose=transpose), torch.ormqr(v, t, wide(c), transpose=transpose))
+        agree(
+            torch.ormqr(vectors, tau, c.to(device), transpose=transpose),
+            torch.ormqr(v, t, wide(c), transpose=transpose),
+        )
         agree(torch.ormqr(vectors, tau, c.mT.to(device), left=False, transpose=transpose),
               torch.ormqr(v, t, wide(c).mT, left=False, transpose=transpose))  # fmt: skip
 
@@ -135,7 +140,13 @@ def test_layouts(device):
     """Rows, steps, expanded batches, out= of another layout."""
     a = well_conditioned((4, 3), 6, torch.float32)
     x = a.to(device)
-    for view in (lambda t: t.mT, lambda t: t[1:, ::2], lambda t: t.transpose(0, 1), lambda t: t[:1].expand(4, 3, 6, 6), lambda t: t[..., 1:, 1:]):
+    for view in (
+        lambda t: t.mT,
+        lambda t: t[1:, ::2],
+        lambda t: t.transpose(0, 1),
+        lambda t: t[:1].expand(4, 3, 6, 6),
+        lambda t: t[..., 1:, 1:],
+    ):
         agree(torch.linalg.inv(view(x)), torch.linalg.inv(wide(view(a))))
     b = matrix((), 6, 2, torch.float32)
     agree(torch.linalg.solve(x, b.to(device)), torch.linalg.solve(wide(a), wide(b)))
@@ -162,8 +173,13 @@ def test_cross(device, dtype):
     expected = torch.linalg.cross(wide(a), wide(b), dim=1)
     agree(torch.linalg.cross(a.to(device), b.to(device), dim=1), expected)
     c = matrix((5, 3), 4, 5, dtype)
-    agree(torch.linalg.cross(c.to(device), c.flip(0).to(device), dim=1), torch.linalg.cross(wide(c), wide(c).flip(0), dim=1))
-    agree(torch.linalg.cross(a.to(device).conj(), b.to(device), dim=1), torch.linalg.cross(wide(a).conj(), wide(b), dim=1))
+    agree(
+        torch.linalg.cross(c.to(device), c.flip(0).to(device), dim=1),
+        torch.linalg.cross(wide(c), wide(c).flip(0), dim=1),
+    )
+    agree(
+        torch.linalg.cross(a.to(device).conj(), b.to(device), dim=1), torch.linalg.cross(wide(a).conj(), wide(b), dim=1)
+    )
 
 
 def test_host_operators_are_counted(device):

@@ -72,13 +72,32 @@ def test_gradient_scaling(device):
         assert seen == ([(4.0, 0), (2.0, 0)] if bad else [(8.0, 1), (16.0, 0)])
 
 
-UNARY = ["abs", "ceil", "cos", "erf", "exp", "floor", "log", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "sqrt", "tanh", "trunc"]
+UNARY = [
+    "abs",
+    "ceil",
+    "cos",
+    "erf",
+    "exp",
+    "floor",
+    "log",
+    "neg",
+    "reciprocal",
+    "round",
+    "rsqrt",
+    "sigmoid",
+    "sign",
+    "sqrt",
+    "tanh",
+    "trunc",
+]
 
 
 @pytest.mark.parametrize("op", UNARY)
 def test_unary(device, op):
     xs = tensors(0, positive=True)
-    for got, want in zip(getattr(torch, f"_foreach_{op}")([x.to(device) for x in xs]), getattr(torch, f"_foreach_{op}")(xs)):
+    for got, want in zip(
+        getattr(torch, f"_foreach_{op}")([x.to(device) for x in xs]), getattr(torch, f"_foreach_{op}")(xs)
+    ):
         torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=2e-6)
     ours = [x.to(device) for x in xs]
     getattr(torch, f"_foreach_{op}_")(ours)
@@ -136,7 +155,9 @@ def test_dtypes(device, dtype):
 
 def test_broadcast_copies_and_zero(device):
     a, b = [torch.randn(2, 3), torch.randn(4)], [torch.randn(3), torch.randn(1)]
-    for got, want in zip(torch._foreach_mul([x.to(device) for x in a], [x.to(device) for x in b]), torch._foreach_mul(a, b)):
+    for got, want in zip(
+        torch._foreach_mul([x.to(device) for x in a], [x.to(device) for x in b]), torch._foreach_mul(a, b)
+    ):
         torch.testing.assert_close(got.cpu(), want)
     ours = [torch.zeros(2, 3, device=device), torch.zeros(4, device=device, dtype=torch.float16)]
     torch._foreach_copy_(ours, a)

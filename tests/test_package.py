@@ -83,7 +83,9 @@ def test_dynamic_sizes(device, tmp_path):
         package(exported, tmp_path / "m")
         loaded = load(tmp_path / "m", device)
         for n, y in expected.items():
-            torch.testing.assert_close(loaded(torch.arange(16.0 * n).view(n, 16).sin().to(device)).cpu(), y, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                loaded(torch.arange(16.0 * n).view(n, 16).sin().to(device)).cpu(), y, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_written_inputs_and_shared_constants(device, tmp_path):

@@ -24,7 +24,9 @@ def check(device, function, *inputs, dtype=torch.float32, grad=True, tolerance=1
         g.backward(cotangent.to(device))
         for r, o in zip(reference, ours):
             if r.requires_grad:
-                torch.testing.assert_close(o.grad.cpu().to(torch.float64), r.grad, rtol=10 * tolerance, atol=10 * tolerance)
+                torch.testing.assert_close(
+                    o.grad.cpu().to(torch.float64), r.grad, rtol=10 * tolerance, atol=10 * tolerance
+                )
 
 
 def _tuple(x):

@@ -37,7 +37,9 @@ def test_weights_of_8_bits(device, dtype, m, k, n):
     close(got, x.double() @ w.double().t() * scales.double())
 
 
-@pytest.mark.parametrize("dtype,group,inner", [(torch.float32, 32, 2), (torch.float16, 64, 4), (torch.bfloat16, 128, 8)])
+@pytest.mark.parametrize(
+    "dtype,group,inner", [(torch.float32, 32, 2), (torch.float16, 64, 4), (torch.bfloat16, 128, 8)]
+)
 @pytest.mark.parametrize("m", [1, 40])
 def test_weights_of_4_bits(device, dtype, group, inner, m):
     k, n = 256, 48

@@ -43,9 +43,7 @@ def test_layouts(device, name):
             want = f(x.double(), **arguments)
             got = f(x.to(device), **arguments).cpu()
             assert got.shape == want.shape, (layout, dim)
-            torch.testing.assert_close(
-                got.to(want.dtype), want, rtol=1e-5, atol=1e-4, msg=f"{layout} {dim}"
-            )
+            torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-5, atol=1e-4, msg=f"{layout} {dim}")
 
 
 @pytest.mark.parametrize("p", [0, 1, 2, 3.5, float("inf"), float("-inf")])

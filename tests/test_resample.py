@@ -94,7 +94,9 @@ def test_grid_sample_3d(device, mode):
 
 def test_grid_sample_gradient_of_the_grid_only(device):
     x = torch.randn(1, 2, 6, 8)
-    check(device, lambda g: F.grid_sample(x.to(g.device, g.dtype), g, align_corners=False), torch.rand(1, 3, 4, 2) * 2 - 1)
+    check(
+        device, lambda g: F.grid_sample(x.to(g.device, g.dtype), g, align_corners=False), torch.rand(1, 3, 4, 2) * 2 - 1
+    )
 
 
 def test_grid_errors(device):

@@ -58,7 +58,10 @@ def test_cell(device, kind, hidden):
     cell = getattr(nn, kind)(7, hidden)
     x = torch.randn(3, 7)
     results = []
-    for c, on, dtype in ((copy.deepcopy(cell).double(), "cpu", torch.float64), (cell.to(device), device, torch.float32)):
+    for c, on, dtype in (
+        (copy.deepcopy(cell).double(), "cpu", torch.float64),
+        (cell.to(device), device, torch.float32),
+    ):
         state = None
         for _ in range(3):
             state = c(x.to(on, dtype), state)

@@ -530,8 +530,16 @@ def test_rows_on_gpus(gpu, d):
 
 @pytest.mark.parametrize("m", [1, 3, 131, 700])
 def test_columns_on_gpus(gpu, m):
-    built = nest.rows(gpu, "sum", [nest.Operand("o", "f32", ("0", "1"))], [nest.Operand("x", "f32", ("s", "1"))], lambda r, x: r.sum(x))
+    built = nest.rows(
+        gpu,
+        "sum",
+        [nest.Operand("o", "f32", ("0", "1"))],
+        [nest.Operand("x", "f32", ("s", "1"))],
+        lambda r, x: r.sum(x),
+    )
     assert built.schedule == "invocation"
     x = np.random.default_rng(0).standard_normal((m, 77)).astype(np.float32)
-    got = run(built.kernel, [np.zeros(77, np.float32), x], built.scalars([m, 77], [(0, 1), (77, 1)]), built.groups([m, 77]))[0]
+    got = run(
+        built.kernel, [np.zeros(77, np.float32), x], built.scalars([m, 77], [(0, 1), (77, 1)]), built.groups([m, 77])
+    )[0]
     np.testing.assert_allclose(got, x.sum(0), rtol=1e-4, atol=1e-4)

@@ -32,14 +32,20 @@ def test_edges(device):
 
 @pytest.mark.parametrize("name", ["gammainc", "gammaincc"])
 def test_incomplete_gamma(device, name):
-    a, x = torch.meshgrid(torch.tensor([0.0, 0.1, 0.9, 3.0, 20.0, 150.0]), torch.tensor([0.0, 0.05, 1.0, 4.0, 19.0, 160.0]), indexing="ij")
+    a, x = torch.meshgrid(
+        torch.tensor([0.0, 0.1, 0.9, 3.0, 20.0, 150.0]), torch.tensor([0.0, 0.05, 1.0, 4.0, 19.0, 160.0]), indexing="ij"
+    )
     f = getattr(S, name)
     torch.testing.assert_close(f(a.to(device), x.to(device)).cpu(), f(a, x), rtol=3e-5, atol=1e-5, equal_nan=True)
 
 
 def test_zeta(device):
-    x, q = torch.meshgrid(torch.tensor([0.5, 1.0, 1.5, 3.0, 8.0]), torch.tensor([0.5, 1.0, 7.5, -1.5, -2.0, 30.0]), indexing="ij")
-    torch.testing.assert_close(S.zeta(x.to(device), q.to(device)).cpu(), S.zeta(x, q), rtol=1e-5, atol=1e-5, equal_nan=True)
+    x, q = torch.meshgrid(
+        torch.tensor([0.5, 1.0, 1.5, 3.0, 8.0]), torch.tensor([0.5, 1.0, 7.5, -1.5, -2.0, 30.0]), indexing="ij"
+    )
+    torch.testing.assert_close(
+        S.zeta(x.to(device), q.to(device)).cpu(), S.zeta(x, q), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
 
 
 POLYNOMIALS = [f"{s}chebyshev_polynomial_{k}" for s in ("", "shifted_") for k in "tuvw"]
@@ -48,7 +54,9 @@ POLYNOMIALS += ["hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polyn
 
 @pytest.mark.parametrize("name", POLYNOMIALS)
 def test_polynomials(device, name):
-    x, n = torch.meshgrid(torch.tensor([-1.0, -0.7, 0.0, 0.3, 1.0, 1.5]), torch.tensor([-1.0, 0.0, 1.0, 2.0, 5.0, 12.0]), indexing="ij")
+    x, n = torch.meshgrid(
+        torch.tensor([-1.0, -0.7, 0.0, 0.3, 1.0, 1.5]), torch.tensor([-1.0, 0.0, 1.0, 2.0, 5.0, 12.0]), indexing="ij"
+    )
     f = getattr(S, name)
     torch.testing.assert_close(f(x.to(device), n.to(device)).cpu(), f(x, n), rtol=3e-5, atol=3e-5, equal_nan=True)
 
@@ -70,7 +78,12 @@ def test_frexp(device, dtype):
 
 
 def test_kaiser_and_renorm(device):
-    torch.testing.assert_close(torch.kaiser_window(20, False, 8.0, device=device).cpu(), torch.kaiser_window(20, False, 8.0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.kaiser_window(20, False, 8.0, device=device).cpu(),
+        torch.kaiser_window(20, False, 8.0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     x = torch.randn(5, 7)
     torch.testing.assert_close(torch.renorm(x.to(device), 2, 0, 1.5).cpu(), torch.renorm(x, 2, 0, 1.5))
 

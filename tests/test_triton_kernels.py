@@ -63,7 +63,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
         monkeypatch.setenv("SPIRAL_CACHE", "0")
         memory = 227 << 10
-        target = Target(language="triton", schedule_class="block", engine="cuda", compute_units=132, capability=90, max_workgroup_memory=memory)
+        target = Target(
+            language="triton",
+            schedule_class="block",
+            engine="cuda",
+            compute_units=132,
+            capability=90,
+            max_workgroup_memory=memory,
+        )
         s = gemm.schedule(target, "bf16", "", 4096, 4096, 1, True, True)
         stored = gemm.stores_tiles(target, s, "bf16", "bf16")
         kernel = gemm.gemm(target, s, "bf16", "bf16", "bf16", "n", "t", "n", "", False, Epilogue(), True, stored)
@@ -73,7 +80,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         if not tool.exists():
             pytest.skip("Triton without its disassembler")
         (tmp_path / "k.cubin").write_bytes(binary.image)
-        usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True
+        ).stdout
         assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0 and int(re.search(r"REG:(\d+)", usage)[1]) < 200
 
 else:
@@ -110,7 +119,11 @@ else:
             TARGET, "g", [Operand("o", "bool", ("1", "s"))], [Operand("x", "i64", ("s", "1")), Operand("y", "u8", ("1", "0"))],
             lambda x, y: ir.gt(x, ir.cast(y, "i64")), 2,
         )  # fmt: skip
-        x, y, out = torch.randint(-9, 9, (5, 7)), torch.randint(0, 5, (5,), dtype=torch.uint8), torch.zeros(7, 5, dtype=torch.bool)
+        x, y, out = (
+            torch.randint(-9, 9, (5, 7)),
+            torch.randint(0, 5, (5,), dtype=torch.uint8),
+            torch.zeros(7, 5, dtype=torch.bool),
+        )
         run(built.kernel, [out, x, y], built.scalars([5, 7], [(1, 5), (7, 1), (1, 0)]), built.groups([5, 7]))
         assert (out == (x > y[:, None]).t()).all()
 
@@ -120,7 +133,9 @@ else:
             e = ir.exp(x - r.reduce(nest.MAX(), x))
             return e / r.sum(e)
 
-        built = nest.rows(TARGET, "softmax", [Operand("o", "f32", ("1", "s"))], [Operand("x", "f32", ("1", "s"))], softmax)
+        built = nest.rows(
+            TARGET, "softmax", [Operand("o", "f32", ("1", "s"))], [Operand("x", "f32", ("1", "s"))], softmax
+        )
         x, out = torch.randn(3, d), torch.zeros(3, d)
         run(built.kernel, [out, x], built.scalars([d, 3], [(1, d), (1, d)]), built.groups([d, 3]))
         torch.testing.assert_close(out, x.softmax(-1))
@@ -145,7 +160,12 @@ else:
         )
         x, out, n = torch.randn(301, 150), torch.zeros(150), 4
         partial = torch.zeros(150 * n)
-        run(s.first.kernel, [partial, x], s.first.scalars([301, 150], [(150, 1)], splits=n), s.first.groups([301, 150], n))
+        run(
+            s.first.kernel,
+            [partial, x],
+            s.first.scalars([301, 150], [(150, 1)], splits=n),
+            s.first.groups([301, 150], n),
+        )
         sizes, strides = s.second_shape([301, 150], n, [(1,)])
         run(s.second.kernel, [out, partial], s.second.scalars(sizes, strides, [301]), s.second.groups(sizes))
         torch.testing.assert_close(out, x.sum(0), rtol=1e-5, atol=1e-4)
@@ -214,7 +234,12 @@ else:
         i = k.global_id(32)
         out[i] = x[k.check_index(at[i], 0, 10, site)]
         kernel = k.finish(workgroup=(32, 1, 1))
-        x, at, out, words = torch.randn(10), torch.randint(0, 10, (32,)), torch.zeros(32), torch.zeros(2, dtype=torch.int32)
+        x, at, out, words = (
+            torch.randn(10),
+            torch.randint(0, 10, (32,)),
+            torch.zeros(32),
+            torch.zeros(2, dtype=torch.int32),
+        )
         run(kernel, [x, at, out], [3], (1,), words)
         assert torch.equal(out, x[at]) and words.tolist() == [0, 0]
         at[5] = 12
@@ -260,8 +285,15 @@ else:
         a = a.mT.contiguous().mT if layouts[0] == "t" else a
         b = b.mT.contiguous().mT if layouts[1] == "t" else b
         s = gemm.WHOLE[0] if dtype == "i32" else gemm.Schedule(32, 32, 16, 4, 3)
-        kernel = gemm.gemm(TARGET, s, dtype, dtype, dtype, *layouts, "n", "ieee" if dtype == "f32" else "", False, Epilogue())
-        values = dict(zip(["ab", "am", "ak", "bb", "bk", "bn", "cb", "cm", "cn", "m", "n", "k"], (*a.stride(), *b.stride(), *c.stride(), m, n, k)))
+        kernel = gemm.gemm(
+            TARGET, s, dtype, dtype, dtype, *layouts, "n", "ieee" if dtype == "f32" else "", False, Epilogue()
+        )
+        values = dict(
+            zip(
+                ["ab", "am", "ak", "bb", "bk", "bn", "cb", "cm", "cn", "m", "n", "k"],
+                (*a.stride(), *b.stride(), *c.stride(), m, n, k),
+            )
+        )
         scalars = [values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", False)]
         run(kernel, [a, b, c], scalars, gemm.groups(s, m, n, 2))
         tolerance = {"f16": 2e-3, "f64": 1e-12}.get(dtype, 1e-5)
@@ -299,7 +331,10 @@ else:
             assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
 
     def test_gemm_of_int8():
-        a, b = torch.randint(-128, 128, (20, 70), dtype=torch.int8), torch.randint(-128, 128, (33, 70), dtype=torch.int8)
+        a, b = (
+            torch.randint(-128, 128, (20, 70), dtype=torch.int8),
+            torch.randint(-128, 128, (33, 70), dtype=torch.int8),
+        )
         c = torch.zeros(20, 33, dtype=torch.int32)
         s = gemm.Schedule(32, 32, 32, 4, 1)
         kernel = gemm.gemm(TARGET, s, "i8", "i8", "i32", "n", "t", "n", "", False, Epilogue())
@@ -341,7 +376,10 @@ else:
     ])  # fmt: skip
     def test_attention(mask, causal, head, head_v, scale):
         batch, heads, kv, queries, keys = 1, 4, 2, 37, 53
-        q, k, v = (torch.randn(batch, h, t, d, requires_grad=True) for h, t, d in ((heads, queries, head), (kv, keys, head), (kv, keys, head_v)))
+        q, k, v = (
+            torch.randn(batch, h, t, d, requires_grad=True)
+            for h, t, d in ((heads, queries, head), (kv, keys, head), (kv, keys, head_v))
+        )
         scores = q @ k.repeat_interleave(2, 1).mT * scale
         m = None
         if causal:

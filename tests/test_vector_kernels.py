@@ -1,6 +1,5 @@
 """Contractions of the vector class (OpenCL on CPU devices) against float64 PyTorch."""
 
-
 from __future__ import annotations
 
 import math

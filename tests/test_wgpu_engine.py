@@ -106,7 +106,7 @@ def test_changing_parameter_blocks_create_no_objects(engine):
     run(0)
     created = engine.objects_created
     run(100)  # new contents
-    run(0)    # known ones
+    run(0)  # known ones
     assert engine.objects_created == created
     assert floats(engine, memory)[0] == sum(range(200)) + sum(range(100))
 

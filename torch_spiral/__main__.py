@@ -87,7 +87,9 @@ def _backward(device: str) -> None:
         model = model.to(place)
         model.zero_grad()
         torch.nn.functional.cross_entropy(model(x.to(place)), target.to(place)).backward()
-        gradients.append([p.grad.cpu().clone() for p in model.parameters() if p.grad is not None])  # a move takes gradients along
+        gradients.append(
+            [p.grad.cpu().clone() for p in model.parameters() if p.grad is not None]
+        )  # a move takes gradients along
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 

@@ -29,7 +29,43 @@ from .kernels.kernel import DTYPES, Kernel, Target
 CODES = {
     name: number
     for number, name in enumerate(
-        ["Add", "Sub", "Mul", "FloorDiv", "Mod", "CeilDiv", "Min", "Max", "Neg", "Eq", "Lt", "Le", "And", "Or", "Not", "Select", "FAdd", "FSub", "FMul", "FDiv", "FPow", "FMin", "FMax", "FNeg", "FEq", "FLt", "FLe", "FSqrt", "FExp", "FLog", "FFloor", "ToFloat", "ToInt", "PhiloxSeed", "PhiloxOffset"]
+        [
+            "Add",
+            "Sub",
+            "Mul",
+            "FloorDiv",
+            "Mod",
+            "CeilDiv",
+            "Min",
+            "Max",
+            "Neg",
+            "Eq",
+            "Lt",
+            "Le",
+            "And",
+            "Or",
+            "Not",
+            "Select",
+            "FAdd",
+            "FSub",
+            "FMul",
+            "FDiv",
+            "FPow",
+            "FMin",
+            "FMax",
+            "FNeg",
+            "FEq",
+            "FLt",
+            "FLe",
+            "FSqrt",
+            "FExp",
+            "FLog",
+            "FFloor",
+            "ToFloat",
+            "ToInt",
+            "PhiloxSeed",
+            "PhiloxOffset",
+        ]
     )
 }
 NONE = 0xFFFFFFFF  # kNone and kErrorBuffer of plan.h
@@ -76,7 +112,9 @@ class Sym:
         """A power of two up to 16 that divides it in every call of the plan."""
 
     def __bool__(self) -> bool:
-        raise TypeError("a Sym has no value while a plan is recorded: branch on size classes (is_one, bucket …) or use where()")
+        raise TypeError(
+            "a Sym has no value while a plan is recorded: branch on size classes (is_one, bucket …) or use where()"
+        )
 
     __int__ = __float__ = __index__ = __bool__
 
@@ -245,7 +283,9 @@ class Tensor:
             if isinstance(stride, Stride):
                 if not (stride.is_one if inner else stride.is_dense):
                     return False
-            elif (inner and not is_one(stride)) or (not inner and not isinstance(stride, _Dense) and (dense is None or not is_plain(stride, dense))):
+            elif (inner and not is_one(stride)) or (
+                not inner and not isinstance(stride, _Dense) and (dense is None or not is_plain(stride, dense))
+            ):
                 return False
             inner = False
             dense = dense * size if dense is not None and isinstance(size, int) else None
@@ -294,9 +334,7 @@ class Tensor:
     def with_dtype(self, dtype: str) -> Tensor:
         """The same elements read as another dtype of the same size."""
         assert DTYPES[dtype].size == DTYPES[self.dtype].size
-        return Tensor(
-            self.number, dtype, self.sizes, self.strides, self.offset, self.written, self.flags, self.windows
-        )
+        return Tensor(self.number, dtype, self.sizes, self.strides, self.offset, self.written, self.flags, self.windows)
 
     def permute(self, dims: Sequence[int]) -> Tensor:
         """Dimensions in another order."""
@@ -432,7 +470,26 @@ class Recorder:
             return self.expr_numbers[key]
         x, y, z = refs
         self.exprs.append((CODES[code], x, y, z))
-        kind = "f" if code in ["FDiv", "FAdd", "FSub", "FMul", "FPow", "FMin", "FMax", "FNeg", "FSqrt", "FExp", "FLog", "FFloor", "ToFloat"] else "i"
+        kind = (
+            "f"
+            if code
+            in [
+                "FDiv",
+                "FAdd",
+                "FSub",
+                "FMul",
+                "FPow",
+                "FMin",
+                "FMax",
+                "FNeg",
+                "FSqrt",
+                "FExp",
+                "FLog",
+                "FFloor",
+                "ToFloat",
+            ]
+            else "i"
+        )
         if code == "Select":
             kind = args[1].kind
         sym = Sym(("e", len(self.exprs) - 1), kind, self, _evaluate(code, [a._hint for a in args]))
@@ -590,7 +647,10 @@ def _node(code: str, *args: Number) -> Sym:
 
 def _binary(code: str, a: Number, b: Number) -> Any:
     r = recorder()
-    fa, fb = isinstance(a, float) or getattr(a, "kind", "") == "f", isinstance(b, float) or getattr(b, "kind", "") == "f"
+    fa, fb = (
+        isinstance(a, float) or getattr(a, "kind", "") == "f",
+        isinstance(b, float) or getattr(b, "kind", "") == "f",
+    )
     if fa or fb:
         if code == "FloorDiv":
             return r.node("FFloor", r.node("FDiv", to_float(a), to_float(b)))
@@ -777,7 +837,14 @@ def empty(sizes: Sequence[Any], dtype: str, strides: Sequence[Any] | None = None
     r.allocations.append([False, dtype, sizes, strides and tuple(strides), bytes_, windows, NONE, 0])
     number = r.operand_count + len(r.allocations) - 1
     return Tensor(
-        number, dtype, sizes, tuple(strides) if strides is not None else contiguous_strides(sizes), None, True, FRESH, windows
+        number,
+        dtype,
+        sizes,
+        tuple(strides) if strides is not None else contiguous_strides(sizes),
+        None,
+        True,
+        FRESH,
+        windows,
     )
 
 
@@ -812,7 +879,11 @@ def packed(x: Tensor, sizes: Sequence[Any], dtype: str, kind: str) -> Iterator[T
 
 
 def launch(
-    kernel: Kernel, buffers: Sequence[Tensor], scalars: Sequence[Any], groups: Sequence[Any], flops: Callable[[], Any] | None = None
+    kernel: Kernel,
+    buffers: Sequence[Tensor],
+    scalars: Sequence[Any],
+    groups: Sequence[Any],
+    flops: Callable[[], Any] | None = None,
 ) -> None:
     """Queues a kernel. scalars in the order of kernel.scalars; groups: workgroups in each dimension; none if one is 0. flops: how many
     floating point operations it does, for telemetry."""
@@ -910,9 +981,7 @@ def _register(name: str, kind: str, function: Callable[..., Any], coarse: bool) 
             _C.set_coarse(_C.op_id(name))
 
 
-def lowering(
-    *names: str, slots: tuple[str, ...] = (), exact: tuple[str, ...] = (), coarse: bool = False
-) -> Callable:
+def lowering(*names: str, slots: tuple[str, ...] = (), exact: tuple[str, ...] = (), coarse: bool = False) -> Callable:
     """Registers the lowering of aten overloads ("native_layer_norm", "add_.Tensor") for spiral tensors.
 
     slots: integer arguments that don't enter the plan's key. exact: tensors whose sizes beyond the second do, because kernels are

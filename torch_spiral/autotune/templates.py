@@ -303,7 +303,9 @@ class Attention(Template):
         if target.schedule_class == "simt":
             return simt.forward(target, schedule, dtype, head, head_v, mask, causal == "causal", flag == "vec").source
         precision = "bf16x6" if dtype == "f32" else ""
-        return block.forward(target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision).source
+        return block.forward(
+            target, schedule, dtype, head, head_v, "exact" in flag, mask, causal == "causal", precision
+        ).source
 
 
 class Conv(Template):

@@ -17,7 +17,9 @@ Shape = tuple[Sequence[int], Sequence[int]]  # sizes, strides
 def bias_of(backward: bool, node: ast.Call) -> ast.AST | None:
     """The argument that is added to the scores."""
     at = 4 if backward else 3
-    found = node.args[at] if at < len(node.args) else next((k.value for k in node.keywords if k.arg == "attn_bias"), None)
+    found = (
+        node.args[at] if at < len(node.args) else next((k.value for k in node.keywords if k.arg == "attn_bias"), None)
+    )
     return None if isinstance(found, ast.Constant) else found
 
 
@@ -46,12 +48,18 @@ def plan(
 
     try:
         at = (12, 13) if backward else (4, 5)
-        dropout, causal = (argument(i, n, x) for i, n, x in zip(at, ("dropout_p", "is_causal"), (0.0, False), strict=True))
+        dropout, causal = (
+            argument(i, n, x) for i, n, x in zip(at, ("dropout_p", "is_causal"), (0.0, False), strict=True)
+        )
         wanted = argument(5, "grad_input_mask", None) if backward else [False] * 4
         scale = argument(16 if backward else 99, "scale", None)
     except ValueError:
         return None
-    if dropout or wanted[3] or (bias_of(backward, node) is not None and (bias is None or (queries == 1 and kv_heads != heads))):
+    if (
+        dropout
+        or wanted[3]
+        or (bias_of(backward, node) is not None and (bias is None or (queries == 1 and kv_heads != heads)))
+    ):
         return None
     added = None
     if bias is not None:
@@ -87,7 +95,9 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
     return out
 
 
-def forward(*args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, attn_bias: Any = None) -> Any:
+def forward(
+    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, attn_bias: Any = None
+) -> Any:
     """The operator's results on handles. There is no random state without dropout, but its callers want tensors."""
     q, k, v = args[:3]
     mask = _mask(args[3] if len(args) > 3 else attn_bias, q, k, bias)
@@ -101,7 +111,9 @@ def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:
     return None if strides is None else bias.view((*q.sizes[:3], k.sizes[2]), strides)
 
 
-def backward(*args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, wanted: Sequence[bool]) -> Any:
+def backward(
+    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, wanted: Sequence[bool]
+) -> Any:
     g, q, k, v = args[:4]
     out, lse = args[6:8]
     dq = low.empty(q.sizes, q.dtype, strides[0]) if wanted[0] else None
@@ -110,6 +122,19 @@ def backward(*args: Any, causal: bool, bias: Any, scale: float, classes: Any, st
         for x, s in ((k, strides[1]), (v, strides[2]))
     )
     low.lowerings[f"{NAME}_backward"](
-        g, q, k, v, _mask(args[4], q, k, bias), out, lse, causal, low.recorder().lift(float(scale)), *classes, dq, dk, dv, None
+        g,
+        q,
+        k,
+        v,
+        _mask(args[4], q, k, bias),
+        out,
+        lse,
+        causal,
+        low.recorder().lift(float(scale)),
+        *classes,
+        dq,
+        dk,
+        dv,
+        None,
     )
     return dq, dk, dv, None

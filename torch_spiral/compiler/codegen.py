@@ -59,7 +59,9 @@ class FusedKernel(compat.SIMDKernel):
         super().__init__(*args, **kwargs)
         self.cse: Any = _Variables(self.newvar_prefix, self.suffix)
         self.indirect: dict[sympy.Symbol, ir.Node] = {}
-        self.checked: list[tuple[sympy.Expr, sympy.Symbol]] = []  # index expressions that were checked, and their values
+        self.checked: list[
+            tuple[sympy.Expr, sympy.Symbol]
+        ] = []  # index expressions that were checked, and their values
         self.recorded: list[tuple[str, sympy.Expr, ir.Node, str | None, bool]] = []
         self.loaded: list[tuple[str, sympy.Expr]] = []
         self.sites: list[str] = []

@@ -79,7 +79,13 @@ def _alone(n: Any) -> bool:
 
 
 def _through_casts(n: Any) -> Any:
-    while _alone(n) and n.op == "call_method" and n.target in _CASTS and isinstance(_value(n), torch.Tensor) and _value(n).is_floating_point():
+    while (
+        _alone(n)
+        and n.op == "call_method"
+        and n.target in _CASTS
+        and isinstance(_value(n), torch.Tensor)
+        and _value(n).is_floating_point()
+    ):
         n = n.args[0]
     return n
 
@@ -120,7 +126,13 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
                 return False
             biases.append(("tensor", b if _has_product(a) else a))
             n = _through_casts(a if _has_product(a) else b)
-        elif n.target in (torch.where, "where") and not biases and len(n.args) == 3 and isinstance(n.args[0], fx.Node) and _number(n.args[2]) is not None:
+        elif (
+            n.target in (torch.where, "where")
+            and not biases
+            and len(n.args) == 3
+            and isinstance(n.args[0], fx.Node)
+            and _number(n.args[2]) is not None
+        ):
             condition, scores, other = n.args if n.target is torch.where else (n.args[1], n.args[0], n.args[2])
             biases.append(("where", condition, _number(other)))
             n = _through_casts(scores)
@@ -156,7 +168,11 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
         for kind, tensor, *number in biases:
             if kind == "tensor":
                 given = _value(tensor)
-                if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.device.type != "spiral":
+                if (
+                    not isinstance(given, torch.Tensor)
+                    or not given.is_floating_point()
+                    or given.device.type != "spiral"
+                ):
                     return False
                 bias = tensor if given.dtype == qv.dtype else graph.call_method("to", (tensor, qv.dtype))
             else:

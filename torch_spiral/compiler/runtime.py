@@ -129,8 +129,12 @@ def fused_product(
     terms = [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
     if kind == "convolution":
         x, w, bias = args if len(args) == 3 else (*args, options["bias"])
-        stride, padding, dilation, extra = (list(options[k]) for k in ("stride", "padding", "dilation", "output_padding"))
-        _convolution(x, w, list(options["taps"]), bias, stride, padding, dilation, False, extra, options["groups"], terms, out)
+        stride, padding, dilation, extra = (
+            list(options[k]) for k in ("stride", "padding", "dilation", "output_padding")
+        )
+        _convolution(
+            x, w, list(options["taps"]), bias, stride, padding, dilation, False, extra, options["groups"], terms, out
+        )
         return
     bias, (a, b) = (args[0], args[1:3]) if kind in ("addmm", "baddbmm") else (None, args[:2])
     if kind in ("mm", "addmm"):

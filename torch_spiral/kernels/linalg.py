@@ -64,7 +64,9 @@ class Team:
         if self.size > 1:
             self.k.barrier(buffers=True)
 
-    def reduce(self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]) -> list[Any]:
+    def reduce(
+        self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]
+    ) -> list[Any]:
         """The invocations' tuples of values combined in order; all get the result. What they stored before is visible after."""
         k = self.k
         if self.size == 1:
@@ -210,7 +212,9 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
     a = _matrix(k, "a", dtype, "rw")
     pivots, info = k.buffer("pivots", "i32", "w"), k.buffer("info", "i32", "rw")
     _strides(k, a)
-    batches, rows, first, count, pivot_stride = (k.scalar(n, "i32") for n in ("batches", "rows", "first", "count", "pivot_stride"))
+    batches, rows, first, count, pivot_stride = (
+        k.scalar(n, "i32") for n in ("batches", "rows", "first", "count", "pivot_stride")
+    )
     team = Team(k)
     part = compute_dtype(dtype)
     a.at(k, team.batch)
@@ -239,7 +243,9 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
             with team.one(), k.If(live):
                 pivots[team.batch * pivot_stride + j] = j + 1
         pivot = k.let(a[j, j])
-        zero = ir.and_(ir.eq(pivot.re, 0.0), ir.eq(pivot.im, 0.0)) if isinstance(pivot, ir.Complex) else ir.eq(pivot, 0.0)
+        zero = (
+            ir.and_(ir.eq(pivot.re, 0.0), ir.eq(pivot.im, 0.0)) if isinstance(pivot, ir.Complex) else ir.eq(pivot, 0.0)
+        )
         with k.If(ir.and_(ir.eq(failed, 0), zero)):
             failed.set(j + 1)
         with team.each(j + 1, row_stop) as i:
@@ -471,7 +477,9 @@ def ormqr(target: Target, dtype: str, forward: bool, conjugate_tau: bool, conjug
     c = _matrix(k, "c", dtype, "rw")
     _strides(k, v)
     _strides(k, c)
-    batches, m, columns, count, tau_stride = (k.scalar(s, "i32") for s in ("batches", "m", "columns", "count", "tau_stride"))
+    batches, m, columns, count, tau_stride = (
+        k.scalar(s, "i32") for s in ("batches", "m", "columns", "count", "tau_stride")
+    )
     item = k.let(ir.cast(k.global_id(TEAM), "i32"))
 
     def of_v(i: Any, j: Any) -> Any:
@@ -488,7 +496,9 @@ def ormqr(target: Target, dtype: str, forward: bool, conjugate_tau: bool, conjug
             dot = _var(k, dtype, c[j, q])
             with k.For(j + 1, m) as i:
                 dot.set(dot + _conj(of_v(i, j)) * c[i, q])
-            scaled = k.let((_conj(factor) if conjugate_tau else factor) * (dot if isinstance(dot, ir.Complex) else dot.as_node()))
+            scaled = k.let(
+                (_conj(factor) if conjugate_tau else factor) * (dot if isinstance(dot, ir.Complex) else dot.as_node())
+            )
             c[j, q] = c[j, q] - scaled
             with k.For(j + 1, m) as i:
                 c[i, q] = c[i, q] - of_v(i, j) * scaled

@@ -47,7 +47,40 @@ INFIX = {
 }  # fmt: skip
 # Functions of the vendor's library, under the names that Triton's libdevice gives them.
 LIBDEVICE = frozenset(
-    ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "atan2", "pow", "fmod", "hypot", "copysign", "nextafter", "erf", "erfc", "erfinv", "lgamma", "rsqrt", "trunc", "rint"]
+    [
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "atan2",
+        "pow",
+        "fmod",
+        "hypot",
+        "copysign",
+        "nextafter",
+        "erf",
+        "erfc",
+        "erfinv",
+        "lgamma",
+        "rsqrt",
+        "trunc",
+        "rint",
+    ]
 )
 HEADER = "# warps: {warps}, stages: {stages}\n"
 IMPORTS = "import triton\nimport triton.language as tl\n"
@@ -183,7 +216,13 @@ class Triton(Language):
             k.line(f"tl.store({pointer}, {text}{k.mask.token('m') if block else ''})")
 
     def prefix(
-        self, target: Target, kernel: Kernel, buffers: list[BufferDecl], scalars: list[ScalarDecl], options: Options, module: str
+        self,
+        target: Target,
+        kernel: Kernel,
+        buffers: list[BufferDecl],
+        scalars: list[ScalarDecl],
+        options: Options,
+        module: str,
     ) -> str:
         names = [b.name for b in buffers] + ["error_word"] * options.errors
         names += [s.name for s in scalars if s.type in ("i64", "f64")]
@@ -505,7 +544,9 @@ class TritonBuilder(KernelBuilder):
         texts = [e.value(x) if x.op != "const" else number(x) for x in (first, last, by)]
         wide = dtype in ("u32", "u64", "i64")  # Triton's loops count signed
         if wide:
-            texts = [t if x.op == "const" else f"{t}.to(tl.int64)" for t, x in zip(texts, (first, last, by), strict=True)]
+            texts = [
+                t if x.op == "const" else f"{t}.to(tl.int64)" for t, x in zip(texts, (first, last, by), strict=True)
+            ]
         with e.block(f"for {name} in range({', '.join(texts)}):"):
             e.line(turn.token("d") + f"{turn.name} = {live.token('o')} & (zero == 0)")
             index = e.fresh("i")
@@ -595,7 +636,9 @@ class TritonBuilder(KernelBuilder):
         safe = ir.where(bad, low, index)
         return safe if self.wide else self.index(safe)
 
-    def reduce(self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]) -> list[Node]:
+    def reduce(
+        self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]
+    ) -> list[Node]:
         """All lanes' tuples of values combined; every lane gets the result. combine is associative and commutative; name and
         dtypes say which it is."""
         e = self.emitter
@@ -688,7 +731,7 @@ class TritonAtomics(Atomics):
                 text = e.value(value) if e.varies(value) else self.k._full(e.value(value), value.dtype)
                 if b.dtype in STORED:
                     text += f".to({STORED[b.dtype]})"
-                out = e.tmp(d.compute, f"tl.atomic_{op}({pointer}, {text}{e.mask.token('m')}, sem=\"relaxed\")")
+                out = e.tmp(d.compute, f'tl.atomic_{op}({pointer}, {text}{e.mask.token("m")}, sem="relaxed")')
             return out if b.dtype in ("i32", "u32") else None
         if d.is_pair and b.dtype != "c32":
             raise TypeError(f"atomic {op} of {b.dtype}")
@@ -718,7 +761,7 @@ class TritonAtomics(Atomics):
             new = self._replaced(e, b, o, shift, f)
             at, live = e.fresh("at"), e.mask.token("o")
             e.line(f"{at} = tl.where({live}, {e.value(o)}, 0)")
-            got = e.tmp(word, f"tl.atomic_cas({place}, {at}, tl.where({live}, {e.value(new)}, 0), sem=\"relaxed\")")
+            got = e.tmp(word, f'tl.atomic_cas({place}, {at}, tl.where({live}, {e.value(new)}, 0), sem="relaxed")')
             with k.If(ir.eq(got, o)):
                 k.Break()
             old.set(got)

@@ -87,7 +87,9 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
     if getattr(metadata, "profile_scratch_size", 0) or metadata.num_ctas != 1:
         raise Unsupported(f"{kernel.name} needs memory for a profile, or clusters")
     image = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, metadata.global_scratch_size)
+    return Binary(
+        image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, metadata.global_scratch_size
+    )
 
 
 def _keep_failed(kernel: Kernel) -> str:

@@ -4,7 +4,37 @@ from importlib import import_module
 
 import torch
 
-FAMILIES: tuple[str, ...] = ("pointwise", "matmul", "reduce", "norms", "losses", "scans", "conv", "activation", "index", "embedding", "segment", "shape", "factory", "sort", "attention", "rnn", "random", "pooling", "padding", "resample", "sliding", "special", "optim", "foreach", "linalg", "quantized", "host", "fft", "sparse")
+FAMILIES: tuple[str, ...] = (
+    "pointwise",
+    "matmul",
+    "reduce",
+    "norms",
+    "losses",
+    "scans",
+    "conv",
+    "activation",
+    "index",
+    "embedding",
+    "segment",
+    "shape",
+    "factory",
+    "sort",
+    "attention",
+    "rnn",
+    "random",
+    "pooling",
+    "padding",
+    "resample",
+    "sliding",
+    "special",
+    "optim",
+    "foreach",
+    "linalg",
+    "quantized",
+    "host",
+    "fft",
+    "sparse",
+)
 if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
     FAMILIES += ("before_2_13",)
 

@@ -66,7 +66,9 @@ def log_sigmoid_forward_output(x: torch.Tensor, *, output: torch.Tensor, buffer:
 
 
 @composite("log_sigmoid_backward.grad_input")
-def log_sigmoid_backward_out(grad: torch.Tensor, x: torch.Tensor, buffer: torch.Tensor, *, grad_input: torch.Tensor) -> Any:
+def log_sigmoid_backward_out(
+    grad: torch.Tensor, x: torch.Tensor, buffer: torch.Tensor, *, grad_input: torch.Tensor
+) -> Any:
     """log_sigmoid_backward into a given tensor."""
     return write_out(grad_input, torch.ops.aten.log_sigmoid_backward(grad, x, buffer))
 
@@ -83,9 +85,16 @@ def glu(x: Tensor, dim: int = -1) -> Tensor:
     if x.ndim == 0:
         raise RuntimeError("glu does not support 0-dimensional tensors")
     if not -x.ndim <= dim < x.ndim:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-x.ndim}, {x.ndim - 1}], but got {dim})")
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-x.ndim}, {x.ndim - 1}], but got {dim})"
+        )
     dim = dim % x.ndim
-    check(eq(x.sizes[dim] % 2, 0), "RuntimeError", f"Halving dimension must be even, but dimension {dim} is size {{}}", x.sizes[dim])
+    check(
+        eq(x.sizes[dim] % 2, 0),
+        "RuntimeError",
+        f"Halving dimension must be even, but dimension {dim} is size {{}}",
+        x.sizes[dim],
+    )
     a, b = _halves(x, dim)
     out = empty(a.sizes, x.dtype)
     map_tensors("glu", stubs.STUBS["glu_stub"][1], [out], [a, b])
@@ -118,7 +127,9 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     half = x.sizes[dim] // 2
     sizes = [half if d == dim else s for d, s in enumerate(x.sizes)]
     # The strides of the outer dimensions are those of x, not dense in a half.
-    strides = [Sym(s._ref, "i", s._recorder, s._hint) if d < dim and isinstance(s, Sym) else s for d, s in enumerate(x.strides)]
+    strides = [
+        Sym(s._ref, "i", s._recorder, s._hint) if d < dim and isinstance(s, Sym) else s for d, s in enumerate(x.strides)
+    ]
     return x.view(sizes, strides), x.view(sizes, strides, half * x.strides[dim])
 
 
@@ -126,4 +137,3 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def glu_backward_out(grad: torch.Tensor, x: torch.Tensor, dim: int, *, grad_input: torch.Tensor) -> Any:
     """glu_backward into a given tensor."""
     return write_out(grad_input, torch.ops.aten.glu_backward(grad, x, dim))
-

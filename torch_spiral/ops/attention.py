@@ -80,7 +80,17 @@ def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
 
 
 def _tuned(
-    flags: str, default: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, rows: int, candidates: Any
+    flags: str,
+    default: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    head: int,
+    head_v: int,
+    rows: int,
+    candidates: Any,
 ) -> Any:
     """The schedule of a forward kernel: the default, or what was measured to be faster."""
     key = f"{q.dtype} {flags} {'causal' if causal else 'full'} {mask.dtype if mask is not None else '-'} h{head} v{head_v} q{rows}"
@@ -125,7 +135,13 @@ def _vector_forward(
     else:
         kernel = build(vector.attention_forward, *key)
         buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
-        launch(kernel, buffers, [*_bht(q, out), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1), _work(q, k, v, causal))
+        launch(
+            kernel,
+            buffers,
+            [*_bht(q, out), *tail],
+            (cdiv(queries, vector.ROWS), batch * heads, 1),
+            _work(q, k, v, causal),
+        )
 
 
 def _vector_backward(
@@ -148,7 +164,18 @@ def _vector_backward(
         launch(kernel, buffers, [*_bht(q, g, dq), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1))
     if dk is not None and dv is not None:
         kernel = build(vector.attention_backward_kv, *key)
-        buffers = [k, v, _pack(q, "columns"), _pack(g, "columns"), _pack(q, "rows"), _pack(g, "rows"), delta, dk, dv, *masks]
+        buffers = [
+            k,
+            v,
+            _pack(q, "columns"),
+            _pack(g, "columns"),
+            _pack(q, "rows"),
+            _pack(g, "rows"),
+            delta,
+            dk,
+            dv,
+            *masks,
+        ]
         launch(kernel, buffers, [*_bht(k, v, dk, dv), *tail], (cdiv(keys, vector.ROWS), batch * kv_heads, 1))
 
 
@@ -173,11 +200,15 @@ def _block_forward(
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
     flags = "rows" + ("-exact" if vec == 2 else "")
-    s = _tuned(flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows))
+    s = _tuned(
+        flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows)
+    )
     kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec))
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
-    launch(kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups, _work(q, k, v, causal))
+    launch(
+        kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups, _work(q, k, v, causal)
+    )
 
 
 def _block_backward(
@@ -196,7 +227,12 @@ def _block_backward(
         s = block.backward_schedule(q.dtype, max(head, head_v), False)
         kernel = build(block.backward_query, s, *key, ds is not None)
         groups = block.groups(s.queries, queries, batch * heads)
-        launch(kernel, [*buffers, dq, *([ds] if ds is not None else [])], _block_scalars(q, k, v, mask, scale, g, dq), groups)
+        launch(
+            kernel,
+            [*buffers, dq, *([ds] if ds is not None else [])],
+            _block_scalars(q, k, v, mask, scale, g, dq),
+            groups,
+        )
     if dk is not None and dv is not None:
         s = block.backward_schedule(q.dtype, max(head, head_v), True)
         kernel = build(block.backward_key, s, *key)
@@ -224,7 +260,19 @@ def _simt_forward(
     s = simt.default_schedule(t, head_v_class, rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
     if splits == 1:
-        s = _tuned("vec" if vec else "-", s, q, k, v, mask, causal, head_class, head_v_class, rows, lambda: [c for c in simt.SCHEDULES if c.fits(t, head_v_class)])
+        s = _tuned(
+            "vec" if vec else "-",
+            s,
+            q,
+            k,
+            v,
+            mask,
+            causal,
+            head_class,
+            head_v_class,
+            rows,
+            lambda: [c for c in simt.SCHEDULES if c.fits(t, head_v_class)],
+        )
     masks = [mask] if mask is not None else []
     key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
     scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, out)]
@@ -235,7 +283,10 @@ def _simt_forward(
         return
     span = maximum(cdiv(cdiv(keys, splits), s.block_k), 4) * s.block_k
     parts = cdiv(keys, span)
-    partial, partial_lse = empty((parts, batch, heads, queries, head_v), "f32"), empty((parts, batch, heads, queries), "f32")
+    partial, partial_lse = (
+        empty((parts, batch, heads, queries, head_v), "f32"),
+        empty((parts, batch, heads, queries), "f32"),
+    )
     groups = simt.forward_groups(s, batch, heads, queries, parts, minimum)
     launch(build(simt.forward, *key, True), [q, k, v, *masks, partial, partial_lse], [*scalars, parts, span], groups)
     launch(
@@ -285,7 +336,9 @@ def native_multi_head_attention(
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     if query.dim() != 3 or embed_dim % num_head:
-        raise RuntimeError(f"expected a 3-D query and heads that divide {embed_dim}, got {query.dim()}-D and {num_head} heads")
+        raise RuntimeError(
+            f"expected a 3-D query and heads that divide {embed_dim}, got {query.dim()}-D and {num_head} heads"
+        )
     if query is key and key is value:
         parts = linear(query, qkv_weight, qkv_bias).chunk(3, -1)
     else:

@@ -14,7 +14,8 @@ from .elementwise import as_dtype
 def layout_of(x: Tensor, sizes: Sequence[Any]) -> tuple[str, ...]:
     """Stride classes of x, the fastest dimension first; dimensions of size 1 count as stride 0."""
     return tuple(
-        "0" if is_one(n) or is_zero(s) else "1" if is_one(s) else "s" for n, s in zip(reversed(sizes), reversed(x.strides))
+        "0" if is_one(n) or is_zero(s) else "1" if is_one(s) else "s"
+        for n, s in zip(reversed(sizes), reversed(x.strides))
     )
 
 
@@ -43,11 +44,16 @@ def map_tensors(name: str, function: Callable[..., Any], outs: Sequence[Tensor],
     launch(built.kernel, [*outs, *ins], built.scalars(shape, strides, values), built.groups(shape))
 
 
-def _map_kernel(target: Target, name: str, function: Callable[..., Any], ndim: int, outs: tuple, ins: tuple, types: tuple) -> nest.Nest:
+def _map_kernel(
+    target: Target, name: str, function: Callable[..., Any], ndim: int, outs: tuple, ins: tuple, types: tuple
+) -> nest.Nest:
     def expression(*args: Any) -> Any:
         result = function(*args)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        results = [as_dtype(ir.const(r, compute_dtype(d)) if isinstance(r, (int, float)) else r, d) for r, (d, _, _) in zip(results, outs)]
+        results = [
+            as_dtype(ir.const(r, compute_dtype(d)) if isinstance(r, (int, float)) else r, d)
+            for r, (d, _, _) in zip(results, outs)
+        ]
         return results[0] if len(results) == 1 else tuple(results)
 
     label = name + ("_" + "".join(types) if types else "")
@@ -72,7 +78,9 @@ def copy_to(out: Tensor, x: Tensor) -> None:
     if x.is_conj or x.is_neg:
         negate = x.is_neg
         name = "copy_" + "conj" * x.is_conj + "neg" * negate
-        map_tensors(name, {(True, False): _conjugate, (False, True): ir.neg}.get((x.is_conj, negate), _conj_neg), [out], [x])
+        map_tensors(
+            name, {(True, False): _conjugate, (False, True): ir.neg}.get((x.is_conj, negate), _conj_neg), [out], [x]
+        )
     elif out.dtype == x.dtype:
         bits = bits_dtype(x.dtype)
         map_tensors("copy", _identity, [out.with_dtype(bits)], [x.with_dtype(bits)])

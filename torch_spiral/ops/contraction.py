@@ -96,9 +96,7 @@ def product(
         if x.is_conj or x.is_neg:
             x = contiguous(x)
         rows, cols = x.strides[1], x.strides[2]
-        shape = (
-            "n" if is_zero(rows) and is_one(cols) else "m" if is_zero(cols) else "mn" if is_one(cols) else "s"
-        )
+        shape = "n" if is_zero(rows) and is_one(cols) else "m" if is_zero(cols) else "mn" if is_one(cols) else "s"
         if shape in ("n", "mn") and not _unit(out, 2):
             shape = "s"
         steps.append((kind, x.dtype, shape))
@@ -152,7 +150,12 @@ def _complex_product(a: Tensor, b: Tensor, out: Tensor, alpha: Any, add: Any) ->
     result = out if alpha is None and add is None else empty(out.sizes, out.dtype)
     re, im = _parts(result)
     part = re.dtype
-    for x, y, z, first, sign in ((ar, br, re, True, 1.0), (ai, bi, re, False, -1.0), (ar, bi, im, True, 1.0), (ai, br, im, False, 1.0)):
+    for x, y, z, first, sign in (
+        (ar, br, re, True, 1.0),
+        (ai, bi, re, False, -1.0),
+        (ar, bi, im, True, 1.0),
+        (ai, br, im, False, 1.0),
+    ):
         x, y = _plain(x), _plain(y)
         if first:
             product(x, y, z)
@@ -169,7 +172,9 @@ def _complex_product(a: Tensor, b: Tensor, out: Tensor, alpha: Any, add: Any) ->
         map_tensors("complex_scale", _complex_scale, [out], [result], number(alpha), [kind] * 2)
     else:
         bias = broadcast(contiguous(add[1]) if add[1].is_conj or add[1].is_neg else add[1], out.sizes)
-        map_tensors("complex_addmm", _complex_addmm, [out], [result, bias], [*number(alpha), *number(add[0])], [kind] * 4)
+        map_tensors(
+            "complex_addmm", _complex_addmm, [out], [result, bias], [*number(alpha), *number(add[0])], [kind] * 4
+        )
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -206,7 +211,9 @@ def _ordered(kernel: Any, named: Sequence[tuple[str, Any]]) -> list[Any]:
     return [v for t, v in named if t in ("i64", "f64")] + [v for t, v in named if t not in ("i64", "f64")]
 
 
-def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+def _vector_product(
+    a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]
+) -> None:
     batch, m, k = out.sizes[0], a.sizes[1], a.sizes[2]
     n = b.sizes[2]
     compute = DTYPES[a.dtype].compute
@@ -267,7 +274,13 @@ def _vector_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, opera
         return
     kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue, False, s)
     groups = vector.gemm_groups(s, m, n, batch, units)
-    launch(kernel, [a, p, out, *operands], scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]), groups, lambda: 2 * m * n * k * batch)
+    launch(
+        kernel,
+        [a, p, out, *operands],
+        scalars([ab, am, ak, pb, 0, cb, cm, cn], [m, n, k]),
+        groups,
+        lambda: 2 * m * n * k * batch,
+    )
 
 
 # ---- block: Triton ------------------------------------------------------------------------------------------------------
@@ -286,7 +299,9 @@ def _described(x: Tensor, layout: str) -> bool:
     return layout in ("n", "t") and not is_zero(rows) and described(x, _batch_stride(x), rows)
 
 
-def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+def _block_product(
+    a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]
+) -> None:
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
     compute = DTYPES[a.dtype].compute
@@ -306,7 +321,9 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
     if compute == "f32" and "s" not in a_layout + b_layout:
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
-        choice = _tuned(key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about))
+        choice = _tuned(
+            key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about)
+        )
         s, count = choice.schedule, choice.splits
     if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
         s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
@@ -324,7 +341,21 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     if count == 1:
         stored = tiles and c_layout == "n" and _described(out, "n") and block.stores_tiles(t, s, a.dtype, out.dtype)
-        kernel = build(block.gemm, s, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, precision, False, epilogue, tiles, stored)
+        kernel = build(
+            block.gemm,
+            s,
+            a.dtype,
+            b.dtype,
+            out.dtype,
+            a_layout,
+            b_layout,
+            c_layout,
+            precision,
+            False,
+            epilogue,
+            tiles,
+            stored,
+        )
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         groups = block.groups(s, m, n, batch)
         if s.persistent:
@@ -333,10 +364,18 @@ def _block_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operan
         return
     partial = empty((count, batch, m, n), compute)
     total = batch * m * n
-    kernel = build(block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue(), tiles)
+    kernel = build(
+        block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue(), tiles
+    )
     span = cdiv(cdiv(k, count), s.k) * s.k
     named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
-    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count), lambda: 2 * m * n * k * batch)
+    launch(
+        kernel,
+        [a, b, partial],
+        _ordered(None, named),
+        block.groups(s, m, n, batch, count),
+        lambda: 2 * m * n * k * batch,
+    )
     finish = build(block.reduce_splits, compute, out.dtype, c_layout, epilogue)
     named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
     named += [*(("i32", v) for v in (m, n, count)), *extra]
@@ -361,7 +400,9 @@ def _operand_strides(operands: Sequence[Tensor]) -> list[Any]:
     return out
 
 
-def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]) -> None:
+def _simt_product(
+    a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]
+) -> None:
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
     a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
@@ -375,16 +416,41 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
     vec_a = a_layout != "s" and _aligned4(a, 2 if a_layout == "n" else 1, (0, 1 if a_layout == "n" else 2))
     vec_b = b_layout != "s" and _aligned4(b, 2 if b_layout == "n" else 1, (0, 1 if b_layout == "n" else 2))
 
-    def scalars(c: Sequence[Any], operand_strides: Sequence[Any], numbers: Sequence[Any], extra: Sequence[Any] = ()) -> list[Any]:
-        named = [("u32", v) for v in (batch, m, n, k, _batch_stride(a), a.strides[1], a.strides[2], _batch_stride(b), b.strides[1], b.strides[2])]
-        named += [("u32", v) for v in (*c, *operand_strides)] + [(factor, f) for f in numbers] + [("u32", v) for v in extra]
+    def scalars(
+        c: Sequence[Any], operand_strides: Sequence[Any], numbers: Sequence[Any], extra: Sequence[Any] = ()
+    ) -> list[Any]:
+        named = [
+            ("u32", v)
+            for v in (
+                batch,
+                m,
+                n,
+                k,
+                _batch_stride(a),
+                a.strides[1],
+                a.strides[2],
+                _batch_stride(b),
+                b.strides[1],
+                b.strides[2],
+            )
+        ]
+        named += (
+            [("u32", v) for v in (*c, *operand_strides)] + [(factor, f) for f in numbers] + [("u32", v) for v in extra]
+        )
         return _ordered(None, named)
 
     def work() -> Any:
         return 2 * m * n * k * batch
 
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
-    skinny = compute == "f32" and bucket(m) <= 3 and a_layout == "n" and b_layout in ("n", "t") and c_layout == "n" and bucket(k) >= 5
+    skinny = (
+        compute == "f32"
+        and bucket(m) <= 3
+        and a_layout == "n"
+        and b_layout in ("n", "t")
+        and c_layout == "n"
+        and bucket(k) >= 5
+    )
     if skinny:
         rows = 1 if is_one(m) else 1 << min(bucket(m) + 1, 3)
         skinny = not (rows == 8 and bucket(m) == 3 and not isinstance(m, int))
@@ -392,14 +458,22 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
         k_or_n = k if b_layout == "t" else n
         vec = vec_b and (b_layout == "n" or vec_a) and divisible_by(k_or_n, 4)
         kernel = build(simt.skinny, a.dtype, out.dtype, rows, b_layout, vec, False, epilogue, b.dtype, b.windows)
-        launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.skinny_groups(b_layout, n, batch, 1, minimum), work)
+        launch(
+            kernel,
+            [a, b, *operands, out],
+            scalars(own, _operand_strides(operands), factors),
+            simt.skinny_groups(b_layout, n, batch, 1, minimum),
+            work,
+        )
         return
     schedule = simt.default_schedule(t, a.dtype, bucket(m), bucket(n))
     splits = simt.default_splits(t, schedule, bm, bn, bb, bk) if compute in ("f32", "f64") else 1
     if compute == "f32" and "s" not in a_layout + b_layout and windows == (1, 1):
         flags = "".join("v" if v else "s" for v in (vec_a, vec_b)) + ("f" if divisible_by(k, 16) else "r")
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {flags}"
-        choice = _tuned(key, (m, n, k, batch), simt.Choice(schedule, splits), lambda: simt.candidates(t, a.dtype, bm, bn, bk, bb))
+        choice = _tuned(
+            key, (m, n, k, batch), simt.Choice(schedule, splits), lambda: simt.candidates(t, a.dtype, bm, bn, bk, bb)
+        )
         schedule, splits = choice.schedule, choice.splits
     full_k = divisible_by(k, 16) and schedule.tile_k <= 16
     if splits > 1:
@@ -418,11 +492,34 @@ def _simt_product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operand
         named += [(factor, f) for f in factors]
         launch(finish, [partial, *operands, out], _ordered(None, named), simt.reduce_groups(m, n, batch, minimum))
         return
-    vec_c = c_layout == "n" and _aligned4(out, 2, (0, 1)) and all(
-        _aligned4(x, 2, (0, 1)) for (_, _, _, shape), x in zip(epilogue.operands, operands) if shape in ("n", "mn")
+    vec_c = (
+        c_layout == "n"
+        and _aligned4(out, 2, (0, 1))
+        and all(
+            _aligned4(x, 2, (0, 1)) for (_, _, _, shape), x in zip(epilogue.operands, operands) if shape in ("n", "mn")
+        )
     )
     kernel = build(
-        simt.gemm, schedule, a.dtype, out.dtype, a_layout, b_layout, c_layout, vec_a, vec_b, vec_c, full_k, False, epilogue, b.dtype, windows
+        simt.gemm,
+        schedule,
+        a.dtype,
+        out.dtype,
+        a_layout,
+        b_layout,
+        c_layout,
+        vec_a,
+        vec_b,
+        vec_c,
+        full_k,
+        False,
+        epilogue,
+        b.dtype,
+        windows,
     )
-    launch(kernel, [a, b, *operands, out], scalars(own, _operand_strides(operands), factors), simt.groups(schedule, m, n, batch, 1, minimum), work)
-
+    launch(
+        kernel,
+        [a, b, *operands, out],
+        scalars(own, _operand_strides(operands), factors),
+        simt.groups(schedule, m, n, batch, 1, minimum),
+        work,
+    )

@@ -73,7 +73,9 @@ def _three(values: Sequence[int], fill: int, nd: int) -> tuple[int, ...]:
     return (fill,) * (3 - nd) + tuple(values)
 
 
-def _geometry(taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+def _geometry(
+    taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
     nd = len(taps)
     return Geometry(_three(taps, 1, nd), _three(stride, 1, nd), _three(padding, 0, nd), _three(dilation, 1, nd), groups)
 
@@ -119,7 +121,9 @@ def _pixels(x: Tensor) -> Tensor | None:
 # ---- forward ------------------------------------------------------------------------------------------------------------
 
 
-Terms = Sequence[tuple[str, Tensor | None]]  # as contraction.product's: operands are [N, Co, pixels], one value a channel or laid out as the result
+Terms = Sequence[
+    tuple[str, Tensor | None]
+]  # as contraction.product's: operands are [N, Co, pixels], one value a channel or laid out as the result
 
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, terms: Terms = ()) -> None:
@@ -191,7 +195,10 @@ def _pad(x: Tensor, extents: Sequence[Any], up: Sequence[int], offset: Sequence[
     kernel = build(vector.pad, x.dtype)
     rows = c * extents[0] * extents[1]
     launch(
-        kernel, [x, out], [*_strides(x), c, *_spatial(x), *extents, *up, *offset], (minimum(cdiv(rows, 64), target().compute_units), n, 1)
+        kernel,
+        [x, out],
+        [*_strides(x), c, *_spatial(x), *extents, *up, *offset],
+        (minimum(cdiv(rows, 64), target().compute_units), n, 1),
     )
     return out
 
@@ -204,7 +211,9 @@ def _weights(w: Tensor, m: Any, k_channels: Any, g: Geometry, flip: bool) -> Ten
     s = vector.conv_schedule(DTYPES[w.dtype].compute)
     panels = cdiv(m, s.mr)
     w = contiguous(w)
-    with packed(w, [groups * k * panels * s.mr], DTYPES[w.dtype].compute, f"conv{'T' if flip else ''}{g.taps}g{groups}{s}") as p:
+    with packed(
+        w, [groups * k * panels * s.mr], DTYPES[w.dtype].compute, f"conv{'T' if flip else ''}{g.taps}g{groups}{s}"
+    ) as p:
         if flip:
             strides = [volume - 1, k_channels * m * volume, volume, m * volume, -kh * kw, -kw, -1]
         else:
@@ -230,7 +239,9 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     epilogue, operands, operand_strides = _epilogue(bias, terms)
     m, channels = co // g.groups, c // g.groups
     kd, kh, kw = g.taps
-    depthwise = g.groups > 1 and is_one(w.sizes[1]) and kd == 1 and g.volume <= 49 and out.is_contiguous and out.ndim <= 4
+    depthwise = (
+        g.groups > 1 and is_one(w.sizes[1]) and kd == 1 and g.volume <= 49 and out.is_contiguous and out.ndim <= 4
+    )
     if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
         w = contiguous(w)
         first, step_h, step_w = (g.volume - 1, -kw, -1) if flip else (0, kw, 1)
@@ -291,13 +302,17 @@ def _tuned(x: Tensor, out: Tensor, g: Geometry, nd: int, flags: str, default: An
     key = f"{x.dtype} {nd}d {taps} s{stride} {flags} c{bucket(x.sizes[1])} o{bucket(out.sizes[1])} p{pixels}"
     spatial = ([1] * (nd - len(x.sizes) + 2)) + [hint(n) for n in x.sizes[2:]]
     sizes = [hint(x.sizes[0]), hint(x.sizes[1]), *spatial, hint(out.sizes[1])]
-    return autotune.choose("conv", key, default, candidates, [*sizes, *g.taps[cut], *g.stride[cut], *g.padding[cut], *g.dilation[cut]])
+    return autotune.choose(
+        "conv", key, default, candidates, [*sizes, *g.taps[cut], *g.stride[cut], *g.padding[cut], *g.dilation[cut]]
+    )
 
 
 # ---- simt: GPUs ---------------------------------------------------------------------------------------------------------
 
 
-def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None, terms: Terms = ()) -> None:
+def _simt(
+    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None, terms: Terms = ()
+) -> None:
     """mode "forward": x, w → y; "input": y, w → x; "weight": x, y → w (the arguments in that order)."""
     t = target()
     bias = None if bias is None else contiguous(bias)
@@ -355,9 +370,26 @@ def _simt(mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias
         flags = ("last" if last else "first") + ("-last" if columns_first else "-first")
         schedule = _tuned(x, out, g, nd, flags, schedule, lambda: simt.candidates(t, dtype))
     kernel = build(
-        simt.conv, schedule, mode, dtype, out.dtype, nd, divided, not last, "k" if last else "r", columns_first, False, epilogue
+        simt.conv,
+        schedule,
+        mode,
+        dtype,
+        out.dtype,
+        nd,
+        divided,
+        not last,
+        "k" if last else "r",
+        columns_first,
+        False,
+        epilogue,
     )
-    launch(kernel, [gathered, w, *operands, out], scalars, simt.conv_groups(schedule, m, n, g.groups, columns_first, 1, minimum), lambda: 2 * m * n * k * g.groups)
+    launch(
+        kernel,
+        [gathered, w, *operands, out],
+        scalars,
+        simt.conv_groups(schedule, m, n, g.groups, columns_first, 1, minimum),
+        lambda: 2 * m * n * k * g.groups,
+    )
 
 
 # ---- block: Triton ------------------------------------------------------------------------------------------------------
@@ -383,7 +415,13 @@ def _block(
         scalars = [*scalars, bias.strides[0]]
     if not weight or pixels < 10:
         kernel = build(block.conv, *key, False)
-        launch(kernel, [gathered, w, *operands, out], scalars, block.groups(s, m, n, g.groups), lambda: 2 * m * n * k * g.groups)
+        launch(
+            kernel,
+            [gathered, w, *operands, out],
+            scalars,
+            block.groups(s, m, n, g.groups),
+            lambda: 2 * m * n * k * g.groups,
+        )
         return
     # Few tiles and all pixels to sum over: the sum is cut.
     tiles = cdiv(m, s.m) * cdiv(n, s.n) * g.groups
@@ -392,7 +430,9 @@ def _block(
     splits = cdiv(k, span)
     compute = DTYPES[dtype].compute
     partial = empty((splits, g.groups, m, n), compute)
-    launch(build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], block.groups(s, m, n, g.groups, splits))
+    launch(
+        build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], block.groups(s, m, n, g.groups, splits)
+    )
     finish = build(block_gemm.reduce_splits, compute, out.dtype, "n", Epilogue())
     launch(finish, [partial, out], [m * n, n, g.groups * m * n, m, n, splits], block_gemm.reduce_groups(m, n, g.groups))
 
@@ -488,6 +528,8 @@ def slow_conv_transpose2d(
     if x.ndim == 3:  # ATen's meta function makes an output with a batch dimension that only the CPU's body removes
         raise NotImplementedError("slow_conv_transpose2d of an image without a batch dimension")
     dense = out if out.is_contiguous else empty(out.sizes, out.dtype)
-    _convolution(x, w, list(taps) * (3 - len(taps)), bias, stride, padding, dilation, True, output_padding, 1, (), dense)
+    _convolution(
+        x, w, list(taps) * (3 - len(taps)), bias, stride, padding, dilation, True, output_padding, 1, (), dense
+    )
     if dense is not out:
         copy_to(out, dense)

@@ -32,7 +32,7 @@ def _check_kind(name: str, dtype: str) -> None:
 
 
 def stride_classes(strides: Sequence[Any]) -> tuple[str, ...]:
-    """"0", "1" or "s" per dimension, from the classes of strides."""
+    """ "0", "1" or "s" per dimension, from the classes of strides."""
     return tuple("0" if is_zero(s) else "1" if is_one(s) else "s" for s in strides)
 
 
@@ -57,7 +57,9 @@ def pointwise(name: str, it: Iter, function: Callable[..., Any], compute: str, e
     of it. loops: function takes the KernelBuilder first, and emits statements; its values have one lane. enabled: a Sym, 0 on
     calls that skip the launch."""
     first = it.outputs[0].dtype
-    dtype = {"common": it.common or first, "in": it.inputs[0].dtype if it.inputs else first, "out": first}.get(compute, compute)
+    dtype = {"common": it.common or first, "in": it.inputs[0].dtype if it.inputs else first, "out": first}.get(
+        compute, compute
+    )
     _check_kind(name, dtype)
     bits = False
     if compute == "copy":
@@ -159,7 +161,12 @@ def _kernel(
         for i, (r, (out, *_)) in enumerate(zip(results, outputs)):
             if isinstance(r, (bool, int, float)):
                 r = ir.const(r, part)
-            if common in ("f16", "bf16") and out in ("f32", "f64") and not isinstance(r, ir.Complex) and r.dtype == "f32":
+            if (
+                common in ("f16", "bf16")
+                and out in ("f32", "f64")
+                and not isinstance(r, ir.Complex)
+                and r.dtype == "f32"
+            ):
                 r = ir.round_to(r, common)
             results[i] = as_dtype(r, out)
         return results[0] if len(results) == 1 else tuple(results)

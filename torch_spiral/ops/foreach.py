@@ -29,7 +29,10 @@ def _promote(tensors: Sequence[Tensor], numbers: Sequence[Any]) -> str:
     """The dtype of an op on these, by ATen's rules: tensors with dimensions, then 0-dim ones, then numbers."""
     dims = [TORCH[t.dtype] for t in tensors if t.ndim]
     zeros = [TORCH[t.dtype] for t in tensors if not t.ndim]
-    kinds = [torch.complex64 if isinstance(n, tuple) else torch.get_default_dtype() if n.kind == "f" else torch.int64 for n in numbers]
+    kinds = [
+        torch.complex64 if isinstance(n, tuple) else torch.get_default_dtype() if n.kind == "f" else torch.int64
+        for n in numbers
+    ]
     result: Any = None
     for dtypes in (dims, zeros, kinds):
         of_kind: Any = None
@@ -66,7 +69,9 @@ def _can_cast(result: str, to: str) -> None:
     if not torch.can_cast(TORCH[result], TORCH[to]):
         names = {"f32": "Float", "f64": "Double", "f16": "Half", "bf16": "BFloat16", "i64": "Long", "i32": "Int", "i16": "Short", "i8": "Char",
                  "u8": "Byte", "bool": "Bool", "c64": "ComplexFloat", "c128": "ComplexDouble"}  # fmt: skip
-        raise RuntimeError(f"result type {names.get(result, result)} can't be cast to the desired output type {names.get(to, to)}")
+        raise RuntimeError(
+            f"result type {names.get(result, result)} can't be cast to the desired output type {names.get(to, to)}"
+        )
 
 
 def apply(
@@ -106,13 +111,43 @@ def apply(
     for (common, _), members in by_dtype.items():
         own_of = {id(row): own for row, own in members}
         for group in groups([row for row, _ in members]):
-            map_rows(f"{name}{'_' * in_place}", function, group, common, numbers, row_values=[own_of[id(row)] for row in group] if each else ())
+            map_rows(
+                f"{name}{'_' * in_place}",
+                function,
+                group,
+                common,
+                numbers,
+                row_values=[own_of[id(row)] for row in group] if each else (),
+            )
     return None if in_place else outs
 
 
 # ---- functions of one list -------------------------------------------------------------------------------------------
 
-FLOATING = ["acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "expm1", "lgamma", "log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh"]
+FLOATING = [
+    "acos",
+    "asin",
+    "atan",
+    "cos",
+    "cosh",
+    "erf",
+    "erfc",
+    "exp",
+    "expm1",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "reciprocal",
+    "rsqrt",
+    "sigmoid",
+    "sin",
+    "sinh",
+    "sqrt",
+    "tan",
+    "tanh",
+]
 ANY = ["abs", "ceil", "floor", "frac", "neg", "round", "sign", "trunc"]
 
 
@@ -150,7 +185,11 @@ def foreach_zero_(tensors: list[Tensor]) -> None:
 
 
 def _zero(x: Any) -> Any:
-    return ir.Complex(ir.const(0.0, x.dtype), ir.const(0.0, x.dtype)) if isinstance(x, ir.Complex) else ir.const(0, x.dtype)
+    return (
+        ir.Complex(ir.const(0.0, x.dtype), ir.const(0.0, x.dtype))
+        if isinstance(x, ir.Complex)
+        else ir.const(0, x.dtype)
+    )
 
 
 def _same(x: Any) -> Any:
@@ -230,7 +269,9 @@ def _define_binary(op: str, in_place: bool) -> None:
     @composite(f"{name}.Tensor")
     def body(tensors: Sequence[torch.Tensor], other: torch.Tensor, **alpha: Any) -> Any:
         if other.dim() or other.numel() != 1:
-            raise RuntimeError(f"scalar tensor expected to be 0 dim but it has {other.dim()} dimensions and {other.numel()} elements.")
+            raise RuntimeError(
+                f"scalar tensor expected to be 0 dim but it has {other.dim()} dimensions and {other.numel()} elements."
+            )
         if other.device.type == "cpu" and not alpha:
             return getattr(torch.ops.aten, name).Scalar(tensors, other.item())
         own = getattr(torch.ops.spiral, name[1:])

@@ -49,7 +49,9 @@ class Element:
     def var(self, dtype: str, value: Any) -> Any:
         return self.k.var(dtype, value, self.lanes)
 
-    def loop(self, counts: Sequence[Any], body: Callable[[tuple[Node, ...]], None], _index: tuple[Node, ...] = ()) -> None:
+    def loop(
+        self, counts: Sequence[Any], body: Callable[[tuple[Node, ...]], None], _index: tuple[Node, ...] = ()
+    ) -> None:
         """body for all indices (i32) below counts, the last one fastest. Counts of Python ints are unrolled."""
         if not counts:
             body(_index)

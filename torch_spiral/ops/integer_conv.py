@@ -23,7 +23,9 @@ def _integer_convolution(it: Item) -> None:
         tap = (number // (taps[1] * taps[2]), number // taps[2] % taps[1], number % taps[2])
         inside: Any = ir.const(True, "bool")
         at = []
-        for p, t, s, pad, d, size in zip(place, tap, stride, padding, dilation, ("depth", "height", "width"), strict=True):
+        for p, t, s, pad, d, size in zip(
+            place, tap, stride, padding, dilation, ("depth", "height", "width"), strict=True
+        ):
             if transposed:  # the element that this tap spreads to the item, if there is one
                 reached = k.let(p + (pad - t * d))
                 source = k.let(ir.idiv(reached, s))

@@ -156,7 +156,9 @@ def _transposed(x: Tensor) -> Tensor:
 def _substitute(a: Tensor, b: Tensor, upper: bool, unit: bool, conjugate: bool) -> None:
     kernel = build(kernels.substitute, a.dtype, upper, unit, conjugate)
     batch, n, columns = b.sizes
-    launch(kernel, [a, b], [*_strides(a), *_strides(b), batch, n, columns], kernels.item_groups(target(), batch * columns))
+    launch(
+        kernel, [a, b], [*_strides(a), *_strides(b), batch, n, columns], kernels.item_groups(target(), batch * columns)
+    )
 
 
 def solve_triangular(a: Tensor, b: Tensor, upper: bool, unit: bool = False, conjugate: bool = False) -> None:
@@ -179,7 +181,9 @@ def solve_triangular(a: Tensor, b: Tensor, upper: bool, unit: bool = False, conj
                 above = where(lt(first, n), first, 0)  # nothing for panels beyond the matrix
                 _subtract_product(_block(a, 0, above, first, count), x, _block(b, 0, above, 0, columns))
         else:
-            _subtract_product(_block(a, first + count, rest, first, count), x, _block(b, first + count, rest, 0, columns))
+            _subtract_product(
+                _block(a, first + count, rest, first, count), x, _block(b, first + count, rest, 0, columns)
+            )
 
 
 def _conjugate(x: Any) -> Any:
@@ -367,7 +371,12 @@ def geqrf(a: Tensor, tau: Tensor) -> None:
     with _in_place(a) as x, _vectors_in_place(tau) as factors:
         kernel = build(kernels.geqrf, x.dtype)
         batch, m, n = x.sizes
-        launch(kernel, [x, factors], [*_strides(x), batch, m, n, _batch_stride(factors)], kernels.team_groups(target(), batch))
+        launch(
+            kernel,
+            [x, factors],
+            [*_strides(x), batch, m, n, _batch_stride(factors)],
+            kernels.team_groups(target(), batch),
+        )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, out: 
 
 
 @structured("_addmm_activation")
-def addmm_activation(self: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, use_gelu: bool, out: Tensor) -> None:
+def addmm_activation(
+    self: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, use_gelu: bool, out: Tensor
+) -> None:
     """relu (or gelu, tanh form) of addmm."""
     activation = "gelu_tanh" if use_gelu else "relu"
     product(matrix(mat1, 0, 1), matrix(mat2, 0, 1), matrix(out, 0, 1), alpha, (beta, self), activation=activation)
@@ -62,10 +64,14 @@ def _dot(self: Tensor, other: Tensor) -> Tensor:
 
 def _check_vectors(name: str, self: Tensor, other: Tensor) -> None:
     check(
-        self.ndim == 1 and other.ndim == 1, "RuntimeError", f"1D tensors expected, but got {self.ndim}D and {other.ndim}D tensors"
+        self.ndim == 1 and other.ndim == 1,
+        "RuntimeError",
+        f"1D tensors expected, but got {self.ndim}D and {other.ndim}D tensors",
     )
     check(
-        self.dtype == other.dtype, "RuntimeError", f"{name} : expected both vectors to have same dtype, but found {self.dtype} and {other.dtype}"
+        self.dtype == other.dtype,
+        "RuntimeError",
+        f"{name} : expected both vectors to have same dtype, but found {self.dtype} and {other.dtype}",
     )
 
 
@@ -82,6 +88,13 @@ def vdot(self: Tensor, other: Tensor) -> Tensor:
     _check_vectors("vdot", self, other)
     if self.dtype in ("c64", "c128"):
         self = Tensor(
-            self.number, self.dtype, self.sizes, self.strides, self.offset, self.written, self.flags ^ 1 << 25, self.windows
+            self.number,
+            self.dtype,
+            self.sizes,
+            self.strides,
+            self.offset,
+            self.written,
+            self.flags ^ 1 << 25,
+            self.windows,
         )
     return _dot(self, other)

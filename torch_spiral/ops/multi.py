@@ -79,7 +79,9 @@ def map_rows(
     value_types = tuple((part,) * (2 if isinstance(v, tuple) else 1) for v in values)
     row_types = tuple((part,) * (2 if isinstance(v, tuple) else 1) for v in (row_values[0] if row_values else ()))
     shared_tensors = [*shared, *(t for t in (guard, flag) if t is not None)]
-    most = _most_rows(target(), len(modes), len(shared_tensors), sum(map(len, value_types)), sum(map(len, row_types)), part)
+    most = _most_rows(
+        target(), len(modes), len(shared_tensors), sum(map(len, value_types)), sum(map(len, row_types)), part
+    )
     for start in range(0, len(rows), most):
         chunk = dense[start : start + most]
         chunk_values = list(row_values[start : start + most])
@@ -128,7 +130,15 @@ def _kernel(
     shared: tuple, guarded: bool, flagged: bool, value_types: tuple, row_types: tuple,
 ) -> Kernel:  # fmt: skip
     vector = t.schedule_class == "vector"
-    label = [name, dtype, str(count), *(m + d for m, d in zip(modes, dtypes)), *shared, "guard" * guarded, "flag" * flagged]
+    label = [
+        name,
+        dtype,
+        str(count),
+        *(m + d for m, d in zip(modes, dtypes)),
+        *shared,
+        "guard" * guarded,
+        "flag" * flagged,
+    ]
     label += [f"v{len(x)}" for x in value_types] + [f"r{len(x)}" for x in row_types]
     k = KernelBuilder(t, "multi_" + "_".join(x for x in label if x) + ("_vector" if vector else "_simt"))
     places = [

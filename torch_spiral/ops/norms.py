@@ -585,7 +585,9 @@ def _make_evaluation(flags: tuple) -> Any:
     return lambda *args: _batch_norm_eval(flags, *args)
 
 
-_EVALUATIONS: dict[tuple[bool, ...], Any] = {(w, b): _make_evaluation((w, b)) for w in (False, True) for b in (False, True)}
+_EVALUATIONS: dict[tuple[bool, ...], Any] = {
+    (w, b): _make_evaluation((w, b)) for w in (False, True) for b in (False, True)
+}
 
 
 def _per_channel(

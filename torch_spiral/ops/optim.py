@@ -19,7 +19,10 @@ from .multi import Operand, groups, map_rows
 
 def _step(name: str, function: Callable[..., Any], lists: Sequence[tuple[Sequence[Tensor], str]], values: Sequence[Any], shared: Sequence[Tensor],
           prepare: Callable[..., Any], guard: Tensor | None) -> None:  # fmt: skip
-    rows = [[Operand(t, mode) for t, (_, mode) in zip(tensors, lists)] for tensors in zip(*(tensors for tensors, _ in lists), strict=True)]
+    rows = [
+        [Operand(t, mode) for t, (_, mode) in zip(tensors, lists)]
+        for tensors in zip(*(tensors for tensors, _ in lists), strict=True)
+    ]
     for group in groups(rows):
         map_rows(name, function, group, group[0][0].tensor.dtype, values, shared=shared, prepare=prepare, guard=guard)
 
@@ -77,9 +80,25 @@ def _adam(decoupled: bool, params: Any, grads: Any, ms: Any, vs: Any, largest: A
     lists.append((steps, "0"))
     shared = [t for t in (scale, lr) if isinstance(t, Tensor)]
     values = [] if tensor_lr else [lr]
-    values += [float_function("FLog", beta1), float_function("FLog", beta2), 1.0 - beta1, beta2, 1.0 - beta2, decay, eps]
+    values += [
+        float_function("FLog", beta1),
+        float_function("FLog", beta2),
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        decay,
+        eps,
+    ]
     name = f"adam{'w' * decoupled}{'_ams' * amsgrad}{'_max' * maximize}{'_scaled' * scaled}{'_lr' * tensor_lr}"
-    _step(name, _body(_adam_body, decoupled, amsgrad, maximize, scaled), lists, values, shared, _body(_adam_prepare, scaled), found_inf)
+    _step(
+        name,
+        _body(_adam_body, decoupled, amsgrad, maximize, scaled),
+        lists,
+        values,
+        shared,
+        _body(_adam_prepare, scaled),
+        found_inf,
+    )
 
 
 @lowering("_fused_adam_", coarse=True)
@@ -132,7 +151,15 @@ def _sgd(params: Any, grads: Any, buffers: Any, decay: Any, momentum: Any, lr: A
     values += [decay, momentum, 1.0 - dampening]
     name = f"sgd{'_momentum' * used}{'_nesterov' * nesterov}{'_max' * maximize}{'_first' * first}{'_scaled' * scaled}"
     name += "_lr" * isinstance(lr, Tensor)
-    _step(name, _body(_sgd_body, used, nesterov, maximize, first, scaled), lists, values, shared, _body(_sgd_prepare, scaled), found_inf)
+    _step(
+        name,
+        _body(_sgd_body, used, nesterov, maximize, first, scaled),
+        lists,
+        values,
+        shared,
+        _body(_sgd_prepare, scaled),
+        found_inf,
+    )
 
 
 @lowering("_fused_sgd_", coarse=True)
@@ -173,7 +200,9 @@ def _adagrad(params: Any, grads: Any, sums: Any, steps: Any, lr: Any, lr_decay: 
     shared = [t for t in (scale, lr) if isinstance(t, Tensor)]
     values = [*([] if isinstance(lr, Tensor) else [lr]), lr_decay, decay, eps]
     name = f"adagrad{'_max' * maximize}{'_scaled' * scaled}{'_lr' * isinstance(lr, Tensor)}"
-    _step(name, _body(_adagrad_body, maximize, scaled), lists, values, shared, _body(_adagrad_prepare, scaled), found_inf)
+    _step(
+        name, _body(_adagrad_body, maximize, scaled), lists, values, shared, _body(_adagrad_prepare, scaled), found_inf
+    )
 
 
 @lowering("_fused_adagrad_", coarse=True)
@@ -225,7 +254,9 @@ def _update_scale(scale: Any, tracker: Any, found: Any, growth: Any, backoff: An
 
 
 @lowering("_amp_update_scale_", slots=("growth_interval",), coarse=True)
-def amp_update_scale_(scale: Tensor, tracker: Tensor, found_inf: Tensor, growth: Any, backoff: Any, interval: Any) -> None:
+def amp_update_scale_(
+    scale: Tensor, tracker: Tensor, found_inf: Tensor, growth: Any, backoff: Any, interval: Any
+) -> None:
     """Grows the scale after `interval` steps without infinities, shrinks it after one with them. float32, int32 and float32."""
     one = [t.view((1,), (1,)) for t in (scale, tracker, found_inf)]
     map_tensors("amp_update_scale", _update_scale, one[:2], one, (growth, backoff, interval), ("f32", "f32", "i32"))

@@ -133,10 +133,18 @@ def reflection_pad2d(self: Tensor, padding: list) -> Tensor:
     check(len(padding) == 4, "RuntimeError", "padding size is expected to be 4, but got: {}", len(padding))
     text = "Expected 3D or 4D (batch mode) tensor with possibly 0 batch size and other non-zero dimensions for input, but got: "
     text += _braces(self.ndim)
-    check(self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])), "RuntimeError", text, *self.sizes)
+    check(
+        self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])),
+        "RuntimeError",
+        text,
+        *self.sizes,
+    )
     left, right, top, bottom = padding
     height, width = self.sizes[-2:]
-    for number, size, pads, dim in ((4, width, (left, right), self.ndim - 1), (6, height, (top, bottom), self.ndim - 2)):
+    for number, size, pads, dim in (
+        (4, width, (left, right), self.ndim - 1),
+        (6, height, (top, bottom), self.ndim - 2),
+    ):
         text = f"Argument #{number}: Padding size should be less than the corresponding input dimension, but got: "
         text += f"padding ({{}}, {{}}) at dimension {{}} of input {_braces(self.ndim)}"
         check(all_of(*(lt(p, size) for p in pads)), "RuntimeError", text, *pads, dim, *self.sizes)
@@ -163,7 +171,13 @@ def reflection_pad2d_backward(grad_output: Tensor, self: Tensor, padding: list) 
 @lowering("replication_pad2d_backward", "replication_pad3d_backward", slots=("padding",), coarse=True)
 def replication_pad_backward(grad_output: Tensor, self: Tensor, padding: list) -> Tensor:
     n = len(padding) // 2
-    check(grad_output.ndim == self.ndim, "RuntimeError", "gradOutput has {} dimensions, self {}", grad_output.ndim, self.ndim)
+    check(
+        grad_output.ndim == self.ndim,
+        "RuntimeError",
+        "gradOutput has {} dimensions, self {}",
+        grad_output.ndim,
+        self.ndim,
+    )
     for d, name in zip(range(1, n + 1), ("width", "height", "depth")):
         size = self.sizes[-d] + padding[2 * d - 2] + padding[2 * d - 1]
         text = f"gradOutput {name} unexpected. Expected: {{}}, Got: {{}}"

@@ -228,7 +228,9 @@ def _sinc(x: Any) -> Any:
 
 
 def _entr(x: Any) -> Any:
-    return where(ir.isnan(x), x, where(ir.gt(x, 0.0), -x * ir.log(x), where(ir.eq(x, 0.0), ir.const(0.0, x.dtype), -math.inf)))
+    return where(
+        ir.isnan(x), x, where(ir.gt(x, 0.0), -x * ir.log(x), where(ir.eq(x, 0.0), ir.const(0.0, x.dtype), -math.inf))
+    )
 
 
 def _ldexp(x: Any, e: Any) -> Any:
@@ -429,6 +431,7 @@ STUBS: dict[str, tuple[str, Any]] = {
     "logit_backward_stub": ("common", _logit_backward),
 }
 
+
 def _define(name: str, compute: str, function: Any) -> None:
     @stub(name)
     def body(it: Iter, *extras: Any) -> None:
@@ -486,6 +489,8 @@ def pow_tensor_scalar(it: Iter, exponent: Any) -> None:
     if isinstance(exponent, tuple) or it.common == "bool":
         pointwise("pow_scalar", it, ir.pow, "common", (exponent,))
         return
-    small = any_of(*(eq(exponent, e) for e in SMALL_POWERS[: None if compute_dtype(it.common or "f32") in ir.FLOATS else 2]))
+    small = any_of(
+        *(eq(exponent, e) for e in SMALL_POWERS[: None if compute_dtype(it.common or "f32") in ir.FLOATS else 2])
+    )
     pointwise("small_power", it, _small_power, "common", (exponent,), enabled=small)
     pointwise("pow_scalar", it, ir.pow, "common", (exponent,), enabled=eq(small, 0))

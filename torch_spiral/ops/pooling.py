@@ -40,10 +40,17 @@ def per_dim(values: Sequence[int], n: int, default: Sequence[int] | None = None)
     return values * n if len(values) == 1 else values
 
 
-def window_scalars(n: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> dict[str, Any]:
+def window_scalars(
+    n: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, Any]:
     kernel, padding, dilation = per_dim(kernel, n), per_dim(padding, n), per_dim(dilation, n)
     stride = per_dim(stride, n, kernel)
-    return {**named("kernel", kernel), **named("stride", stride), **named("padding", padding), **named("dilation", dilation)}
+    return {
+        **named("kernel", kernel),
+        **named("stride", stride),
+        **named("padding", padding),
+        **named("dilation", dilation),
+    }
 
 
 def both(conditions: Sequence[Any]) -> Any:
@@ -74,7 +81,9 @@ def _first(e: Element, n: int, kind: str, o: Sequence[Any]) -> list[Any]:
 
 def _last(e: Element, n: int, o: Sequence[Any]) -> list[Any]:
     """Where adaptive windows end."""
-    return [e.k.let(ir.idiv((x + 1) * i + (size - 1), size)) for x, i, size in zip(o, e.list("in", n), e.list("out", n))]
+    return [
+        e.k.let(ir.idiv((x + 1) * i + (size - 1), size)) for x, i, size in zip(o, e.list("in", n), e.list("out", n))
+    ]
 
 
 def _window(e: Element, n: int, kind: str, o: Sequence[Any], body: Any) -> None:
@@ -108,7 +117,8 @@ def _owners(e: Element, n: int, kind: str, at: Sequence[Any], body: Any) -> None
         def owner(index: Sequence[Any]) -> None:
             o = [x - i for x, i in zip(newest, index)]
             inside = [
-                both([ir.ge(x, 0), ir.lt(x, size), ir.lt(a - x * s, r)]) for x, size, a, s, r in zip(o, outs, padded, stride, reach)
+                both([ir.ge(x, 0), ir.lt(x, size), ir.lt(a - x * s, r)])
+                for x, size, a, s, r in zip(o, outs, padded, stride, reach)
             ]
             body(o, both(inside))
 
@@ -172,19 +182,32 @@ def _max(n: int, kind: str, x: Tensor, out: Tensor, indices: Tensor, scalars: di
     gather(_max_pool, [out, indices], {"x": x}, {**_sizes(n, x, out), **scalars}, (n, kind))
 
 
-def _max_backward(n: int, kind: str, grad: Tensor, x: Tensor, indices: Tensor, grad_input: Tensor, scalars: dict[str, Any]) -> None:
+def _max_backward(
+    n: int, kind: str, grad: Tensor, x: Tensor, indices: Tensor, grad_input: Tensor, scalars: dict[str, Any]
+) -> None:
     if grad.is_empty:
         fill(grad_input, 0)
         return
     grad, indices, grad_input = planes(n, grad, indices, grad_input)
     gather(
-        _max_pool_backward, [grad_input], {"grad": grad, "indices": indices}, {**_sizes(n, grad_input, grad), **scalars}, (n, kind)
+        _max_pool_backward,
+        [grad_input],
+        {"grad": grad, "indices": indices},
+        {**_sizes(n, grad_input, grad), **scalars},
+        (n, kind),
     )
 
 
 @structured("max_pool2d_with_indices", coarse=True)
 def max_pool2d_with_indices(
-    self: Tensor, kernel_size: list, stride: list, padding: list, dilation: list, ceil_mode: bool, out: Tensor, indices: Tensor
+    self: Tensor,
+    kernel_size: list,
+    stride: list,
+    padding: list,
+    dilation: list,
+    ceil_mode: bool,
+    out: Tensor,
+    indices: Tensor,
 ) -> None:
     """Largest element of each window, NaN being largest, and its place in the plane."""
     _max(2, "fixed", self, out, indices, window_scalars(2, kernel_size, stride, padding, dilation))
@@ -224,18 +247,33 @@ def _pooled(size: Any, kernel: int, stride: int, padding: int, dilation: int, ce
 
 
 @lowering("max_pool3d_with_indices", coarse=True)
-def max_pool3d_with_indices(self: Tensor, kernel_size: list, stride: list, padding: list, dilation: list, ceil_mode: bool) -> Any:
+def max_pool3d_with_indices(
+    self: Tensor, kernel_size: list, stride: list, padding: list, dilation: list, ceil_mode: bool
+) -> Any:
     """As max_pool2d_with_indices, over [N,] C, T, H, W."""
     for name, values in (("kernel_size", kernel_size), ("padding", padding), ("dilation", dilation)):
-        check(len(values) in (1, 3), "RuntimeError", f"max_pool3d: {name} must either be a single int, or a tuple of three ints")
-    check(len(stride) in (0, 1, 3), "RuntimeError", "max_pool3d: stride must either be omitted, a single int, or a tuple of three ints")
+        check(
+            len(values) in (1, 3),
+            "RuntimeError",
+            f"max_pool3d: {name} must either be a single int, or a tuple of three ints",
+        )
+    check(
+        len(stride) in (0, 1, 3),
+        "RuntimeError",
+        "max_pool3d: stride must either be omitted, a single int, or a tuple of three ints",
+    )
     check(self.ndim in (4, 5), "RuntimeError", "non-empty 4D or 5D (batch mode) tensor expected for input")
     kernel, pad, dil = (per_dim(v, 3) for v in (kernel_size, padding, dilation))
     step = per_dim(stride, 3, kernel)
     for k, s, p, d in zip(kernel, step, pad, dil):
         check(k > 0, "RuntimeError", "kernel size should be greater than zero, but got kT: {} kH: {} kW: {}", *kernel)
         check(s > 0, "RuntimeError", "stride should be greater than zero, but got dT: {} dH: {} dW: {}", *step)
-        check(d > 0, "RuntimeError", "dilation should be greater than zero, but got dilationT: {} dilationH: {} dilationW: {}", *dil)
+        check(
+            d > 0,
+            "RuntimeError",
+            "dilation should be greater than zero, but got dilationT: {} dilationH: {} dilationW: {}",
+            *dil,
+        )
         check(p >= 0, "RuntimeError", "pad must be non-negative, but got pad: {}", p)
         reach = (k - 1) * d + 1
         text = "pad should be at most half of effective kernel size, but got pad={}, kernel_size={} and dilation={}"
@@ -252,7 +290,14 @@ def max_pool3d_with_indices(self: Tensor, kernel_size: list, stride: list, paddi
 
 @lowering("max_pool3d_with_indices_backward", coarse=True)
 def max_pool3d_with_indices_backward(
-    grad_output: Tensor, self: Tensor, kernel_size: list, stride: list, padding: list, dilation: list, ceil_mode: bool, indices: Tensor
+    grad_output: Tensor,
+    self: Tensor,
+    kernel_size: list,
+    stride: list,
+    padding: list,
+    dilation: list,
+    ceil_mode: bool,
+    indices: Tensor,
 ) -> Tensor:
     grad_input = empty(self.sizes, self.dtype, channels_last_strides(self, self.sizes[-3:]))
     if not grad_input.is_empty:
@@ -326,10 +371,14 @@ def _avg_backward(n: int, kind: str, grad: Tensor, grad_input: Tensor, scalars: 
         fill(grad_input, 0)
         return
     grad, grad_input = planes(n, grad, grad_input)
-    gather(_avg_pool_backward, [grad_input], {"grad": grad}, {**_sizes(n, grad_input, grad), **scalars}, (n, kind, divisor))
+    gather(
+        _avg_pool_backward, [grad_input], {"grad": grad}, {**_sizes(n, grad_input, grad), **scalars}, (n, kind, divisor)
+    )
 
 
-def _avg_scalars(n: int, kernel: list, stride: list, padding: list, include_pad: bool, override: int | None) -> tuple[dict[str, Any], str]:
+def _avg_scalars(
+    n: int, kernel: list, stride: list, padding: list, include_pad: bool, override: int | None
+) -> tuple[dict[str, Any], str]:
     scalars = window_scalars(n, kernel, stride, padding, [1])
     if override is not None:
         return {**scalars, "divisor": override}, "given"
@@ -370,11 +419,19 @@ _register_avg_backward(3)
 def _adaptive_avg(n: int, self: Tensor, output_size: list) -> Tensor:
     check(len(output_size) == n, "RuntimeError", f"adaptive_avg_pool{n}d: output_size must be {n}")
     dims = "3D or 4D" if n == 2 else "4D or 5D"
-    check(self.ndim in (n + 1, n + 2), "RuntimeError", f"adaptive_avg_pool{n}d(): Expected {dims} tensor, but got {self.ndim}D")
+    check(
+        self.ndim in (n + 1, n + 2),
+        "RuntimeError",
+        f"adaptive_avg_pool{n}d(): Expected {dims} tensor, but got {self.ndim}D",
+    )
     for i in range(1, n + 1):
         text = f"adaptive_avg_pool{n}d(): Expected input to have non-zero size for non-batch dimensions, but input has dimension {{}} being empty"
         check(lt(0, self.sizes[-i]), "RuntimeError", text, self.ndim - i)
-    check(all_of(*(le(0, s) for s in output_size)), "RuntimeError", "elements of output_size must be greater than or equal to 0")
+    check(
+        all_of(*(le(0, s) for s in output_size)),
+        "RuntimeError",
+        "elements of output_size must be greater than or equal to 0",
+    )
     out = empty((*self.sizes[:-n], *output_size), self.dtype, channels_last_strides(self, output_size))
     if not out.is_empty:
         _avg(n, "adaptive", self, out, {}, "inside")
@@ -385,7 +442,11 @@ def _adaptive_avg_backward(n: int, grad_output: Tensor, self: Tensor) -> Tensor:
     ok = self.ndim in (n + 1, n + 2) and grad_output.ndim == self.ndim
     text = f"adaptive_avg_pool{n}d_backward(): Expected {'3D or 4D' if n == 2 else '4D or 5D'} tensor, but got {grad_output.ndim}D"
     check(ok, "RuntimeError", text)
-    check(grad_output.dtype == self.dtype, "RuntimeError", f"expected dtype {self.dtype} for `grad_output` but got dtype {grad_output.dtype}")
+    check(
+        grad_output.dtype == self.dtype,
+        "RuntimeError",
+        f"expected dtype {self.dtype} for `grad_output` but got dtype {grad_output.dtype}",
+    )
     grad_input = empty(self.sizes, self.dtype, channels_last_strides(self, self.sizes[-n:]))
     if not grad_input.is_empty:
         _avg_backward(n, "adaptive", grad_output, grad_input, {}, "inside")
@@ -445,13 +506,19 @@ def _fractional_forward(n: int, self: Tensor, kernel: list, samples: Tensor, out
     if self.ndim == n + 1:
         self, output, indices = (x.view((1, *x.sizes), (0, *x.strides)) for x in (self, output, indices))
     check(samples.ndim == 3, "RuntimeError", f"Expect _random_samples to have 3 dimensions got {samples.ndim}")
-    check(le(self.sizes[0], samples.sizes[0]), "RuntimeError", "Expect _random_samples.size(0) no less then input batch size.")
+    check(
+        le(self.sizes[0], samples.sizes[0]),
+        "RuntimeError",
+        "Expect _random_samples.size(0) no less then input batch size.",
+    )
     scalars = {**_sizes(n, self, output), **named("kernel", kernel)}
     gather(_fractional, [output, indices], {"x": self, "samples": samples}, scalars, (n,))
 
 
 @structured("fractional_max_pool2d", coarse=True)
-def fractional_max_pool2d(self: Tensor, kernel_size: list, output_size: list, random_samples: Tensor, output: Tensor, indices: Tensor) -> None:
+def fractional_max_pool2d(
+    self: Tensor, kernel_size: list, output_size: list, random_samples: Tensor, output: Tensor, indices: Tensor
+) -> None:
     """Max pooling over output_size windows of kernel_size at places drawn by random_samples [N, C, 2]."""
     _fractional_forward(2, self, kernel_size, random_samples, output, indices)
 
@@ -502,7 +569,9 @@ def fractional_max_pool2d_backward(
 
 
 @lowering("fractional_max_pool3d_backward", slots=("output_size",), coarse=True)
-def fractional_max_pool3d_backward(grad_output: Tensor, self: Tensor, kernel_size: list, output_size: list, indices: Tensor) -> Tensor:
+def fractional_max_pool3d_backward(
+    grad_output: Tensor, self: Tensor, kernel_size: list, output_size: list, indices: Tensor
+) -> Tensor:
     grad_input = empty(self.sizes, self.dtype)
     if not grad_input.is_empty:
         _fractional_backward(3, grad_output, indices, grad_input)
@@ -519,7 +588,12 @@ def _scatter(e: Element, n: int) -> None:
 
 def _unpool(n: int, self: Tensor, indices: Tensor, output_size: list) -> Tensor:
     check(indices.dtype == "i64", "RuntimeError", f"elements in indices should be type int64 but got: {indices.dtype}")
-    check(len(output_size) == n, "RuntimeError", f"There should be exactly {'two' if n == 2 else 'three'} elements in output_size, but got {{}} elements.", len(output_size))
+    check(
+        len(output_size) == n,
+        "RuntimeError",
+        f"There should be exactly {'two' if n == 2 else 'three'} elements in output_size, but got {{}} elements.",
+        len(output_size),
+    )
     text = f"Input to max_unpooling{n}d should be a {n + 1}d or {n + 2}d Tensor, but got a tensor with {self.ndim} dimensions."
     check(self.ndim in (n + 1, n + 2), "RuntimeError", text)
     same = indices.ndim == self.ndim and all_of(*(eq(a, b) for a, b in zip(self.sizes, indices.sizes)))
@@ -547,8 +621,18 @@ def max_unpool2d(self: Tensor, indices: Tensor, output_size: list) -> Tensor:
 
 @lowering("max_unpool3d", slots=("output_size",), coarse=True)
 def max_unpool3d(self: Tensor, indices: Tensor, output_size: list, stride: list, padding: list) -> Tensor:
-    check(len(stride) == 3, "RuntimeError", "There should be exactly three elements (depth, height, width) in stride, but got: {} elements.", len(stride))
-    check(len(padding) == 3, "RuntimeError", "There should be exactly three elements (depth, height, width) in padding, but got: {} elements.", len(padding))
+    check(
+        len(stride) == 3,
+        "RuntimeError",
+        "There should be exactly three elements (depth, height, width) in stride, but got: {} elements.",
+        len(stride),
+    )
+    check(
+        len(padding) == 3,
+        "RuntimeError",
+        "There should be exactly three elements (depth, height, width) in padding, but got: {} elements.",
+        len(padding),
+    )
     check(min(stride) > 0, "RuntimeError", "strides should be greater than zero, but got stride: [{}, {}, {}]", *stride)
     return _unpool(3, self, indices, output_size)
 

@@ -22,7 +22,11 @@ WORKGROUP = 64
 @lowering("_int_mm")
 def int_mm(self: Tensor, mat2: Tensor) -> Tensor:
     """int8 [M, K] @ int8 [K, N], summed in int32."""
-    check(self.dtype == mat2.dtype == "i8", "RuntimeError", f"Expected operands of dtype int8 but got {self.dtype} and {mat2.dtype}")
+    check(
+        self.dtype == mat2.dtype == "i8",
+        "RuntimeError",
+        f"Expected operands of dtype int8 but got {self.dtype} and {mat2.dtype}",
+    )
     check(self.ndim == mat2.ndim == 2, "RuntimeError", "Expected operands to be of dimension 2")
     check(
         eq(self.sizes[1], mat2.sizes[0]), "RuntimeError", "self.size(1) needs to match mat2.size(0) but got {} and {}",
@@ -44,11 +48,27 @@ def _precision(dtype: str) -> str:
 @lowering("_weight_int8pack_mm")
 def weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
     """[M, K] @ (int8 [N, K] as floats).T * scales [N]."""
-    check(self.dtype in ("f32", "f16", "bf16"), "RuntimeError", f"_weight_int8pack_mm : expect A to be float, got {self.dtype}")
+    check(
+        self.dtype in ("f32", "f16", "bf16"),
+        "RuntimeError",
+        f"_weight_int8pack_mm : expect A to be float, got {self.dtype}",
+    )
     check(mat2.dtype == "i8", "RuntimeError", f"_weight_int8pack_mm : expect B to be int8 tensor, got {mat2.dtype}")
     m, k, n = self.sizes[0], self.sizes[1], mat2.sizes[0]
-    check(eq(k, mat2.sizes[1]), "RuntimeError", "_weight_int8pack_mm : expect B to have {} columns, got {}", k, mat2.sizes[1])
-    check(eq(scales.sizes[0], n), "RuntimeError", "_weight_int8pack_mm : expect scales to have {} elements, got {}", n, scales.sizes[0])
+    check(
+        eq(k, mat2.sizes[1]),
+        "RuntimeError",
+        "_weight_int8pack_mm : expect B to have {} columns, got {}",
+        k,
+        mat2.sizes[1],
+    )
+    check(
+        eq(scales.sizes[0], n),
+        "RuntimeError",
+        "_weight_int8pack_mm : expect scales to have {} elements, got {}",
+        n,
+        scales.sizes[0],
+    )
     out = empty([m, n], self.dtype)
     if target().schedule_class != "block":
         weight = contiguous(mat2, self.dtype)
@@ -66,11 +86,21 @@ def weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
 def convert_weight_to_int4pack(self: Tensor, inner_k_tiles: int) -> Tensor:
     """Bytes [N, K / 2], of two weights each, the even one in the high half → what _weight_int4pack_mm takes: the same bytes in a
     tensor of upstream's shape."""
-    check(self.dtype == "u8" and self.ndim == 2, "RuntimeError", "_convert_weight_to_int4pack: expect a 2D tensor of uint8")
+    check(
+        self.dtype == "u8" and self.ndim == 2,
+        "RuntimeError",
+        "_convert_weight_to_int4pack: expect a 2D tensor of uint8",
+    )
     check(inner_k_tiles in (2, 4, 8), "RuntimeError", "_convert_weight_to_int4pack: innerKTiles is 2, 4 or 8")
     n, k = self.sizes[0], self.sizes[1] * 2
     check(eq(n % 8, 0), "RuntimeError", "_convert_weight_to_int4pack: {} rows are no multiple of 8", n)
-    check(eq(k % (inner_k_tiles * 16), 0), "RuntimeError", "_convert_weight_to_int4pack: {} columns are no multiple of {}", k, inner_k_tiles * 16)
+    check(
+        eq(k % (inner_k_tiles * 16), 0),
+        "RuntimeError",
+        "_convert_weight_to_int4pack: {} columns are no multiple of {}",
+        k,
+        inner_k_tiles * 16,
+    )
     out = empty([n // 8, k // (inner_k_tiles * 16), 32, inner_k_tiles // 2], "i32")
     copy_bytes(out, contiguous(self))
     return out
@@ -79,14 +109,40 @@ def convert_weight_to_int4pack(self: Tensor, inner_k_tiles: int) -> Tensor:
 @lowering("_weight_int4pack_mm")
 def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -> Tensor:
     """[M, K] @ dequantized [N, K].T. mat2: of _convert_weight_to_int4pack; scales [K / group, N, 2]: s and z of (q - 8) * s + z."""
-    check(self.dtype in ("f32", "f16", "bf16"), "RuntimeError", f"_weight_int4pack_mm : expect A to be float, got {self.dtype}")
-    check(mat2.dtype == "i32" and mat2.ndim == 4, "RuntimeError", "_weight_int4pack_mm : expect B to be a 4d tensor of int32")
-    check(group in (32, 64, 128, 256), "RuntimeError", f"_weight_int4pack_mm: expect qGroupSize to be 32, 64, 128 or 256, got {group}")
+    check(
+        self.dtype in ("f32", "f16", "bf16"),
+        "RuntimeError",
+        f"_weight_int4pack_mm : expect A to be float, got {self.dtype}",
+    )
+    check(
+        mat2.dtype == "i32" and mat2.ndim == 4,
+        "RuntimeError",
+        "_weight_int4pack_mm : expect B to be a 4d tensor of int32",
+    )
+    check(
+        group in (32, 64, 128, 256),
+        "RuntimeError",
+        f"_weight_int4pack_mm: expect qGroupSize to be 32, 64, 128 or 256, got {group}",
+    )
     check(scales.ndim == 3, "RuntimeError", "_weight_int4pack_mm: expect qScaleAndZeros to be 3d")
     m, k, n = self.sizes[0], self.sizes[1], mat2.sizes[0] * 8
-    check(eq(mat2.sizes[1] * mat2.sizes[3] * 32, k), "RuntimeError", "_weight_int4pack_mm : B is of another K than {}", k)
-    check(eq(scales.sizes[0] * group, k), "RuntimeError", "_weight_int4pack_mm: {} groups are not those of {} columns", scales.sizes[0], k)
-    check(eq(scales.sizes[1], n), "RuntimeError", "_weight_int4pack_mm: expect scales for {} rows, got {}", n, scales.sizes[1])
+    check(
+        eq(mat2.sizes[1] * mat2.sizes[3] * 32, k), "RuntimeError", "_weight_int4pack_mm : B is of another K than {}", k
+    )
+    check(
+        eq(scales.sizes[0] * group, k),
+        "RuntimeError",
+        "_weight_int4pack_mm: {} groups are not those of {} columns",
+        scales.sizes[0],
+        k,
+    )
+    check(
+        eq(scales.sizes[1], n),
+        "RuntimeError",
+        "_weight_int4pack_mm: expect scales for {} rows, got {}",
+        n,
+        scales.sizes[1],
+    )
     out = empty([m, n], self.dtype)
     w, scales = contiguous(mat2), contiguous(scales)
     if target().schedule_class != "block":

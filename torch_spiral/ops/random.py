@@ -78,7 +78,9 @@ def philox4x32(k: KernelBuilder, counter: Sequence[Any], key: Sequence[Any]) -> 
     for r in range(10):
         (high0, low0), (high1, low1) = _multiply(k.target, c0, 0xD2511F53), _multiply(k.target, c2, 0xCD9E8D57)
         key0, key1 = k0 + ((r * 0x9E3779B9) & 0xFFFFFFFF), k1 + ((r * 0xBB67AE85) & 0xFFFFFFFF)
-        c0, c1, c2, c3 = (k.let(c) for c in (ir.xor(ir.xor(high1, c1), key0), low1, ir.xor(ir.xor(high0, c3), key1), low0))
+        c0, c1, c2, c3 = (
+            k.let(c) for c in (ir.xor(ir.xor(high1, c1), key0), low1, ir.xor(ir.xor(high0, c3), key1), low0)
+        )
     return [c0, c1, c2, c3]
 
 
@@ -129,7 +131,16 @@ def draw(
     block = LANES * 4 // words
     blocks = cdiv(n, block)
     seed, offset = philox(blocks * LANES)
-    kernel = build(_draw_kernel, name, sample, words, finish, tuple(o.dtype for o in outs), tuple(i.dtype for i in ins), tuple(types))
+    kernel = build(
+        _draw_kernel,
+        name,
+        sample,
+        words,
+        finish,
+        tuple(o.dtype for o in outs),
+        tuple(i.dtype for i in ins),
+        tuple(types),
+    )
     wide = [v for v, t in zip(values, types) if t in ("i64", "f64")]
     narrow = [v for v, t in zip(values, types) if t not in ("i64", "f64")]
     if target().schedule_class == "vector":
@@ -154,7 +165,10 @@ def _draw_kernel(
 
     def emit(counter: Any, first: Any, guarded: bool) -> None:
         """Elements first + 16 * r of one counter (or of 16, with lanes)."""
-        samples = [k.let(s) if not isinstance(s, tuple) else tuple(k.let(x) for x in s) for s in sample(source.words(counter), part)]
+        samples = [
+            k.let(s) if not isinstance(s, tuple) else tuple(k.let(x) for x in s)
+            for s in sample(source.words(counter), part)
+        ]
         for r in range(per):
             index = k.let(first + r * LANES) if guarded else first + r * LANES
 
@@ -204,7 +218,14 @@ class Stream:
         return words
 
 
-def draw_each(name: str, body: Callable[..., Any], out: Tensor, ins: Sequence[Tensor], values: Sequence[Any] = (), types: Sequence[str] = ()) -> None:
+def draw_each(
+    name: str,
+    body: Callable[..., Any],
+    out: Tensor,
+    ins: Sequence[Tensor],
+    values: Sequence[Any] = (),
+    types: Sequence[str] = (),
+) -> None:
     """out = body(stream, *ins, *values) element by element: body emits statements. Contiguous tensors of one size."""
     n = out.numel
     check(le(n, (1 << 31) - 1), "RuntimeError", "random numbers for a tensor of more than 2^31 elements")
@@ -292,7 +313,10 @@ def _bits32(words: Sequence[Any], part: str) -> list[Any]:
 
 
 def _bits64(words: Sequence[Any], part: str) -> list[Any]:
-    return [ir.or_(ir.cast(a, "u64"), ir.shl(ir.cast(b, "u64"), 32)) for a, b in ((words[0], words[1]), (words[2], words[3]))]
+    return [
+        ir.or_(ir.cast(a, "u64"), ir.shl(ir.cast(b, "u64"), 32))
+        for a, b in ((words[0], words[1]), (words[2], words[3]))
+    ]
 
 
 _UNIFORMS = {d: _uniform_of(d) for d in set(DIGITS.values())}
@@ -432,7 +456,10 @@ def bernoulli_tensor(p: Tensor, out: Tensor) -> None:
 
 def _modulo32(bits: Any, limit: Any, base: Any) -> Any:
     """bits % limit + base; a limit of 2**32 arrives as 0."""
-    return ir.cast(where(ir.eq(limit, 0), bits, ir.irem(bits, where(ir.eq(limit, 0), ir.const(1, "u32"), limit))), "i32") + base
+    return (
+        ir.cast(where(ir.eq(limit, 0), bits, ir.irem(bits, where(ir.eq(limit, 0), ir.const(1, "u32"), limit))), "i32")
+        + base
+    )
 
 
 def _modulo64(bits: Any, limit: Any, base: Any) -> Any:
@@ -524,14 +551,23 @@ def fused_dropout(x: Tensor, keep: Any, generator: None = None) -> tuple[Tensor,
 def _masked_scale(grad: Any, mask: Any, scale: Any) -> Any:
     part = grad.dtype if grad.dtype in ir.FLOATS else "f32"
     factor = ir.cast(mask, part) * ir.cast(scale, part)
-    return ir.Complex(grad.re * factor, grad.im * factor) if isinstance(grad, ir.Complex) else ir.cast(grad, part) * factor
+    return (
+        ir.Complex(grad.re * factor, grad.im * factor) if isinstance(grad, ir.Complex) else ir.cast(grad, part) * factor
+    )
 
 
 @lowering("native_dropout_backward", "_masked_scale", coarse=True)
 def native_dropout_backward(grad: Tensor, mask: Tensor, scale: Any) -> Tensor:
     """grad * mask * scale; of integers in float32."""
     out = empty(grad.sizes, grad.dtype if DTYPES[grad.dtype].kind in ("float", "complex") else "f32")
-    map_tensors("masked_scale", _masked_scale, [out], [grad, broadcast(mask, grad.sizes)], (scale,), ("f64" if grad.dtype in ("f64", "c128") else "f32",))
+    map_tensors(
+        "masked_scale",
+        _masked_scale,
+        [out],
+        [grad, broadcast(mask, grad.sizes)],
+        (scale,),
+        ("f64" if grad.dtype in ("f64", "c128") else "f32",),
+    )
     return out
 
 
@@ -662,7 +698,9 @@ def _gamma(stream: Stream, alpha: Any) -> Any:
         with k.If(ir.gt(y, 0.0)):
             v = k.let(y * y * y)
             u = k.let(_unit(stream.words(), 0, dtype))
-            accepted = ir.or_(ir.lt(u, 1.0 - 0.0331 * x * x * x * x), ir.lt(ir.log(u), 0.5 * x * x + d * (1.0 - v + ir.log(v))))
+            accepted = ir.or_(
+                ir.lt(u, 1.0 - 0.0331 * x * x * x * x), ir.lt(ir.log(u), 0.5 * x * x + d * (1.0 - v + ir.log(v)))
+            )
             result.set(where(accepted, d * v, 0.0))
         with k.If(ir.logical_not(ir.le(result.as_node(), 0.0))):  # NaN leaves too
             k.Break()
@@ -749,7 +787,9 @@ def _binomial(stream: Stream, count: Any, p: Any) -> Any:
                 k.Break()
             with k.If(ir.and_(ir.ge(n, 0.0), ir.le(n, count))):
                 left = ir.log(v * alpha / (a / (us * us) + b))
-                right = (m + 0.5) * ir.log((m + 1.0) / (odds * (count - m + 1.0))) + (count + 1.0) * ir.log((count - m + 1.0) / (count - n + 1.0))
+                right = (m + 0.5) * ir.log((m + 1.0) / (odds * (count - m + 1.0))) + (count + 1.0) * ir.log(
+                    (count - m + 1.0) / (count - n + 1.0)
+                )
                 right = right + (n + 0.5) * ir.log(odds * (count - n + 1.0) / (n + 1.0))
                 right = right + _stirling(m) + _stirling(count - m) - _stirling(n) - _stirling(count - n)
                 with k.If(ir.le(left, right)):
@@ -811,13 +851,17 @@ def multinomial(p: Tensor, n: Any, out: Tensor) -> None:
     p = contiguous(p)
     vector = target().schedule_class == "vector"
     scan = build(_row_sums_kernel, p.dtype, sums.dtype)
-    launch(scan, [p, sums], [rows, categories], fold_groups(target(), rows if vector else cdiv(rows, scan.workgroup[0])))
+    launch(
+        scan, [p, sums], [rows, categories], fold_groups(target(), rows if vector else cdiv(rows, scan.workgroup[0]))
+    )
     total = rows * n
     seed, offset = philox(cdiv(total, LANES * 4) * LANES)
     kernel = build(_multinomial_kernel, sums.dtype)
     with _contiguous_out(out) as flat:
         groups = cdiv(total, TASK_ELEMENTS if vector else kernel.workgroup[0])
-        launch(kernel, [sums, flat], [*_words(seed), *_words(offset), total, n, categories], fold_groups(target(), groups))
+        launch(
+            kernel, [sums, flat], [*_words(seed), *_words(offset), total, n, categories], fold_groups(target(), groups)
+        )
 
 
 def _row_sums_kernel(target: Target, dtype: str, sum_dtype: str) -> Kernel:
@@ -850,7 +894,9 @@ def _multinomial_kernel(target: Target, dtype: str) -> Kernel:
         j = k.let(i - block * (LANES * 4))
         words = source.words(block * LANES + ir.and_(j, LANES - 1))
         which = k.let(ir.shr(j, 4))
-        word = where(ir.eq(which, 0), words[0], where(ir.eq(which, 1), words[1], where(ir.eq(which, 2), words[2], words[3])))
+        word = where(
+            ir.eq(which, 0), words[0], where(ir.eq(which, 1), words[1], where(ir.eq(which, 2), words[2], words[3]))
+        )
         first = k.let(ir.idiv(i, n) * categories)
         x = k.let(ir.cast(ir.cast(ir.shr(word, 8), "f32") * 2.0**-24, dtype) * sums[first + categories - 1])
         low, high = k.var("u32", 0), k.var("u32", categories - 1)

@@ -218,7 +218,15 @@ def _forward(n: int, kind: str, x: Tensor, align: bool, scales: Sequence[Any], o
             final = out if d == 0 and out.is_contiguous else None
             between = x.dtype
             x = _pass(
-                _upsample_1d, x, x.ndim - n + d, outs[d], between, scale[d], (ins[d], outs[d]), (kind, align, small), final
+                _upsample_1d,
+                x,
+                x.ndim - n + d,
+                outs[d],
+                between,
+                scale[d],
+                (ins[d], outs[d]),
+                (kind, align, small),
+                final,
             )
         if x is not out:
             copy_to(out, x)
@@ -355,7 +363,9 @@ def _products(taps: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return combinations
 
 
-def _all_taps(e: Element, n: int, mode: int, padding: int, align: bool, batch: Any, place: Sequence[Any]) -> list[list[Any]]:
+def _all_taps(
+    e: Element, n: int, mode: int, padding: int, align: bool, batch: Any, place: Sequence[Any]
+) -> list[list[Any]]:
     """Taps per spatial dimension; the grid holds (x, y, z), the last dimension first."""
     coordinates = [e.load("grid", [batch, *place, ir.const(n - 1 - d, "i32")]) for d in range(n)]
     sizes = e.list("in", n)
@@ -466,26 +476,42 @@ def _sample_backward(
 
 
 @lowering("grid_sampler_2d", coarse=True)
-def grid_sampler_2d(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
+def grid_sampler_2d(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
     """input [N, C, H, W] at the places grid [N, h, w, 2], as (x, y) in -1 .. 1."""
     return _sample(2, input, grid, interpolation_mode, padding_mode, align_corners)
 
 
 @lowering("grid_sampler_3d", coarse=True)
-def grid_sampler_3d(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
+def grid_sampler_3d(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
     """input [N, C, D, H, W] at the places grid [N, d, h, w, 3], as (x, y, z) in -1 .. 1."""
     return _sample(3, input, grid, interpolation_mode, padding_mode, align_corners)
 
 
 @lowering("grid_sampler_2d_backward", coarse=True)
 def grid_sampler_2d_backward(
-    grad_output: Tensor, input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool, output_mask: list
+    grad_output: Tensor,
+    input: Tensor,
+    grid: Tensor,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+    output_mask: list,
 ) -> Any:
     return _sample_backward(2, grad_output, input, grid, interpolation_mode, padding_mode, align_corners, output_mask)
 
 
 @lowering("grid_sampler_3d_backward", coarse=True)
 def grid_sampler_3d_backward(
-    grad_output: Tensor, input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool, output_mask: list
+    grad_output: Tensor,
+    input: Tensor,
+    grid: Tensor,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+    output_mask: list,
 ) -> Any:
     return _sample_backward(3, grad_output, input, grid, interpolation_mode, padding_mode, align_corners, output_mask)

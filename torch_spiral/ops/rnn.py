@@ -136,7 +136,9 @@ def _each(name: str, body: Any, sizes: Any, operands: dict, static: tuple = ()) 
     each(name, body, sizes, operands, {"hidden": sizes[1]}, static=static, lanes=not is_one(sizes[1]), cost=16)
 
 
-def _cell(name: str, body: Any, state: Tensor, operands: dict, input_bias: Tensor | None, hidden_bias: Tensor | None) -> None:
+def _cell(
+    name: str, body: Any, state: Tensor, operands: dict, input_bias: Tensor | None, hidden_bias: Tensor | None
+) -> None:
     biased = input_bias is not None and hidden_bias is not None
     if biased:
         operands |= {"input_bias": input_bias, "hidden_bias": hidden_bias}
@@ -168,7 +170,13 @@ def gru_cell(
     """(hy, workspace) of gates [B, 3 H], without the biases [3 H], and the state hx [B, H]."""
     _check_gates("_thnn_fused_gru_cell", 3, input_gates, hidden_gates, hx)
     hy, workspace = empty(hx.sizes, hx.dtype), empty((hx.sizes[0], hx.sizes[1] * 5), hx.dtype)
-    operands = {"out_hy": hy, "out_workspace": workspace, "input_gates": input_gates, "hidden_gates": hidden_gates, "hx": hx}
+    operands = {
+        "out_hy": hy,
+        "out_workspace": workspace,
+        "input_gates": input_gates,
+        "hidden_gates": hidden_gates,
+        "hx": hx,
+    }
     _cell("gru_cell", _gru, hx, operands, input_bias, hidden_bias)
     return hy, workspace
 

@@ -22,7 +22,11 @@ def _im2col(e: Element) -> Any:
     sizes = e.list("in", 2)
     inside = [ir.and_(ir.ge(a, 0), ir.lt(a, s)) for a, s in zip(at, sizes)]
     v = e.load("x", [batch, channel, *(ir.clamp(a, 0, s - 1) for a, s in zip(at, sizes))])
-    zero = ir.Complex(ir.const(0, v.re.dtype), ir.const(0, v.re.dtype)) if isinstance(v, ir.Complex) else ir.const(0, v.dtype)
+    zero = (
+        ir.Complex(ir.const(0, v.re.dtype), ir.const(0, v.re.dtype))
+        if isinstance(v, ir.Complex)
+        else ir.const(0, v.dtype)
+    )
     return ir.where(ir.and_(*inside), v, zero)
 
 
@@ -60,9 +64,17 @@ def _pairs(kernel_size: list, dilation: list, padding: list, stride: list) -> li
         ("kernel", "kernel size", lists[0]), ("dilation", "dilation", lists[1]), ("stride", "stride", lists[3]),
     ):  # fmt: skip
         check(
-            min(values) > 0, "RuntimeError", f"{text} should be greater than zero, but got {name}_height: {{}} {name}_width: {{}}", *values
+            min(values) > 0,
+            "RuntimeError",
+            f"{text} should be greater than zero, but got {name}_height: {{}} {name}_width: {{}}",
+            *values,
         )
-    check(min(lists[2]) >= 0, "RuntimeError", "padding should be non-negative, but got pad_height: {} pad_width: {}", *lists[2])
+    check(
+        min(lists[2]) >= 0,
+        "RuntimeError",
+        "padding should be non-negative, but got pad_height: {} pad_width: {}",
+        *lists[2],
+    )
     return lists
 
 
@@ -76,7 +88,12 @@ def im2col(self: Tensor, kernel_size: list, dilation: list, padding: list, strid
     kernel, dilation, padding, stride = _pairs(kernel_size, dilation, padding, stride)
     text = "Expected 3D or 4D (batch mode) tensor with possibly 0 batch size and other non-zero dimensions for input, but got: "
     text += "[" + ", ".join(["{}"] * self.ndim) + "]"
-    check(self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])), "RuntimeError", text, *self.sizes)
+    check(
+        self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])),
+        "RuntimeError",
+        text,
+        *self.sizes,
+    )
     counts = [_blocks(*v) for v in zip(self.sizes[-2:], kernel, dilation, padding, stride)]
     text = (
         "Given input with spatial size ({}, {}), kernel_size=({}, {}), dilation=({}, {}), padding=({}, {}), calculated shape of the "
@@ -94,14 +111,21 @@ def im2col(self: Tensor, kernel_size: list, dilation: list, padding: list, strid
         if x.ndim == 3:
             x = x.view((1, *x.sizes), (0, *x.strides))
         columns = out.with_dtype(bits).view((x.sizes[0], channels, *kernel, *counts))
-        gather(_im2col, [columns], {"x": x}, {**named("in", x.sizes[2:]), **_scalars(kernel, dilation, padding, stride)})
+        gather(
+            _im2col, [columns], {"x": x}, {**named("in", x.sizes[2:]), **_scalars(kernel, dilation, padding, stride)}
+        )
     return out
 
 
 @lowering("col2im", slots=("output_size",), coarse=True)
 def col2im(self: Tensor, output_size: list, kernel_size: list, dilation: list, padding: list, stride: list) -> Tensor:
     """[N,] C, *output_size: the sum of blocks given as columns of [N,] C * kH * kW, blocks, where they overlap."""
-    check(len(output_size) == 2, "RuntimeError", "It is expected output_size equals to 2, but got size {}", len(output_size))
+    check(
+        len(output_size) == 2,
+        "RuntimeError",
+        "It is expected output_size equals to 2, but got size {}",
+        len(output_size),
+    )
     kernel, dilation, padding, stride = _pairs(kernel_size, dilation, padding, stride)
     text = "Expected 2D or 3D (batch mode) tensor for input with possibly 0 batch size and non-zero dimensions for input, but got: "
     text += "[" + ", ".join(["{}"] * self.ndim) + "]"

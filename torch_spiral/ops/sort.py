@@ -760,7 +760,9 @@ def _check_hist(self: Any, hist: Any) -> None:
     if hist.dtype != self.dtype:
         names = (_CPP_NAMES.get(d, str(d)) for d in (self.dtype, hist.dtype))
         raise RuntimeError(
-            "torch.histogram: input tensor and hist tensor should have the same dtype, but got input {} and hist {}".format(*names)
+            "torch.histogram: input tensor and hist tensor should have the same dtype, but got input {} and hist {}".format(
+                *names
+            )
         )
 
 

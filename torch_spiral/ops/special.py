@@ -58,13 +58,19 @@ def bessel_j0(x: Any) -> Any:
     x = ir.abs(x)
     small = (x * x - 5.78318596294678452118) * (x * x - 30.4712623436620863991) * _ratio(x * x, t.J0_RP, t.J0_RQ)
     small = where(ir.lt(x, 0.00001), 1.0 - x * x / 4.0, small)
-    return where(ir.le(x, 5.0), small, _asymptotic(x, 25.0 / (x * x), (t.J0_PP, t.J0_PQ, t.J0_QP, t.J0_QQ), math.pi / 4, False))
+    return where(
+        ir.le(x, 5.0), small, _asymptotic(x, 25.0 / (x * x), (t.J0_PP, t.J0_PQ, t.J0_QP, t.J0_QQ), math.pi / 4, False)
+    )
 
 
 def bessel_j1(x: Any) -> Any:
     a = ir.abs(x)
     small = _ratio(a * a, t.J1_RP, t.J1_RQ) * a * (a * a - 14.6819706421238932572) * (a * a - 49.2184563216946036703)
-    y = where(ir.le(a, 5.0), small, _asymptotic(a, 25.0 / (a * a), (t.J1_PP, t.J1_PQ, t.J1_QP, t.J1_QQ), 3 * math.pi / 4, False))
+    y = where(
+        ir.le(a, 5.0),
+        small,
+        _asymptotic(a, 25.0 / (a * a), (t.J1_PP, t.J1_PQ, t.J1_QP, t.J1_QQ), 3 * math.pi / 4, False),
+    )
     return where(ir.lt(x, 0.0), -y, y)
 
 
@@ -74,13 +80,19 @@ def _y_domain(x: Any, y: Any, at_zero: float) -> Any:
 
 def bessel_y0(x: Any) -> Any:
     small = _ratio(x * x, t.Y0_YP, t.Y0_YQ) + 2 / math.pi * ir.log(x) * bessel_j0(x)
-    y = where(ir.le(x, 5.0), small, _asymptotic(x, 25.0 / (x * x), (t.Y0_PP, t.Y0_PQ, t.Y0_QP, t.Y0_QQ), math.pi / 4, True))
+    y = where(
+        ir.le(x, 5.0), small, _asymptotic(x, 25.0 / (x * x), (t.Y0_PP, t.Y0_PQ, t.Y0_QP, t.Y0_QQ), math.pi / 4, True)
+    )
     return _y_domain(x, y, -INF)
 
 
 def bessel_y1(x: Any) -> Any:
     small = x * _ratio(x * x, t.Y1_YP, t.Y1_YQ) + 2 / math.pi * (bessel_j1(x) * ir.log(x) - 1.0 / x)
-    y = where(ir.le(x, 5.0), small, _asymptotic(x, 25.0 / (x * x), (t.Y1_PP, t.Y1_PQ, t.Y1_QP, t.Y1_QQ), 3 * math.pi / 4, True))
+    y = where(
+        ir.le(x, 5.0),
+        small,
+        _asymptotic(x, 25.0 / (x * x), (t.Y1_PP, t.Y1_PQ, t.Y1_QP, t.Y1_QQ), 3 * math.pi / 4, True),
+    )
     return _y_domain(x, y, -INF)
 
 
@@ -171,7 +183,11 @@ def ndtri(p: Any) -> Any:
     central = (middle + middle * (square * _ratio(square, t.NDTRI_P0, t.NDTRI_Q0))) * math.sqrt(2 * math.pi)
     r = ir.sqrt(-2.0 * ir.log(y))
     z = 1.0 / r
-    tail = r - ir.log(r) / r - z * where(ir.lt(r, 8.0), _ratio(z, t.NDTRI_P1, t.NDTRI_Q1), _ratio(z, t.NDTRI_P2, t.NDTRI_Q2))
+    tail = (
+        r
+        - ir.log(r) / r
+        - z * where(ir.lt(r, 8.0), _ratio(z, t.NDTRI_P1, t.NDTRI_Q1), _ratio(z, t.NDTRI_P2, t.NDTRI_Q2))
+    )
     result = where(ir.gt(y, edge), central, where(upper, tail, -tail))
     result = where(ir.eq(p, 0.0), -INF, where(ir.eq(p, 1.0), INF, result))
     return where(ir.or_(ir.lt(p, 0.0), ir.gt(p, 1.0)), NAN, result)
@@ -280,7 +296,9 @@ def _igamma(upper: bool) -> Callable[..., Any]:
         zero, one = (1.0, 0.0) if upper else (0.0, 1.0)
         y = where(ir.eq(x, 0.0), ir.const(zero, dtype), y)
         y = where(ir.eq(a, 0.0), where(ir.gt(x, 0.0), ir.const(one, dtype), NAN), y)
-        y = where(ir.isinf(a), where(ir.isinf(x), NAN, ir.const(zero, dtype)), where(ir.isinf(x), ir.const(one, dtype), y))
+        y = where(
+            ir.isinf(a), where(ir.isinf(x), NAN, ir.const(zero, dtype)), where(ir.isinf(x), ir.const(one, dtype), y)
+        )
         bad = ir.or_(ir.or_(ir.isnan(a), ir.isnan(x)), ir.or_(ir.lt(a, 0.0), ir.lt(x, 0.0)))
         return where(bad, NAN, y)
 
@@ -300,7 +318,12 @@ def _log_gamma_density(a: Any, x: Any) -> Any:
 # ---- orthogonal polynomials ------------------------------------------------------------------------------------------
 
 
-def _recurrence(first: Callable[[Any], Any], step: Callable[..., Any], special: Callable[..., Any] | None = None, hermite: bool = False) -> Callable[..., Any]:
+def _recurrence(
+    first: Callable[[Any], Any],
+    step: Callable[..., Any],
+    special: Callable[..., Any] | None = None,
+    hermite: bool = False,
+) -> Callable[..., Any]:
     """P_0 = 1, P_1 = first(x), P_{i + 1} = step(x, i, P_i, P_{i - 1}); 0 for n < 0."""
 
     def f(k: KernelBuilder, x: Any, n: Any) -> Any:
@@ -333,7 +356,11 @@ def _recurrence(first: Callable[[Any], Any], step: Callable[..., Any], special: 
 
 def _chebyshev_kind(kind: str, shifted: bool) -> Callable[..., Any]:
     offset = {"t": 0.0, "u": 0.0, "v": -1.0, "w": 1.0}[kind]
-    most = {"t": 6.0, "u": 8.0, "v": 8.0, "w": 8.0}[kind] if not shifted else {"t": 6.0, "u": 6.0, "v": 6.0, "w": 4.0}[kind]
+    most = (
+        {"t": 6.0, "u": 8.0, "v": 8.0, "w": 8.0}[kind]
+        if not shifted
+        else {"t": 6.0, "u": 6.0, "v": 6.0, "w": 4.0}[kind]
+    )
 
     def argument(x: Any) -> Any:
         return x + x - 1.0 if shifted else x
@@ -467,7 +494,9 @@ def _fake_quantize(x: Any, scale: Any, zero: Any, low: Any, high: Any) -> tuple[
 @stub("fake_quant_tensor_cachemask_stub")
 def fake_quant_tensor(x: Tensor, scale: Any, zero: Any, low: Any, high: Any, out: Tensor, mask: Tensor) -> None:
     """Rounds to a quantized grid; mask tells what lay inside."""
-    map_tensors("fake_quantize", _fake_quantize, [out, mask], [x], (scale, zero, low, high), ("f32", "i32", "i32", "i32"))
+    map_tensors(
+        "fake_quantize", _fake_quantize, [out, mask], [x], (scale, zero, low, high), ("f32", "i32", "i32", "i32")
+    )
 
 
 def _fake_quantize_if(x: Any, scale: Any, zero: Any, enabled: Any, low: Any, high: Any) -> tuple[Any, Any]:
@@ -477,13 +506,17 @@ def _fake_quantize_if(x: Any, scale: Any, zero: Any, enabled: Any, low: Any, hig
 
 
 @stub("fake_quant_tensor_cachemask_tensor_qparams_stub")
-def fake_quant_tensor_parameters(x: Tensor, scale: Tensor, zero: Tensor, enabled: Tensor, low: Any, high: Any, out: Tensor, mask: Tensor) -> None:
+def fake_quant_tensor_parameters(
+    x: Tensor, scale: Tensor, zero: Tensor, enabled: Tensor, low: Any, high: Any, out: Tensor, mask: Tensor
+) -> None:
     """Rounds to the quantized grid of tensors of one element, where `enabled` is not 0."""
     one = [broadcast(p.view((1,) * x.ndim, (0,) * x.ndim), x.sizes) for p in (scale, zero, enabled)]
     map_tensors("fake_quantize_if", _fake_quantize_if, [out, mask], [x, *one], (low, high), ("i32", "i32"))
 
 
-def _fake_quantize_gradients(x: Any, grad: Any, scale: Any, inverse: Any, zero: Any, low: Any, high: Any, factor: Any) -> tuple[Any, ...]:
+def _fake_quantize_gradients(
+    x: Any, grad: Any, scale: Any, inverse: Any, zero: Any, low: Any, high: Any, factor: Any
+) -> tuple[Any, ...]:
     zero, low, high = (ir.cast(v, x.dtype) for v in (zero, low, high))
     q = zero + ir.rint(x * inverse)
     below, above = ir.lt(q, low), ir.gt(q, high)
@@ -497,7 +530,13 @@ def _fake_quantize_gradients(x: Any, grad: Any, scale: Any, inverse: Any, zero: 
 @stub("fake_quant_grad_learnable_tensor_stub")
 def fake_quant_gradients(it: Iter, scale: Any, inverse: Any, zero: Any, low: Any, high: Any, factor: Any) -> None:
     """Gradients of x, the scale and the zero point, element by element."""
-    pointwise("fake_quant_grad_learnable_tensor", it, _fake_quantize_gradients, "common", (scale, inverse, zero, low, high, factor))
+    pointwise(
+        "fake_quant_grad_learnable_tensor",
+        it,
+        _fake_quantize_gradients,
+        "common",
+        (scale, inverse, zero, low, high, factor),
+    )
 
 
 def _channel_gradients(x: Any, grad: Any, scale: Any, zero: Any, low: Any, high: Any, factor: Any) -> tuple[Any, ...]:

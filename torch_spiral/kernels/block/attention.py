@@ -113,7 +113,15 @@ def _precision(dtype: str, precision: str) -> str:
 
 
 def forward(
-    target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str
+    target: Target,
+    s: Schedule,
+    dtype: str,
+    head: int,
+    head_v: int,
+    exact: bool,
+    mask: str,
+    causal: bool,
+    precision: str,
 ) -> Kernel:
     """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), out, lse
     [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups()."""
@@ -183,7 +191,14 @@ def forward(
         f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]  # fmt: skip
     name = f"attention_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
-    buffers = [("q", dtype), ("k", dtype), ("v", dtype), *([("mask", mask)] if mask else []), ("out", dtype), ("lse", "f32")]
+    buffers = [
+        ("q", dtype),
+        ("k", dtype),
+        ("v", dtype),
+        *([("mask", mask)] if mask else []),
+        ("out", dtype),
+        ("lse", "f32"),
+    ]
     return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
 
 
@@ -203,12 +218,25 @@ def delta(target: Target, dtype: str, head_v: int) -> Kernel:
         y = tl.load(out + b * out_b + h * out_h + rq[:, None].to(tl.int64) * out_t + rv[None, :], mask=inside, other=0).to(tl.float32)
         tl.store(delta + bh.to(tl.int64) * queries + rq, tl.sum(x * y, 1), mask=rq < queries)
     """
-    scalars = [(f"{t}_{d}", "i64") for t in ("g", "out") for d in "bht"] + [(n, "i32") for n in ("heads", "queries", "head_v")]
-    return template(f"attention_delta_{dtype}_{head_v}", [("g", dtype), ("out", dtype), ("delta", "f32")], scalars, body, 4)
+    scalars = [(f"{t}_{d}", "i64") for t in ("g", "out") for d in "bht"] + [
+        (n, "i32") for n in ("heads", "queries", "head_v")
+    ]
+    return template(
+        f"attention_delta_{dtype}_{head_v}", [("g", dtype), ("out", dtype), ("delta", "f32")], scalars, body, 4
+    )
 
 
 def backward_query(
-    target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str, scores: bool
+    target: Target,
+    s: Schedule,
+    dtype: str,
+    head: int,
+    head_v: int,
+    exact: bool,
+    mask: str,
+    causal: bool,
+    precision: str,
+    scores: bool,
 ) -> Kernel:
     """dq, and with `scores` the gradient of the scores ds [B, H, Tq, Tk] (contiguous, float32). Buffers: q, k, v, g, (mask),
     lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
@@ -253,12 +281,29 @@ def backward_query(
         f"acc.to({STORAGE[dtype]}), mask=in_q & (rd[None, :] < head))",
     ]  # fmt: skip
     name = f"attention_backward_query_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}{'_ds' if scores else ''}_{s}"
-    buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
+    buffers = [
+        ("q", dtype),
+        ("k", dtype),
+        ("v", dtype),
+        ("g", dtype),
+        *([("mask", mask)] if mask else []),
+        ("lse", "f32"),
+    ]
     buffers += [("delta", "f32"), ("dq", dtype), *([("ds_out", "f32")] if scores else [])]
     return template(name, buffers, _names("q k v g dq", mask), "\n".join(lines), s.warps, s.stages)
 
 
-def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> Kernel:
+def backward_key(
+    target: Target,
+    s: Schedule,
+    dtype: str,
+    head: int,
+    head_v: int,
+    exact: bool,
+    mask: str,
+    causal: bool,
+    precision: str,
+) -> Kernel:
     """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), lse, delta, dk, dv. Scalars:
     _names("q k v g dk dv"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
@@ -308,7 +353,14 @@ def backward_key(target: Target, s: Schedule, dtype: str, head: int, head_v: int
         f"dv_acc.to({STORAGE[dtype]}), mask=in_k & (rv[None, :] < head_v))",
     ]  # fmt: skip
     name = f"attention_backward_key_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
-    buffers = [("q", dtype), ("k", dtype), ("v", dtype), ("g", dtype), *([("mask", mask)] if mask else []), ("lse", "f32")]
+    buffers = [
+        ("q", dtype),
+        ("k", dtype),
+        ("v", dtype),
+        ("g", dtype),
+        *([("mask", mask)] if mask else []),
+        ("lse", "f32"),
+    ]
     buffers += [("delta", "f32"), ("dk", dtype), ("dv", dtype)]
     return template(name, buffers, _names("q k v g dk dv", mask), "\n".join(lines), s.warps, s.stages)
 

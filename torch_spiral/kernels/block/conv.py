@@ -93,7 +93,11 @@ def conv(
     for i in dims:
         body.append(f"at{i} = in_at{i}[:, None] + col_at{i}[None, :]")
         if divided:
-            body += [f"quotient{i} = at{i} // div{i}", f"inside = inside & (quotient{i} * div{i} == at{i})", f"at{i} = quotient{i}"]
+            body += [
+                f"quotient{i} = at{i} // div{i}",
+                f"inside = inside & (quotient{i} * div{i} == at{i})",
+                f"at{i} = quotient{i}",
+            ]
         body.append(f"inside = inside & (at{i} >= 0) & (at{i} < size{i})")
         index.append(f"at{i} * g_{i}")
     dot = f", input_precision={precision!r}" if precision else ""

@@ -34,7 +34,12 @@ class Schedule:
         return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}{'p' * self.persistent}"
 
 
-HALF = Schedule(128, 256, 64, 8, 3), Schedule(128, 128, 64, 8, 4), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
+HALF = (
+    Schedule(128, 256, 64, 8, 3),
+    Schedule(128, 128, 64, 8, 4),
+    Schedule(64, 128, 64, 4, 4),
+    Schedule(64, 64, 64, 4, 4),
+)
 # Through tensor descriptors: no registers go to addresses.
 HALF_TILES = (
     Schedule(128, 256, 64, 8, 3, persistent=True), Schedule(128, 128, 64, 4, 3), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
@@ -44,7 +49,12 @@ SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64,
 TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 DOUBLE = (Schedule(64, 64, 16, 4, 3),)
 WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
-SKINNY = {1: Schedule(16, 64, 128, 4, 4), 2: Schedule(16, 64, 128, 4, 4), 4: Schedule(16, 64, 64, 4, 4), 8: Schedule(16, 32, 32, 4, 3)}
+SKINNY = {
+    1: Schedule(16, 64, 128, 4, 4),
+    2: Schedule(16, 64, 128, 4, 4),
+    4: Schedule(16, 64, 64, 4, 4),
+    8: Schedule(16, 32, 32, 4, 3),
+}
 
 
 def precision_of(dtype: str, allow_tf32: bool) -> str:
@@ -53,7 +63,14 @@ def precision_of(dtype: str, allow_tf32: bool) -> str:
 
 
 def schedule(
-    target: Target, dtype: str, precision: str, m: int, n: int, batch: int, along_k: bool = True, described: bool = False
+    target: Target,
+    dtype: str,
+    precision: str,
+    m: int,
+    n: int,
+    batch: int,
+    along_k: bool = True,
+    described: bool = False,
 ) -> Schedule:
     """For about m rows and n columns: the largest tiles that still occupy the device. along_k: both operands have unit stride
     along the reduction."""
@@ -63,7 +80,15 @@ def schedule(
         return WHOLE[0]
     if m < 32:
         return SKINNY[size]
-    choices = DOUBLE if compute == "f64" else (HALF_TILES if described else HALF) if size <= 2 else TF32 if precision == "tf32" else SINGLE
+    choices = (
+        DOUBLE
+        if compute == "f64"
+        else (HALF_TILES if described else HALF)
+        if size <= 2
+        else TF32
+        if precision == "tf32"
+        else SINGLE
+    )
     enough = target.compute_units * (3 if size <= 2 else 6) // 4  # by measurement
     found = next((s for s in choices if -(-m // s.m) * -(-n // s.n) * batch >= enough), choices[-1])
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
@@ -188,7 +213,9 @@ def gemm(
         lines += ["start = 0", "end = k"]
     if described:
 
-        def tiles(name: str, base: str, sizes: tuple[str, str], strides: tuple[str, str], block: tuple[int, int], turned: bool) -> str:
+        def tiles(
+            name: str, base: str, sizes: tuple[str, str], strides: tuple[str, str], block: tuple[int, int], turned: bool
+        ) -> str:
             (i, j), (p, q), (u, v) = (x[::-1] if turned else x for x in (sizes, strides, block))
             return f"{name} = tl.make_tensor_descriptor({base}, [{i}, {j}], [{p}, {q}], [{u}, {v}])"
 
@@ -242,7 +269,10 @@ def gemm(
         work += finish
     if s.persistent:
         assert not split
-        lines += ["for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):", *("    " + t for t in work)]
+        lines += [
+            "for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):",
+            *("    " + t for t in work),
+        ]
     else:
         lines += work
     body = "\n".join(line for line in lines if line.strip())

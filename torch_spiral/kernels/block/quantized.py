@@ -12,7 +12,13 @@ from .gemm import Schedule
 def schedule(dtype: str, m: int, group: int = 64) -> Schedule:
     """For about m rows; a tile lies within a group of the reduction."""
     step = min(group, 32 if dtype == "f32" else 64)
-    return Schedule(16, 64, step, 4, 4) if m < 32 else Schedule(64, 64, step, 4, 3) if m < 256 else Schedule(128, 128, step, 8, 3)
+    return (
+        Schedule(16, 64, step, 4, 4)
+        if m < 32
+        else Schedule(64, 64, step, 4, 3)
+        if m < 256
+        else Schedule(128, 128, step, 8, 3)
+    )
 
 
 def product(target: Target, s: Schedule, dtype: str, bits: int, scale: str, group: int, precision: str) -> Kernel:
@@ -68,7 +74,9 @@ def product(target: Target, s: Schedule, dtype: str, bits: int, scale: str, grou
     ]
     name = f"quantized_{dtype}_{bits}_{scale}_{group}_{precision}_{s}"
     buffers = [("x", dtype), ("w", "i8" if bits == 8 else "i32"), ("scales", scale), ("out", dtype)]
-    return template(name, buffers, [("xm", "i64"), ("m", "i32"), ("n", "i32"), ("k", "i32")], "\n".join(lines), s.warps, s.stages)
+    return template(
+        name, buffers, [("xm", "i64"), ("m", "i32"), ("n", "i32"), ("k", "i32")], "\n".join(lines), s.warps, s.stages
+    )
 
 
 def groups(s: Schedule, m: Any, n: Any) -> tuple[Any, Any, Any]:

@@ -9,7 +9,6 @@ the Syms of a lowering.
     launch(nest.kernel, [out, x], nest.scalars(sizes=[n]), nest.groups(sizes=[n]))
 """
 
-
 from .elementwise import Context, Nest, pointwise
 from .monoids import ALL, ANY, ARGMAX, ARGMIN, LOGSUMEXP, MAX, MIN, PROD, SUM, WELFORD, Monoid
 from .operands import (

@@ -115,7 +115,9 @@ class Pointwise(Declarations):
         self.lanes = lanes or lanes_for([o.dtype for o in operands])
         self.word_out = self._word_output() if not vector else None
         key = operands_key(operands, scalars, buffers)
-        self.each = 1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
+        self.each = (
+            1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
+        )
         unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
         k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
         self.declare(k, self.outs, self.ins, buffers, ndim)

@@ -84,7 +84,9 @@ def lanes_for(dtypes: Sequence[str]) -> int:
 class Declarations:
     """What pointwise and row kernels declare alike: operands and further buffers, sizes, and strides that are not 0 or 1."""
 
-    def declare(self, k: KernelBuilder, outs: Sequence[Operand], ins: Sequence[Operand], buffers: Sequence[tuple], ndim: int) -> None:
+    def declare(
+        self, k: KernelBuilder, outs: Sequence[Operand], ins: Sequence[Operand], buffers: Sequence[tuple], ndim: int
+    ) -> None:
         self.k, self.ndim = k, ndim
         operands = [*outs, *ins]
         self.bufs = {

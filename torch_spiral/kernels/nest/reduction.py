@@ -354,7 +354,11 @@ class Rows(Declarations):
 
         self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
         self.kept: list[dict[str, Any]] = []
-        kept = self._read_again() if self.schedule == "workgroup" and self.reduced == 1 and not self.target.software else []
+        kept = (
+            self._read_again()
+            if self.schedule == "workgroup" and self.reduced == 1 and not self.target.software
+            else []
+        )
         if not kept or self.block or self.split:
             self._loops_of_row(lanes_r, split, row_id)
             return

@@ -108,7 +108,11 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
     if area >= 22:
         wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0)
     elif area >= 19:
-        wide = Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0) if target.language == "wgsl" else Schedule(64, 128, 16, 4, 8, chunk=0)
+        wide = (
+            Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0)
+            if target.language == "wgsl"
+            else Schedule(64, 128, 16, 4, 8, chunk=0)
+        )
         wanted = wide if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4, chunk=0)
     elif area >= 15:
         wanted = Schedule(64, 64, 16, 4, 4, chunk=0)
@@ -161,7 +165,9 @@ def candidates(target: Target, dtype: str, m: int, n: int, k: int, batch: int) -
                         continue
                     s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
                     if s.fits(target):
-                        found += [Choice(s, splits) for splits in split_counts(target, cdiv(m, tm) * cdiv(n, tn) * batch, k)]
+                        found += [
+                            Choice(s, splits) for splits in split_counts(target, cdiv(m, tm) * cdiv(n, tn) * batch, k)
+                        ]
     return found
 
 

@@ -6,7 +6,6 @@ made by gemm.pack_b; padding and 16-bit conversions happen there. Scores are kep
 A fully masked row gives 0 and a logsumexp of -inf, as PyTorch's fused kernels do.
 """
 
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -389,7 +388,11 @@ def _backward(
             const V p = exp2v(load{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
             store{w}(p * (load{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"store{w}(p, 0, S_ + j);" if keys else ""}
           }}
-          {"if (g0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
+          {
+        "if (g0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];"
+        if mask_grad
+        else ""
+    }
         }}
         {_accumulate(s, "P", f"R1 + (ulong)n0 * NPd * {nr}", "D", f"X1 + i * {mr} * NPd * {nr}", "")}
         {_accumulate(s, "S", f"R2 + (ulong)n0 * NPv * {nr}", "Dv", f"X2 + i * {mr} * NPv * {nr}", "") if keys else ""}
@@ -449,7 +452,12 @@ def _backward(
 
 
 def attention_backward_q(
-    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None, mask_grad: bool = False
+    target: Target,
+    dtype: str,
+    causal: bool = False,
+    mask: str | None = None,
+    width: int | None = None,
+    mask_grad: bool = False,
 ) -> Kernel:
     """dQ, one pass over blocks of queries; with mask_grad also the gradient of the scores, for the mask: dS[B, H, Tq, Tk] (f32,
     contiguous; where causal, the caller fills it with zeros first).

@@ -9,7 +9,6 @@ takes negative strides. With stride > 1 that multiplies zeros; a caller may laun
 outputs, every stride-th tap). 1x1 convolutions with stride 1 are `gemm` on [Co, Ci] x [Ci, pixels].
 """
 
-
 from __future__ import annotations
 
 from typing import Any

@@ -6,7 +6,6 @@ of the reduction A is packed into private memory, so that the inner loop reads i
 blocks wait in a private tile: C is written once, in its own dtype, and rounding errors grow with K / kc + kc only.
 """
 
-
 from __future__ import annotations
 
 import struct
@@ -64,7 +63,12 @@ def candidates(compute: str = "f32", width: int | None = None) -> list[Schedule]
     """What a tuner may choose from: register tiles that leave room for operands, and how much of A and C a task keeps."""
     s = schedule(compute, width)
     registers = 32 if (width or vector_width()) == 16 else 16
-    tiles = [(mr, nv) for nv in (1, 2, 3, 4, 6) for mr in (4, 6, 8, 12, 14) if registers // 2 <= mr * nv <= registers - nv - 1]
+    tiles = [
+        (mr, nv)
+        for nv in (1, 2, 3, 4, 6)
+        for mr in (4, 6, 8, 12, 14)
+        if registers // 2 <= mr * nv <= registers - nv - 1
+    ]
     return [
         Schedule(s.w, mr, nv, max(rows // mr, 1) * mr, kc, max(columns // (nv * s.w), 1) * nv * s.w)
         for mr, nv in tiles
