@@ -1,7 +1,7 @@
 """Generates the registrations of ATen's operators for PrivateUse1 from the torchgen data of the installed torch.
 
     generate.py DIR          write the C++ files into DIR (setup.py does this before compiling)
-    generate.py --docs DIR   write registrations.md and remaining_ops.txt into DIR
+    generate.py --docs DIR   write registrations.md into DIR
 
 Every dense operator that a backend must supply falls into one of three kinds:
 
@@ -232,50 +232,6 @@ FOREIGN = re.compile(
 # Composite operators that raise unless a backend defines them.
 OVERRIDEABLE = re.compile(r".*_overrideable$")
 
-# Families of the remaining operators, for people who pick one: first match wins.
-FAMILIES = [
-    (
-        "runtime (defined by csrc)",
-        r"empty\.|empty_strided|resize_|set_|as_strided|_reshape_alias|view|unfold$|_local_scalar_dense|_assert_async|"
-        r"_functional_assert|equal$|_efficientzerotensor|_fused_sdp_choice",
-    ),
-    ("foreach", r"_foreach_"),
-    ("optimizer", r"_fused_(adam|sgd|adagrad)"),
-    ("amp and fake quantization", r"_amp_|_fused_moving"),
-    (
-        "attention",
-        r"_scaled_dot|_native_multi_head|_transformer|_triton_multi|_transform_bias|_masked_softmax|_jagged|_padded",
-    ),
-    ("rnn", r"_thnn_"),
-    ("convolution", r".*conv|col2im|im2col"),
-    (
-        "batch, layer, group, rms norm",
-        r".*(batch_norm|layer_norm|group_norm|rms_norm|weight_norm)|_?native_batch|.*_norm_interface",
-    ),
-    ("embedding", r"_?embedding"),
-    ("loss", r".*(_loss|cross_entropy|margin)"),
-    ("activation", r".*(glu|log_sigmoid|rrelu|add_relu|prelu)"),
-    ("pooling", r".*(pool)"),
-    ("padding", r".*_pad\dd"),
-    ("sampling grids and upsampling", r".*(grid_|upsample)"),
-    ("random", r".*(dropout|_standard_gamma|dirichlet|poisson|binomial|randperm|multinomial|_masked_scale|_sample)"),
-    ("factories", r"arange|eye|linspace|logspace|range|tri[lu]_indices|complex|randperm|vander"),
-    ("fft", r"_fft_"),
-    ("matmul", r".*(mm$|mm\.|_mm|dot|addr|matmul|vdot)"),
-    ("linear algebra", r".*(cholesky|linalg|lu_|triangular|geqrf|ormqr|_lstsq)"),
-    (
-        "indexing and masking",
-        r".*(index|mask|nonzero|take|put_|gather|scatter|narrow_copy|split_with|repeat|roll|flip|_chunk_cat|_stack|pixel_|"
-        r"shuffle|unique|where|tril|triu)",
-    ),
-    (
-        "sorting, searching, histograms",
-        r".*(sort|topk|kthvalue|median|mode|bucketize|searchsorted|hist|bincount|unique|isin)",
-    ),
-    ("scans", r".*(cum)"),
-    ("reductions and distances", r".*(trace|count_nonzero|var|std|norm|dist|sum|min|max|all|any)"),
-]
-
 
 @dataclass(frozen=True)
 class Yaml:
@@ -298,9 +254,6 @@ class Yaml:
         """Whether CPU and CUDA use one function for f. ufuncs have generated bodies that end in a stub."""
         cpu, cuda = self.kernel(DispatchKey.CPU, f), self.kernel(DispatchKey.CUDA, f)
         return bool(f.ufunc_inner_loop) or (cpu is not None and cpu == cuda)
-
-    def has_composite(self, f: NativeFunction) -> bool:
-        return any(self.indices[k].has_kernel(f) for k in self.indices if k.name.startswith("CompositeExplicit"))
 
     def remaining(self) -> list[NativeFunction]:
         """Overloads with a CPU or CUDA kernel that neither a shared native nor a structured class supplies."""
@@ -558,42 +511,12 @@ def stub_files(stubs: list[Stub]) -> tuple[dict[str, str], int, int]:
     return files, len(iterators), len(tensors)
 
 
-def remaining_text(yaml: Yaml) -> str:
-    groups: dict[str, list[str]] = {}
-    for f in yaml.remaining():
-        name = str(f.func.name)
-        family = next((n for n, pattern in FAMILIES if re.match(pattern, name)), "other")
-        cpu, cuda = yaml.kernel(DispatchKey.CPU, f), yaml.kernel(DispatchKey.CUDA, f)
-        notes = []
-        if OVERRIDEABLE.match(name):
-            notes.append("for backends: raises unless defined")
-        elif yaml.has_composite(f):
-            notes.append("composite exists, own kernel is faster")
-        elif not cpu:
-            notes.append("CUDA only")
-        elif not cuda:
-            notes.append("CPU only")
-        if name in SKIP:
-            notes.append(SKIP[name])
-        groups.setdefault(family, []).append(f"  {f.func}" + (f"    [{', '.join(notes)}]" if notes else ""))
-    lines = [
-        "Overloads that neither a shared native nor a structured class supplies: each needs a lowering in Python.",
-        "Written by csrc/aten/generate.py --docs docs. Operators of cuDNN, MIOpen, oneDNN, quantized, nested and",
-        "sparse tensors are left out. Overloads without an out= variant here get it from CompositeExplicitAutograd.",
-    ]
-    order = [n for n, _ in FAMILIES] + ["other"]
-    for family in sorted(groups, key=order.index):
-        lines += ["", f"{family} ({len(groups[family])})", *groups[family]]
-    return "\n".join(lines) + "\n"
-
-
 def registrations_text(yaml: Yaml, stubs: list[Stub], counts: str) -> str:
     native = sorted(str(name) for name in yaml.natives)
     lines = [
         "# How ATen's operators reach spiral",
         "",
         f"Written by `csrc/aten/generate.py --docs docs` for torch {torch.__version__.split('+')[0]}: {counts}.",
-        "remaining_ops.txt lists the overloads that need a lowering of their own.",
         "",
         "## Structured operators",
         "",
@@ -627,6 +550,14 @@ def registrations_text(yaml: Yaml, stubs: list[Stub], counts: str) -> str:
     for s in stubs:
         if s.name in TENSOR_STUBS and s.exported:
             lines.append(f"- `{s.name}({stub_signature(s)})`")
+    one_by_one = ", ".join(f"`{f.func.name}`" for f in yaml.remaining())
+    lines += [
+        "",
+        "## Overloads registered one by one",
+        "",
+        "Nothing above supplies these: a lowering in torch_spiral/ops or a function in csrc/aten does, or upstream's composite",
+        f"definition. docs/coverage.md says which work. {one_by_one}.",
+    ]
     lines += ["", "## Left out", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in {**SKIP, **SKIP_STRUCTURED, **SKIP_STUBS}.items()]
     reached = {s.name for s in stubs if s.over_iterator} | set(TENSOR_STUBS)
@@ -688,10 +619,9 @@ def main() -> None:
     counts = (
         f"{natives} registrations of {len(yaml.natives)} shared natives, {sparse_natives} of sparse tensors; {registrations} of {len(yaml.structured)} "
         f"structured operators; {iterators} iterator stubs; {tensors} tensor stubs; "
-        f"{len(yaml.remaining())} overloads remain"
+        f"{len(yaml.remaining())} overloads one by one"
     )
     if args.docs:
-        write(args.directory / "remaining_ops.txt", remaining_text(yaml))
         write(args.directory / "registrations.md", registrations_text(yaml, stubs, counts))
     else:
         for name, text in {**native, **sparse, **structured, **registered}.items():
