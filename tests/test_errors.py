@@ -115,7 +115,7 @@ def test_float64_where_the_device_has_none(device):
     assert torch.ones(2, device=device).sum().item() == 2
 
 
-def test_out_of_memory(device):
+def test_out_of_memory(device, clean_memory):
     before = torch.spiral.memory_allocated(device)
     with pytest.raises(torch.OutOfMemoryError, match=r"cannot hold a tensor of 65536\.00 GiB"):
         torch.empty(1 << 46, dtype=torch.uint8, device=device)
