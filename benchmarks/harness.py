@@ -34,6 +34,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Step = Callable[[], Any]
 
+# Seconds before each measurement: a pool of threads (OpenMP's, PoCL's) spins on for some milliseconds after its last work, and
+# would take a core from the next contender.
+PAUSE = 0.02
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -118,6 +122,7 @@ def time_work(work: Work, device: torch.device, *, seconds: float = 4.0, least: 
 def _clock(c: Contender, calls: int) -> float:
     """Seconds a call, from an idle device to an idle device."""
     devices.synchronize(c.device)
+    time.sleep(PAUSE)
     start = time.perf_counter()
     for _ in range(calls):
         c.step()
