@@ -557,6 +557,14 @@ def test_explain(device):
     assert "softmax" in group.origins and group.source in str(e).replace("\n    ", "\n")
 
 
+def test_several_outputs_are_stored_as_vectors(device):
+    if torch.spiral.get_device_properties(device).schedule_class != "vector":
+        pytest.skip("vectors are for OpenCL on CPUs")
+    x = torch.randn(64, 100, device=device)
+    (group,) = explain(lambda x: (x.relu(), x <= 0, x.exp()), x).groups
+    assert group.source.count("vstore16(") == 3 and ".sf]" not in group.source
+
+
 def test_explain_as_a_picture(device, tmp_path):
     import xml.etree.ElementTree as xml
 

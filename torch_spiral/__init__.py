@@ -9,6 +9,7 @@ first use.
 import atexit
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 import sys
@@ -195,3 +196,10 @@ from . import lowering, ops  # they register operators
 from .packing import pack
 
 __all__ = ["_C", "__version__", "lowering", "ops", "pack"]
+
+
+def __getattr__(name: str) -> Any:
+    """torch_spiral.compiler, which imports Inductor, and torch_spiral.autotune come in with their first use."""
+    if name in ("autotune", "compiler"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

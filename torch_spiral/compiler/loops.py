@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ir
-from ..kernels.builder import KernelBuilder
+from ..kernels.builder import KernelBuilder, lane_stride
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
@@ -142,7 +142,8 @@ class _Evaluation:
         """All values before the first store: a kernel may overwrite what it reads."""
         exprs = [e for s in stores for e in (s.index, s.value)]
         values = self._emit(exprs, leaves, done)
-        values = [self.k.let(v) for v in values] if len(stores) > 1 else values
+        if len(stores) > 1:  # an index of consecutive lanes stays what it is, so that they are stored as a vector
+            values = [v if isinstance(v, Node) and lane_stride(v) == 1 else self.k.let(v) for v in values]
         for s, index, value in zip(stores, values[::2], values[1::2], strict=True):
             self._store(s, index, value)
 
