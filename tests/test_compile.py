@@ -565,6 +565,14 @@ def test_several_outputs_are_stored_as_vectors(device):
     assert group.source.count("vstore16(") == 3 and ".sf]" not in group.source
 
 
+def test_columns_are_read_as_vectors(device):
+    if torch.spiral.get_device_properties(device).schedule_class != "vector":
+        pytest.skip("vectors are for OpenCL on CPUs")
+    x = torch.randn(300, 64, device=device)
+    (group,) = explain(lambda x: ((x * x).sum(0), x.sum(0)), x).groups
+    assert "vload16(" in group.source and ".sf]" not in group.source
+
+
 def test_explain_as_a_picture(device, tmp_path):
     import xml.etree.ElementTree as xml
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ir
-from ..kernels.builder import KernelBuilder, lane_stride
+from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
+from ..kernels.nest.operands import product
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ class _Evaluation:
         """All values before the first store: a kernel may overwrite what it reads."""
         exprs = [e for s in stores for e in (s.index, s.value)]
         values = self._emit(exprs, leaves, done)
-        if len(stores) > 1:  # an index of consecutive lanes stays what it is, so that they are stored as a vector
-            values = [v if isinstance(v, Node) and lane_stride(v) == 1 else self.k.let(v) for v in values]
+        values = [self.k.keep(v) for v in values] if len(stores) > 1 else values
         for s, index, value in zip(stores, values[::2], values[1::2], strict=True):
             self._store(s, index, value)
 
@@ -200,6 +200,7 @@ class _Pointwise(_Evaluation):
         items: Any = chunks
         for s in self.sizes[1:]:
             items = items * s
+        k.stream(product(self.sizes))
         first = k.let(k.group_index() * per_task)
         last = k.let(ir.minimum(first + per_task, items))
         with k.For(first, last) as item:
@@ -317,7 +318,7 @@ class _Reduction(_Evaluation, Rows):
                 self._stores(chosen, leaves, self.done)
             return
         values = self._emit([e for s in chosen for e in (s.index, s.value)], leaves, self.done)
-        later += [(s, self.k.let(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
+        later += [(s, self.k.keep(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
 
 
 def build(program: Program, target: Target) -> Built:

@@ -560,6 +560,10 @@ class KernelBuilder:
         large = self.let(ir.le(ir.const(STREAM_ELEMENTS, "u32"), elements))
         self.emitter.streaming = self.atom(ir.where(large, ir.const(0, "u32"), ir.const(1, "u32")))
 
+    def keep(self, v: Any) -> Any:
+        """let(v), but for an index of lanes at a constant distance: loads and stores must go on seeing that it is one."""
+        return v if isinstance(v, Node) and v.lanes > 1 and lane_stride(v) is not None else self.let(v)
+
     def halves(self, v: Any) -> tuple[Any, Any]:
         """The lower and upper lanes."""
         v = ir.as_node(v)

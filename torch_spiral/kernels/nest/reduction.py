@@ -306,7 +306,7 @@ class Rows(Declarations):
                 for a in n.args:
                     visit(a)
             elif n not in self.done:
-                self.done[n] = self.k.let(self.evaluate([n], self.row_leaf)[0])
+                self.done[n] = self.k.keep(self.evaluate([n], self.row_leaf)[0])
 
         for e in exprs:
             for p in (e.re, e.im) if isinstance(e, Complex) else (e,):
