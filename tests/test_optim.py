@@ -191,3 +191,12 @@ def test_contiguous_lists_are_not_copied(device):
         roots = step()
     assert not [k.kernel for k in t.kernels() if k.kernel.startswith("copy")]
     assert all(r.is_contiguous() for r in roots)
+
+
+def test_lists_may_hold_numbers_of_the_cpu(device):
+    """As a learning rate that is a tensor; other tensors of the CPU do not mix."""
+    a = [torch.ones(3, device=device), torch.ones(2, 2, device=device)]
+    scaled = torch._foreach_mul(a, [torch.tensor(2.0), torch.tensor(3.0)])
+    assert [t.tolist() for t in scaled] == [[2, 2, 2], [[3, 3], [3, 3]]]
+    with pytest.raises(RuntimeError, match="same device"):
+        torch._foreach_add(a, [torch.ones(3), torch.ones(2, 2)])

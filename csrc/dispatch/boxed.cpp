@@ -87,7 +87,8 @@ c10::DeviceIndex device_of(const IValue* args, size_t count) {
   return current_device();
 }
 
-void add(Call& call, const Argument& a, const IValue& v) {
+// kept: numbers of the CPU that came in a list of a foreach op, as tensors of the device; they live until the call has run.
+void add(Call& call, const Argument& a, const IValue& v, c10::DeviceIndex device, std::vector<at::Tensor>* kept) {
   if (a.kind == TypeKind::GeneratorType) {
     if (!v.isNone()) call.generator(v.toGenerator());
     call.none();
@@ -100,6 +101,13 @@ void add(Call& call, const Argument& a, const IValue& v) {
     const auto& list = v.toListRef();
     c10::SmallVector<at::Tensor, 8> tensors;
     for (const IValue& t : list) tensors.push_back(t.isNone() ? at::Tensor() : t.toTensor());
+    if (kept && !a.written) {
+      for (at::Tensor& t : tensors) {
+        if (!t.defined() || !t.is_cpu() || t.dim() > 0) continue;
+        t = t.to(c10::Device(c10::DeviceType::PrivateUse1, device));
+        kept->push_back(t);
+      }
+    }
     const at::ArrayRef<at::Tensor> ref(tensors);
     a.written ? call.outs(ref) : call.tensors(ref);
   } else if (a.list && a.kind == TypeKind::FloatType) {
@@ -136,14 +144,16 @@ void add(Call& call, const Argument& a, const IValue& v) {
 class Boxed final : public c10::OperatorKernel {
  public:
   Boxed(std::string name, std::vector<std::string> slots, std::vector<std::string> exact)
-      : name_(std::move(name)), slots_(std::move(slots)), exact_(std::move(exact)) {}
+      : name_(std::move(name)), slots_(std::move(slots)), exact_(std::move(exact)), foreach_(name_.rfind("_foreach_", 0) == 0) {}
 
   void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet, torch::jit::Stack* stack) {
     std::call_once(parsed_, [&] { signature_ = parse(handle.schema(), name_, slots_, exact_); });
     const size_t count = signature_.arguments.size();
     const IValue* args = stack->data() + stack->size() - count;
-    Call call(signature_.id, device_of(args, count));
-    for (size_t i = 0; i < count; ++i) add(call, signature_.arguments[i], args[i]);
+    const c10::DeviceIndex device = device_of(args, count);
+    Call call(signature_.id, device);
+    std::vector<at::Tensor> kept;
+    for (size_t i = 0; i < count; ++i) add(call, signature_.arguments[i], args[i], device, foreach_ ? &kept : nullptr);
     call.run();
 
     c10::SmallVector<IValue, 4> results;
@@ -167,6 +177,7 @@ class Boxed final : public c10::OperatorKernel {
  private:
   std::string name_;
   std::vector<std::string> slots_, exact_;
+  bool foreach_;  // its lists may hold numbers of the CPU, as binary operators do
   std::once_flag parsed_;
   Signature signature_;
 };
