@@ -469,3 +469,10 @@ def test_the_command_searches_shapes_and_models(device, tmp_path, monkeypatch, c
     decisions = autotune.store().decisions()
     assert {d.sizes for d in decisions} == {"256x256x256x1", "300x512x512x1"}
     assert command.main(["show"]) == 0 and "300x512x512x1" in capsys.readouterr().out
+
+
+def test_a_report_without_matplotlib_is_refused_before_the_search(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        command.main(["tune", "--report", "somewhere"])
+    assert "torch_spiral[report]" in capsys.readouterr().err

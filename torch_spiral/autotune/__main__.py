@@ -13,6 +13,7 @@ python -m torch_spiral.autotune --model mymodels:make_bert
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import importlib
 import subprocess
 import sys
@@ -279,6 +280,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.command_line = [a for a in arguments if a != args.command]
+    if (args.report or args.command == "report") and importlib.util.find_spec("matplotlib") is None:
+        parser.error("a report's plots need matplotlib: pip install 'torch_spiral[report]'")
     return COMMANDS[args.command](args)
 
 
