@@ -13,8 +13,8 @@ python -m torch_spiral.autotune --model mymodels:make_bert
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import importlib
+import importlib.util
 import subprocess
 import sys
 import time
