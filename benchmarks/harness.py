@@ -1,8 +1,9 @@
 """One harness for all benchmarks: contenders interleaved in one process, medians, ratios with their spread.
 
 A suite is a list of Work (contenders against each other, with bars on the ratio) and Reading (one number with a
-bound). Results are printed as a table and written to benchmarks/results/<suite>-<engine>.json with the machine, the
-versions, the commit and the command.
+bound). Results are printed as a table and written, row by row, to benchmarks/results/<suite>-<engine>.json with the machine, the
+versions, the commit and the command. A run of some rows (--only) leaves the others in the file, if they were measured on the same
+machine with the same versions; each row says at which commit it was measured.
 """
 
 from __future__ import annotations
@@ -198,18 +199,20 @@ def run_suite(suite: str, rows: list[Work | Reading], args: argparse.Namespace, 
     about = provenance(device) | (about or {})
     console.print(f"[bold]{suite}[/] on {about['device']} · {about['processor']} · torch {about['torch']}")
     wanted = args.only.split(",") if args.only else [""]
-    timings: list[Timing] = []
-    readings: list[dict[str, Any]] = []
-    failures: dict[str, str] = {}
+    engine = about["device"].split("(")[-1].split(":")[0] if device.type == "spiral" else device.type
+    results = Results(RESULTS / f"{suite}-{engine}.json", about, [row.name for row in rows], keep=bool(args.only))
+    run = missed = 0
     table = Table("work", "theirs", "ms", "ours, ms", "ratio", "quartiles", "bar", "")
     for row in rows:
         if not any(w in row.name for w in wanted):
             continue
+        run += 1
         try:
             with console.status(row.name):
                 if isinstance(row, Work):
                     timing = time_work(row, device, seconds=args.seconds)
-                    timings.append(timing)
+                    results.add("timings", asdict(timing))
+                    missed += bool(timing.missed)
                     _add_timing(table, timing, row.aim)
                     console.print(f"  {row.name}: " + _short(timing))
                 else:
@@ -219,27 +222,65 @@ def run_suite(suite: str, rows: list[Work | Reading], args: argparse.Namespace, 
                     )
                     bound = f"≤ {row.at_most:g}" if row.at_most is not None else ""
                     bound = f"≥ {row.at_least:g}" if row.at_least is not None else bound
-                    readings.append(asdict_reading(row) | {"value": value, "good": good})
+                    results.add("readings", asdict_reading(row) | {"value": value, "good": good})
+                    missed += not good
                     table.add_row(row.name, "", "", f"{value:.3g} {row.unit}", "", "", bound, _verdict(good))
                     console.print(f"  {row.name}: {value:.3g} {row.unit}")
         except Exception as e:
             text = " ".join(str(e).split())[:300]
-            failures[row.name] = f"{type(e).__name__}: {text}"
+            results.fail(row.name, f"{type(e).__name__}: {text}")
+            missed += 1
             table.add_row(row.name, "", "", "", "", "", "", "[red]failed")
             console.print(f"  [red]{row.name}: {type(e).__name__}[/]", end=" ")
             console.print(text, markup=False)
+        if not args.no_write:
+            results.write()
         gc.collect()
     console.print(table)
-    missed = [t.name for t in timings if t.missed] + [r["name"] for r in readings if not r["good"]] + list(failures)
-    console.print(f"{len(timings) + len(readings) + len(failures)} rows, {len(missed)} missed or failed")
+    console.print(f"{run} rows, {missed} missed or failed")
     if not args.no_write:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        engine = about["device"].split("(")[-1].split(":")[0] if device.type == "spiral" else device.type
-        path = RESULTS / f"{suite}-{engine}.json"
-        result = {"about": about, "timings": [asdict(t) for t in timings], "readings": readings, "failed": failures}
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"wrote {path.relative_to(ROOT)}")
+        console.print(f"wrote {results.path.relative_to(ROOT)}")
     return 1 if args.strict and missed else 0
+
+
+class Results:
+    """The file of a suite's results. keep: rows that it holds already stay, where machine and versions are the same."""
+
+    SAME = ("device", "processor", "cores", "torch_threads", "system", "python", "torch", "cuda")
+
+    def __init__(self, path: Path, about: dict[str, Any], names: list[str], keep: bool) -> None:
+        self.path, self.about, self.names = path, about, names
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {"timings": {}, "readings": {}}
+        self.failed: dict[str, str] = {}
+        if keep and path.exists():
+            old = json.loads(path.read_text())
+            if all(old["about"].get(key) == about.get(key) for key in self.SAME):
+                for kind, rows in self.rows.items():
+                    rows |= {r["name"]: self._of(old["about"]) | r for r in old[kind] if r["name"] in names}
+                self.failed = {name: why for name, why in old["failed"].items() if name in names}
+
+    @staticmethod
+    def _of(about: dict[str, Any]) -> dict[str, Any]:
+        return {key: about[key] for key in ("commit", "modified", "command")}
+
+    def _forget(self, name: str) -> None:
+        for rows in (*self.rows.values(), self.failed):
+            rows.pop(name, None)
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        """kind: "timings" or "readings"."""
+        self._forget(row["name"])
+        self.rows[kind][row["name"]] = row | self._of(self.about)
+
+    def fail(self, name: str, why: str) -> None:
+        self._forget(name)
+        self.failed[name] = why
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        ordered = {kind: [rows[name] for name in self.names if name in rows] for kind, rows in self.rows.items()}
+        result = {"about": self.about, **ordered, "failed": self.failed}
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def asdict_reading(row: Reading) -> dict[str, Any]:

@@ -65,8 +65,10 @@ def _page(path: Path) -> list[str]:
     where = [about["device"], f"{about['processor']}, {about['cores']} cores", f"torch {about['torch']}"]
     if about.get("cuda"):
         where.append(f"torch CUDA on {about['cuda']}")
+    measured = [about, *(r for r in (*timings, *readings) if "commit" in r)]
+    commits = dict.fromkeys(r["commit"] + (" (modified)" if r.get("modified") else "") for r in measured)
     lines += [
-        " · ".join(where) + f" · commit {about['commit']}" + (" (modified)" if about.get("modified") else ""),
+        " · ".join(where) + f" · commit {', '.join(commits)}",
         f"· load average at the start {about['load_average_at_start']:.1f}",
         "",
         f"`{about['command']}`",
