@@ -16,7 +16,7 @@ from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
-from ..kernels.nest.operands import product
+from ..kernels.nest.operands import product, unravel
 
 
 @dataclass(frozen=True)
@@ -175,23 +175,12 @@ class _Pointwise(_Evaluation):
             n = k.let(n)
             i = k.global_id(workgroup)
             with k.If(i < n):
-                self._stores(self.program.stores, self._leaves(self._coordinates(i, 0)), {})
+                self._stores(self.program.stores, self._leaves(unravel(k, self.sizes, i)), {})
             self.built = Built(k.finish((workgroup, 1, 1)), "elements", 1)
 
     @staticmethod
     def _leaves(coordinates: Sequence[Any]) -> dict[str, Any]:
         return {f"x{d}": ir.cast(c, "i32") for d, c in enumerate(coordinates)}
-
-    def _coordinates(self, flat: Node, first: int) -> list[Node]:
-        out, k = [], self.k
-        for d in range(first, len(self.sizes)):
-            if d == len(self.sizes) - 1:
-                out.append(flat)
-            else:
-                q = k.let(ir.idiv(flat, self.sizes[d]))
-                out.append(k.let(flat - q * self.sizes[d]))
-                flat = q
-        return out
 
     def _tasks(self, per_task: Node, lanes: int, inner: int | None) -> None:
         """Rows cut into chunks; a task takes several of them. As nest.pointwise on CPU devices."""
@@ -210,7 +199,7 @@ class _Pointwise(_Evaluation):
                 row = k.let(ir.idiv(item, chunks))
                 start = k.let(ir.cast((item - row * chunks) * TASK_ELEMENTS, "i32"))
                 stop = k.let(ir.minimum(start + TASK_ELEMENTS, ir.cast(size, "i32")))
-            rest = self._coordinates(row, 1) if len(self.sizes) > 1 else []
+            rest = unravel(k, self.sizes[1:], row)
             j = k.var("i32", start)
             for width in (lanes, 1) if lanes > 1 and (inner is None or inner % lanes) else (lanes,):
                 with k.While(lambda: j + width <= stop):  # noqa: B023 (called at once)

@@ -20,6 +20,7 @@ from ..kernels import ir
 from ..kernels.builder import Buffer, KernelBuilder
 from ..kernels.kernel import DTYPES, Kernel, Target
 from ..kernels.nest import SIMT_WORKGROUP, fold_groups
+from ..kernels.nest.operands import unravel
 from ..lowering import Sym, Tensor, build, cdiv, error_site, is_one, is_zero, launch, maximum, product, target
 
 TASK = 16384  # elements that one workgroup of a CPU device handles
@@ -167,13 +168,8 @@ def _build(
     def run(at: Sequence[Any]) -> None:
         body(Item(k, tuple(at), named_buffers, scalars, strides, static, site))
 
-    def decompose(row: Any, dims: int) -> list[Any]:
-        at = []
-        for d in reversed(range(1, dims)):
-            q = k.let(ir.idiv(row, sizes[d]))
-            at.append(k.let(ir.cast(row - q * sizes[d], "i32")))
-            row = q
-        return [k.let(ir.cast(row, "i32")), *reversed(at)] if dims else []
+    def coordinates(row: Any, sizes: Sequence[Any]) -> list[Any]:
+        return [k.let(ir.cast(c, "i32")) for c in reversed(unravel(k, sizes[::-1], row))]
 
     if simt:
         n: Any = sizes[0]
@@ -182,7 +178,7 @@ def _build(
         workgroup = min(SIMT_WORKGROUP, target.max_workgroup_size)
         i = k.global_id(workgroup)
         with k.If(i < n):
-            run(decompose(i, ndim))
+            run(coordinates(i, sizes))
         return k.finish((workgroup, 1, 1)), True, 1
 
     assert span is not None and rows is not None
@@ -197,7 +193,7 @@ def _build(
         row = k.let(ir.idiv(item, chunks))
         start = k.let((item - row * chunks) * span)
         stop = k.let(ir.cast(ir.minimum(start + span, inner), "i32"))
-        outer = decompose(row, ndim - 1)
+        outer = coordinates(row, sizes[:-1])
         j = k.var("i32", ir.cast(start, "i32"))
         for step in (width, 1) if width > 1 else (1,):
             with k.While(lambda step=step: j + step <= stop):  # type: ignore[misc]

@@ -24,6 +24,7 @@ from .operands import (
     maximum,
     operands_key,
     product,
+    unravel,
 )
 
 
@@ -235,7 +236,7 @@ class Pointwise(Declarations):
                 chunk = k.let(item - row * chunks)
             start = k.let(chunk * TASK_ELEMENTS)
             stop = k.let(ir.minimum(start + TASK_ELEMENTS, size))
-            coordinates = self.decompose(row, 1) if self.ndim > 1 else []
+            coordinates = unravel(k, self.sizes[1:], row)
             base = self._bases(coordinates)
             position = k.let(ir.cast(row * size, "i32"))
             self._span(
@@ -256,7 +257,7 @@ class Pointwise(Declarations):
         outer = k.let(ir.idiv(group, blocks)) if self.ndim > 2 else ir.const(0, "u32")
         first = k.let((group - outer * blocks) * TILE_ROWS)
         last = k.let(ir.minimum(first + TILE_ROWS, self.sizes[1]))
-        rest = self.decompose(outer, 2) if self.ndim > 2 else []
+        rest = unravel(k, self.sizes[2:], outer)
         size = k.let(ir.cast(self.sizes[0], "i32"))
         step = 4 * self.lanes
         with k.For(ir.const(0, "i32"), size, step) as column:
@@ -269,7 +270,7 @@ class Pointwise(Declarations):
     def _element(self, i: Node, store: Callable[[Operand, Any], None] | None = None) -> None:
         """One element of the whole nest, i: u32 place in the iteration order."""
         need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
-        coordinates = self.decompose(i, 0) if need else []
+        coordinates = unravel(self.k, self.sizes, i) if need else []
         position = ir.cast(i, "i32")
 
         def index(o: Operand) -> Node:
@@ -320,7 +321,7 @@ class Pointwise(Declarations):
 
     def _place(self, o: Operand, i: Node) -> Node:
         """Where element i of the iteration order lies in an operand."""
-        return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, self.decompose(i, 0), 0)
+        return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, unravel(self.k, self.sizes, i), 0)
 
     def _simt(self, workgroup: int) -> None:
         k = self.k
@@ -351,7 +352,7 @@ class Pointwise(Declarations):
                         if o is not out:
                             index = ir.cast(e, "i32")
                             if o.strides != "dense":
-                                index = self.offset(o, self.decompose(e, 0), 0)
+                                index = self.offset(o, unravel(k, self.sizes, e), 0)
                             self.bufs[o.name].store(index, v)
                             return
                         value = ir.cast(v, DTYPES[o.dtype].compute)

@@ -81,6 +81,16 @@ def lanes_for(dtypes: Sequence[str]) -> int:
     return 8 if widest >= 8 else 16
 
 
+def unravel(k: KernelBuilder, sizes: Sequence[Node], flat: Node) -> list[Node]:
+    """The coordinates of a flattened index over dimensions of these sizes, the fastest first, in the index's dtype."""
+    at = []
+    for size in sizes[:-1]:
+        rest = k.let(ir.idiv(flat, size))
+        at.append(k.let(flat - rest * size))
+        flat = rest
+    return [*at, flat] if sizes else []
+
+
 class Declarations:
     """What pointwise and row kernels declare alike: operands and further buffers, sizes, and strides that are not 0 or 1."""
 
@@ -99,18 +109,6 @@ class Declarations:
             for d, c in enumerate(o.strides if o.strides != "dense" else ()):
                 if c == "s":
                     self.strides[o.name, d] = k.scalar(f"{o.name}_stride{d}", "i32")
-
-    def decompose(self, row: Node, first: int) -> list[Node]:
-        """Coordinates of dimensions `first` and up (u32) of a flattened index over them."""
-        k, out = self.k, []
-        for d in range(first, self.ndim):
-            if d == self.ndim - 1:
-                out.append(row)
-            else:
-                q = k.let(ir.idiv(row, self.sizes[d]))
-                out.append(k.let(row - q * self.sizes[d]))
-                row = q
-        return out
 
 
 def operands_key(operands: Sequence[Operand], scalars: Sequence[str], buffers: Sequence[tuple]) -> str:

@@ -24,6 +24,7 @@ from .operands import (
     maximum,
     operands_key,
     product,
+    unravel,
 )
 
 
@@ -596,12 +597,7 @@ class Rows(Declarations):
         each = 1 if self.block or self.target.software else SIMT_ELEMENTS
 
         def body(t: Any, accs: list, later: list | None = None, kept: dict[str, Any] | None = None) -> None:
-            at, rest = {}, t
-            for d in range(self.reduced - 1):
-                q = k.let(ir.idiv(rest, self.sizes[d]))
-                at[d] = k.let(rest - q * self.sizes[d])
-                rest = q
-            at[self.reduced - 1] = rest
+            at = dict(enumerate(unravel(k, self.sizes[: self.reduced], t)))
             self._element(now, accs, stores, at, t, later, kept)
 
         def from_registers() -> None:
@@ -747,7 +743,7 @@ class Rows(Declarations):
         elif self.split:
             rest = k.let(ir.idiv(row, self.n_splits))
             split = k.let(row - rest * self.n_splits)
-        self.row(self.decompose(rest, self.reduced) if self.ndim > self.reduced else [], 1, split, row)
+        self.row(unravel(k, self.sizes[self.reduced :], rest), 1, split, row)
 
     def _lanes_d(self, per_task: Any) -> None:
         k = self.k
@@ -777,15 +773,7 @@ class Rows(Declarations):
                 split = k.let(item - rest * self.n_splits)
             outer = k.let(ir.idiv(rest, blocks))
             start = k.let((rest - outer * blocks) * self.lanes)
-            others = []
-            index = outer
-            for d in range(self.reduced + 1, self.ndim):
-                if d == self.ndim - 1:
-                    others.append(index)
-                else:
-                    q = k.let(ir.idiv(index, self.sizes[d]))
-                    others.append(k.let(index - q * self.sizes[d]))
-                    index = q
+            others = unravel(k, self.sizes[self.reduced + 1 :], outer)
 
             def rows(c0: Any, lanes: int) -> None:
                 flat: Any = outer * size + c0
