@@ -228,15 +228,7 @@ class _Reduction(_Evaluation, Rows):
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
         self.results = [e for s in program.stores for e in (s.index, s.value)]
         self._analyse()
-        self.workgroup = self._workgroup()
-        if self.schedule == "lanes_d":
-            self._lanes_d(per_task)
-        elif self.schedule == "lanes_r":
-            self._lanes_r(per_task)
-        elif self.schedule == "invocation":
-            self._invocation()
-        else:
-            self._workgroup_row()
+        self._emit_schedule(per_task)
         self.built = Built(k.finish((self.workgroup, 1, 1)), self.schedule, self.lanes)
 
     def _analyse(self) -> None:

@@ -206,15 +206,7 @@ class Rows(Declarations):
                 for r, o in zip(results, self.outs, strict=False)
             ]
         self._analyse()
-        self.workgroup = self._workgroup()
-        if self.schedule == "lanes_d":
-            self._lanes_d(per_task)
-        elif self.schedule == "lanes_r":
-            self._lanes_r(per_task)
-        elif self.schedule == "invocation":
-            self._invocation()
-        else:
-            self._workgroup_row()
+        self._emit_schedule(per_task)
         self.nest = RowNest(
             kernel=k.finish((self.workgroup, 1, 1), trusted=not self.extra), target=target, operands=tuple(operands), reduced=reduced,
             ndim=ndim, schedule=self.schedule, lanes=self.lanes, split=split,
@@ -721,6 +713,19 @@ class Rows(Declarations):
         return out
 
     # ---- schedules ------------------------------------------------------------------------------------------------
+
+    def _emit_schedule(self, per_task: Node | None) -> None:
+        """The kernel's body. per_task: the scalar of the vector schedules that says how many rows (or, of lanes_r, blocks of
+        rows) a workgroup takes."""
+        self.workgroup = self._workgroup()
+        if self.schedule == "lanes_d":
+            self._lanes_d(per_task)
+        elif self.schedule == "lanes_r":
+            self._lanes_r(per_task)
+        elif self.schedule == "invocation":
+            self._invocation()
+        else:
+            self._workgroup_row()
 
     def _rows_total(self) -> Node:
         n: Any = ir.const(1, "u32")
