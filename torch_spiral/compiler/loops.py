@@ -143,7 +143,7 @@ class _Evaluation:
         """All values before the first store: a kernel may overwrite what it reads."""
         exprs = [e for s in stores for e in (s.index, s.value)]
         values = self._emit(exprs, leaves, done)
-        values = [self.k.keep(v) for v in values] if len(stores) > 1 else values
+        values = [self.k.let(v) for v in values] if len(stores) > 1 else values
         for s, index, value in zip(stores, values[::2], values[1::2], strict=True):
             self._store(s, index, value)
 
@@ -299,7 +299,7 @@ class _Reduction(_Evaluation, Rows):
                 self._stores(chosen, leaves, self.done)
             return
         values = self._emit([e for s in chosen for e in (s.index, s.value)], leaves, self.done)
-        later += [(s, self.k.keep(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
+        later += [(s, self.k.let(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
 
 
 def build(program: Program, target: Target) -> Built:

@@ -434,11 +434,12 @@ class KernelBuilder:
         self.emitter.line(f"{name} = {self.emitter.value(value, lanes)};")
 
     def let(self, value: Any) -> Any:
-        """Computes an expression here; gives its value."""
+        """Computes an expression here; gives its value. A vector of lanes at a constant distance stays an expression, so that
+        loads and stores go on seeing that it is one."""
         if isinstance(value, Complex):
             return Complex(self.let(value.re), self.let(value.im))
         node = ir.as_node(value)
-        if node.op in ("const", "tmp"):
+        if node.op in ("const", "tmp") or (node.lanes > 1 and lane_stride(node) is not None):
             return node
         return Node("tmp", node.dtype, attr=self.emitter.value(node), lanes=node.lanes)
 
@@ -559,10 +560,6 @@ class KernelBuilder:
         """Vector stores from here on bypass the cache if the kernel writes `elements` (u32) that it could not hold. CPU devices."""
         large = self.let(ir.le(ir.const(STREAM_ELEMENTS, "u32"), elements))
         self.emitter.streaming = self.atom(ir.where(large, ir.const(0, "u32"), ir.const(1, "u32")))
-
-    def keep(self, v: Any) -> Any:
-        """let(v), but for an index of lanes at a constant distance: loads and stores must go on seeing that it is one."""
-        return v if isinstance(v, Node) and v.lanes > 1 and lane_stride(v) is not None else self.let(v)
 
     def halves(self, v: Any) -> tuple[Any, Any]:
         """The lower and upper lanes."""

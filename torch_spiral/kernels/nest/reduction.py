@@ -299,7 +299,7 @@ class Rows(Declarations):
                 for a in n.args:
                     visit(a)
             elif n not in self.done:
-                self.done[n] = self.k.keep(self.evaluate([n], self.row_leaf)[0])
+                self.done[n] = self.k.let(self.evaluate([n], self.row_leaf)[0])
 
         for e in exprs:
             for p in (e.re, e.im) if isinstance(e, Complex) else (e,):
@@ -323,7 +323,7 @@ class Rows(Declarations):
             total: Any = ir.const(0, "i32")
             for d, c in enumerate(coordinates, self.reduced):
                 total = total + self._term(o, d, c)
-            bases[o.name] = total if total.lanes > 1 else self.k.let(total)
+            bases[o.name] = self.k.let(total)
         return bases
 
     def _range(self, split: Node | None) -> tuple[Any, Any]:
