@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .. import ir
@@ -40,8 +40,6 @@ class Nest:
     wide_scalars: tuple[int, ...] = ()  # which of `values` are 64-bit and travel first
     unit: int = 1  # elements an invocation handles (simt)
     words: bool = False  # those of a word
-    n_values: int = 0
-    extra: dict[str, int] = field(default_factory=dict, compare=False)
 
     def scalars(
         self, sizes: Sequence[Any], strides: Sequence[Sequence[Any] | None] = (), values: Sequence[Any] = ()
@@ -84,6 +82,17 @@ class Context:
     k: KernelBuilder
     coordinates: tuple[Node, ...]
     position: Node
+
+
+def whole_blocks(k: KernelBuilder, n: Node, lanes: int, element: Callable[[Node], None]) -> None:
+    """element(i) for i below n in a Triton kernel: whole blocks without a mask, so that loads are wide; the last one with."""
+    k.num_warps = lanes // 256  # type: ignore[attr-defined]
+    first = k.let(k.group_index() * lanes)
+    i = k.let(first + k.local_id())
+    with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
+        element(i)
+    with k.Else(), k.If(i < n):
+        element(i)
 
 
 class Pointwise(Declarations):
@@ -135,7 +144,10 @@ class Pointwise(Declarations):
         else:
             block = target.schedule_class == "block"
             workgroup = (BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size), 1, 1)
-            (self._block if block else self._simt)(workgroup[0])
+            if block:
+                whole_blocks(k, k.let(product(self.sizes)), workgroup[0], self._element)
+            else:
+                self._simt(workgroup[0])
         self.nest = Nest(
             kernel=k.finish(workgroup, trusted=not self.extra),  # every index is below the sizes
             target=target,
@@ -145,7 +157,6 @@ class Pointwise(Declarations):
             wide_scalars=tuple(i for i, t in enumerate(scalars) if t in ("i64", "f64")),
             unit=unit,
             words=self.word_out is not None,
-            n_values=len(values),
         )
 
     def _word_output(self) -> Operand | None:
@@ -249,8 +260,7 @@ class Pointwise(Declarations):
 
     def _tiles(self) -> None:
         """TILE_ROWS rows at a time, one column block after the other, so that operands whose unit stride is along
-        dimension 1
-        have their cache lines used up."""
+        dimension 1 have their cache lines used up."""
         k = self.k
         blocks = k.let(ir.idiv(self.sizes[1] + (TILE_ROWS - 1), TILE_ROWS))
         group = k.group_index()
@@ -281,24 +291,9 @@ class Pointwise(Declarations):
 
         self.body(index, [ir.cast(c, "i32") for c in coordinates], position, store or plain)
 
-    def _block(self, lanes: int) -> None:
-        """Whole blocks without a mask, so that loads are wide; the last one with."""
-        k = self.k
-        k.num_warps = lanes // 256  # type: ignore[attr-defined]
-        n: Any = self.sizes[0]
-        for s in self.sizes[1:]:
-            n = n * s
-        n = k.let(n)
-        first = k.let(k.group_index() * lanes)
-        i = k.let(first + k.local_id())
-        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
-            self._element(i)
-        with k.Else(), k.If(i < n):
-            self._element(i)
-
     def _several(self, n: Any, workgroup: int) -> None:
-        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads, as far
-        as a compiler knows."""
+        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads,
+        as far as a compiler knows."""
         k = self.k
         span = workgroup * self.each
         first = k.let(k.group_index() * span)
@@ -325,10 +320,7 @@ class Pointwise(Declarations):
 
     def _simt(self, workgroup: int) -> None:
         k = self.k
-        n: Any = self.sizes[0]
-        for s in self.sizes[1:]:
-            n = n * s
-        n = k.let(n)
+        n = k.let(product(self.sizes))
         i = k.global_id(workgroup)
         if self.word_out is None and self.each == 1:
             with k.If(i < n):
@@ -384,22 +376,15 @@ def pointwise(
     """A nest that computes outs = fn(*ins, *scalars) for every element.
 
     name: says what fn computes; operand dtypes, stride classes and the schedule are added to it. ndim: dimensions, 1
-    or more,
-    coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the
-    scalars; it gives one
-    value per output, cast on the store. It is called several times. scalars: types ("f32", "i32", ...). buffers:
-    further (name, dtype,
-    mode) buffers, passed to fn as Buffer after the scalars, to be loaded at any index (OpenCL: with a vector of
-    indices too).
-    context: fn takes a Context first. Each operand has fewer than 2**31 elements in reach. Inputs may be the same
-    tensor as an output only
-    element by element.
+    or more, coalesced by the caller. fn takes the inputs as compute-dtype nodes (Complex for complex dtypes), then the
+    scalars; it gives one value per output, cast on the store. It is called several times. scalars: types ("f32",
+    "i32", ...). buffers: further (name, dtype, mode) buffers, passed to fn as Buffer after the scalars, to be loaded
+    at any index (OpenCL: with a vector of indices too). context: fn takes a Context first. lanes: elements of a vector
+    (schedule class `vector`), 0 chooses by the dtypes. Each operand has fewer than 2**31 elements in reach. Inputs may
+    be the same tensor as an output only element by element.
 
-        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [Operand("x", "f32", ("s", "1")), Operand("y",
-        "f16", ("1", "0"))],
+        x, y = Operand("x", "f32", ("s", "1")), Operand("y", "f16", ("1", "0"))
+        pointwise(t, "add_alpha", [Operand("out", "f32", ("1", "s"))], [x, y],
                   lambda x, y, alpha: x + alpha * y, 2, scalars=["f32"])
     """
     return Pointwise(target, name, outs, ins, fn, ndim, scalars, buffers, context, lanes).nest
-
-
-# ---- rows ---------------------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ def unravel(k: KernelBuilder, sizes: Sequence[Node], flat: Node) -> list[Node]:
 
 
 class Declarations:
-    """What pointwise and row kernels declare alike: operands and further buffers, sizes, and strides that are not 0 or 1."""
+    """What pointwise and row kernels declare alike: operands and further buffers, sizes, and strides that are neither 0
+    nor 1."""
 
     def declare(
         self, k: KernelBuilder, outs: Sequence[Operand], ins: Sequence[Operand], buffers: Sequence[tuple], ndim: int

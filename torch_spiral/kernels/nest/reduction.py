@@ -55,7 +55,8 @@ class RowContext:
 
 @dataclass(frozen=True)
 class RowSchedule:
-    """How rows are reduced. kind: a schedule of rows(), or "auto" for its own choice; pieces: into how many a long row is cut (1: not)."""
+    """How rows are reduced. kind: a schedule of rows(), or "auto" for its own choice; pieces: into how many a long row
+    is cut (1: not)."""
 
     kind: str = "auto"
     pieces: int = 1
@@ -431,8 +432,8 @@ class Rows(Declarations):
         self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
         kept: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other loads.
-        kept: operands that are in registers."""
+        """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other
+        loads. kept: operands that are in registers."""
 
         def index(o: Operand) -> Node:
             total: Any = self.bases[o.name]
@@ -715,8 +716,8 @@ class Rows(Declarations):
     # ---- schedules ------------------------------------------------------------------------------------------------
 
     def _emit_schedule(self, per_task: Node | None) -> None:
-        """The kernel's body. per_task: the scalar of the vector schedules that says how many rows (or, of lanes_r, blocks of
-        rows) a workgroup takes."""
+        """The kernel's body. per_task: the scalar of the vector schedules that says how many rows (or, of lanes_r,
+        blocks of rows) a workgroup takes."""
         self.workgroup = self._workgroup()
         if self.schedule == "lanes_d":
             self._lanes_d(per_task)
@@ -826,15 +827,12 @@ def rows(
     """A kernel over rows: element expressions, reductions of them over the row, expressions of both, as many levels
     as needed.
 
-    Dimensions: the `reduced` ones first (fastest first), then those of the rows; every operand has a stride class
-    for each of the `ndim`.
-    fn(r, *ins, *scalars, *buffers) gives one value per output; r is a RowContext. An output is stored per row where
-    its reduced
-    strides are all "0", else per element. schedule: None chooses by the stride classes; a caller that knows rows to
-    be short and many
-    passes "lanes_r" (vector) or "invocation" (simt). subgroups: False takes the shared-memory tree. An output may be
-    an input's tensor,
-    element by element. Zero-size reductions give the monoid's neutral element.
+    Dimensions: the `reduced` ones first (fastest first), then those of the rows; every operand has a stride class for
+    each of the `ndim`. fn(r, *ins, *scalars, *buffers) gives one value per output; r is a RowContext. An output is
+    stored per row where its reduced strides are all "0", else per element. schedule: None chooses by the stride
+    classes; a caller that knows rows to be short and many passes "lanes_r" (vector) or "invocation" (simt).
+    subgroups: False takes the shared-memory tree. An output may be an input's tensor, element by element. Zero-size
+    reductions give the monoid's neutral element.
 
         def softmax(r, x):
             e = ir.exp(x - r.reduce(MAX(), x))
@@ -868,10 +866,11 @@ class SplitRows:
     """A reduction of long rows in two launches: partial results of every split, then their combination.
 
     partials = [empty([n_rows * splits], dtype) for dtype in s.partial_dtypes]
-    launch(s.first.kernel, [*partials, *ins], s.first.scalars(sizes, strides, values, splits), s.first.groups(sizes,
-    splits))
-    launch(s.second.kernel, [*outs, *partials], s.second.scalars(*s.second_shape(sizes, splits, out_strides),
-    values=[count, *values]), ...)
+    launch(s.first.kernel, [*partials, *ins],
+           s.first.scalars(sizes, strides, values, splits), s.first.groups(sizes, splits))
+    combined = s.second_shape(sizes, splits, out_strides)
+    launch(s.second.kernel, [*outs, *partials],
+           s.second.scalars(*combined, values=[count, *values]), s.second.groups(combined[0]))
     """
 
     first: RowNest
@@ -902,9 +901,8 @@ def split_rows(
     scalars: Sequence[str] = (),
     schedule: str | None = None,
 ) -> SplitRows:
-    """Like rows, for one reduction per row and per-row outputs, cut into splits along the outermost reduced
-    dimension. Arguments as
-    for rows. The second launch takes the value r.count (u32) before fn's scalars."""
+    """Like rows, for one reduction per row and per-row outputs, cut into splits along the outermost reduced dimension.
+    Arguments as for rows. The second launch takes the value r.count (u32) before fn's scalars."""
     n = len(scalars)
     monoid = split_monoid(fn, ins, n, scalars)
     first = Rows(target, name, outs, ins, fn, reduced, ndim, scalars, (), schedule, True, True).nest
