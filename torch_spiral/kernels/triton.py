@@ -439,10 +439,6 @@ class TritonBuilder(KernelBuilder):
     def workgroup_id(self, axis: int) -> Node:
         return self.emitter.tmp("u32", f"tl.program_id({axis}).to(tl.uint32)", varying=False)
 
-    def num_groups(self) -> Node:
-        text = "(tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)).to(tl.uint32)"
-        return self.emitter.tmp("u32", text, varying=False)
-
     def local_id(self, axis: int | None = None) -> Node:
         return Node("tmp", "u32", attr="lid" if axis is None else f"lid{axis}")
 
