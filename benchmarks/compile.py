@@ -229,7 +229,7 @@ def warm_start(device: torch.device) -> float:
 
 def work(name: str, make: Make, **bars: float) -> Work:
     names = {"torch": "torch", "torch_compile": "torch.compile", "spiral": "spiral eager"}
-    return Work(name, contenders(make), {names[k]: v for k, v in bars.items()}, compiles=True)
+    return Work(name, contenders(make), {names[k]: v for k, v in bars.items()})
 
 
 MODEL = {"torch": 1.6, "torch_compile": 1.5}

@@ -7,7 +7,6 @@ python -m benchmarks.gpu --only gemm --strict
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -161,12 +160,8 @@ def list_rows(engine: str) -> list[Work | Reading]:
             for autocast in (False, True):
                 bars = {"torch": 1.35 if batch == 1 or autocast else 1.0, "torch.compile": 1.3 if batch == 1 else 0.97}
                 kind = "bf16 autocast" if autocast else "f32"
-                found.append(Work(f"model {name} b{batch} {kind}", model(name, batch, autocast), bars, compiles=True))
+                found.append(Work(f"model {name} b{batch} {kind}", model(name, batch, autocast), bars))
     return found
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
 def main() -> int:

@@ -53,7 +53,6 @@ class Work:
     bars: dict[str, float] = field(default_factory=dict)  # contender -> at least this ratio of its time to ours
     aim: float | None = None
     intel_bar: float | None = None  # the bar against "torch" on an Intel host, where MKL runs at the chip's full rate
-    compiles: bool = False
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,6 @@ class _Evaluation:
         self.buffers = {n: self.k.buffer(n, t, m, program.windows.get(n, 1)) for n, t, m in program.buffers}
         self.scalar_nodes = {n: self.k.scalar(n, t) for n, t in program.scalars}
         self.site_nodes = [self.k.scalar(f"site{i}", "u32") for i in range(program.sites)]
-        self.fixed: dict[Node, Any] = {}
 
     def _size(self, n: Node) -> Node:
         """A size, with scalars in place."""

@@ -9,9 +9,8 @@
         y[i] = a * x[i] + y[i]
     kernel = k.finish(workgroup=(64, 1, 1))   # launch with cdiv(n, 64) workgroups
 
-Loads and reads of variables happen where they stand in the program; pure expressions are computed where they are
-first used, once per
-scope. Expressions are those of ir.py. An index is i32 or u32 (i64 too, on OpenCL with wide=True).
+Loads and reads of variables happen where they stand in the program; pure expressions are computed where they are first
+used, once per scope. Expressions are those of ir.py. An index is i32 or u32 (i64 too, on OpenCL with wide=True).
 """
 
 from __future__ import annotations
@@ -243,7 +242,8 @@ class Buffer:
         return got
 
     def prefetch(self, index: Any) -> None:
-        """Asks for the cache line of an element that is read soon. OpenCL on CPU devices; the index may be out of range."""
+        """Asks for the cache line of an element that is read soon. OpenCL on CPU devices; the index may be out of
+        range."""
         k = self._k
         k.lang.prefetch(k.emitter, self.decl, k.index_text(first_lane(k.index(index))))  # type: ignore[attr-defined]
 
@@ -291,10 +291,6 @@ class Buffer:
         """Keeps the larger, NaN winning."""
         return self._atomic("max", index, value)
 
-    def atomic_update(self, index: Any, f: Callable[[Any], Any]) -> None:
-        """element = f(element), by compare-exchange; f builds an expression on the compute dtype."""
-        self._k.atomics.update(self, self._k.index(index), f)
-
     def _atomic(self, op: str, index: Any, value: Any) -> Any:
         k = self._k
         index = k.index(index)
@@ -306,8 +302,8 @@ class Buffer:
 
 
 class Shared:
-    """An array in workgroup memory, of a compute dtype; its contents start undefined. bool is kept as u32: drivers have been
-    seen to lose neighbours' stores to arrays of bool."""
+    """An array in workgroup memory, of a compute dtype; its contents start undefined. bool is kept as u32: drivers have
+    been seen to lose neighbours' stores to arrays of bool."""
 
     def __init__(self, k: KernelBuilder, name: str, dtype: str, size: int) -> None:
         self._k, self.name, self.size = k, name, size
@@ -406,12 +402,6 @@ class KernelBuilder:
             size = ir.const(workgroup, "u32")
         return self.let(self.group_index() * size + self.local_id())
 
-    def num_groups(self) -> Node:
-        """Workgroups of the grid, u32."""
-        if self.target.language == "wgsl":
-            return self._builtin("nwg.x * nwg.y * nwg.z")
-        return self._builtin("(uint)(get_num_groups(0) * get_num_groups(1) * get_num_groups(2))")
-
     def _builtin(self, text: str) -> Node:
         return self.emitter.tmp("u32", text)
 
@@ -434,8 +424,8 @@ class KernelBuilder:
         self.emitter.line(f"{name} = {self.emitter.value(value, lanes)};")
 
     def let(self, value: Any) -> Any:
-        """Computes an expression here; gives its value. A vector of lanes at a constant distance stays an expression, so that
-        loads and stores go on seeing that it is one."""
+        """Computes an expression here; gives its value. A vector of lanes at a constant distance stays an expression, so
+        that loads and stores go on seeing that it is one."""
         if isinstance(value, Complex):
             return Complex(self.let(value.re), self.let(value.im))
         node = ir.as_node(value)
@@ -465,9 +455,8 @@ class KernelBuilder:
 
     @contextmanager
     def For(self, start: Any, stop: Any, step: Any = 1) -> Iterator[Node]:
-        """with k.For(0, n) as j: ... — j has the common dtype of the bounds (i32 for Python ints). A negative step
-        must be
-        a Python int. stop + step must not overflow."""
+        """with k.For(0, n) as j: ... — j has the common dtype of the bounds (i32 for Python ints). A negative step must
+        be a Python int. stop + step must not overflow."""
         e = self.emitter
         bounds = [start, stop, step]
         if all(isinstance(b, int) for b in bounds):
@@ -525,9 +514,8 @@ class KernelBuilder:
 
     def check_index(self, index: Any, low: Any, high: Any, site: Any) -> Node:
         """Reports to the error buffer (site: u32, not 0, usually a scalar; detail: the index) unless low <= index <
-        high. Gives
-        the index, or low if it was out of range. Index dtypes: i32, u32, i64, u64. Result i32, u32, or as it was
-        with wide."""
+        high. Gives the index, or low if it was out of range. Index dtypes: i32, u32, i64, u64. Result i32, u32, or as
+        it was with wide."""
         self.errors = True
         index = self.let(ir.as_node(index))
         if index.lanes > 1:
@@ -549,15 +537,16 @@ class KernelBuilder:
     # ---- lanes (OpenCL) -----------------------------------------------------------------------------------------
 
     def lanes(self, width: int, dtype: str = "i32") -> Node:
-        """0, 1, ... width - 1 as one value of `width` lanes (2, 4, 8 or 16; 1 gives 0). What depends on it has as
-        many lanes; loads and
-        stores at base + lanes are contiguous vectors, at other indices gathers and scatters. OpenCL only."""
+        """0, 1, ... width - 1 as one value of `width` lanes (2, 4, 8 or 16; 1 gives 0). What depends on it has as many
+        lanes; loads and stores at base + lanes are contiguous vectors, at other indices gathers and scatters. OpenCL
+        only."""
         if width == 1:
             return ir.const(0, dtype)
         return Node("lane", dtype, lanes=width)
 
     def stream(self, elements: Any) -> None:
-        """Vector stores from here on bypass the cache if the kernel writes `elements` (u32) that it could not hold. CPU devices."""
+        """Vector stores from here on bypass the cache if the kernel writes `elements` (u32) that it could not hold. CPU
+        devices."""
         large = self.let(ir.le(ir.const(STREAM_ELEMENTS, "u32"), elements))
         self.emitter.streaming = self.atom(ir.where(large, ir.const(0, "u32"), ir.const(1, "u32")))
 

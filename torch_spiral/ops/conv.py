@@ -404,7 +404,7 @@ def _block(
     m, n, k = sizes
     about_m = 1 << bucket(out.sizes[0] if weight else out.sizes[1]) if g.groups == 1 else 1
     pixels = sum(bucket(size) for size in (gathered.sizes[0], *gathered.sizes[2:]))
-    s = block.schedule(dtype, about_m, 64 if weight else 4096, weight)
+    s = block.schedule(dtype, about_m, 64 if weight else 4096)
     precision = block_gemm.precision_of(dtype, allow_tf32())
     operands, taps_last = ([bias] if bias is not None else []), weight or not _channels_last(gathered)
     if mode == "forward" and g.groups == 1 and DTYPES[dtype].compute == "f32":

@@ -17,7 +17,7 @@ from .gemm import Schedule
 from .gemm import candidates as products
 
 
-def schedule(dtype: str, m: int, n: int, k_pixels: bool) -> Schedule:
+def schedule(dtype: str, m: int, n: int) -> Schedule:
     """For about m rows (channels) and n columns."""
     tile_m = 16 if m < 32 else 64 if m < 128 else 128
     tile_n = 64 if n < 4096 or tile_m == 16 else 128
