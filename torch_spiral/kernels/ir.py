@@ -706,31 +706,13 @@ def _unary(op: str, doc: str = "", ints: bool = False) -> Callable[[Any], Any]:
     return f
 
 
-COMPLEX_FUNCTIONS = frozenset(
-    [
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log2",
-        "log10",
-        "log1p",
-        "sin",
-        "cos",
-        "tan",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "sqrt",
-        "rsqrt",
-    ]
-)
+ELEMENTARY = frozenset(
+    (
+        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan",
+        "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    )
+)  # fmt: skip
+COMPLEX_FUNCTIONS = ELEMENTARY | {"sqrt", "rsqrt"}
 exp, exp2, expm1 = _unary("exp"), _unary("exp2"), _unary("expm1")
 log, log2, log10, log1p = _unary("log"), _unary("log2"), _unary("log10"), _unary("log1p")
 sin, cos, tan = _unary("sin"), _unary("cos"), _unary("tan")

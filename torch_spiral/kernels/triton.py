@@ -23,7 +23,7 @@ from . import ir
 from .atomics import _UPDATE, Atomics
 from .builder import Buffer, KernelBuilder
 from .emit import BufferDecl, Emitter, Language, Options, ScalarDecl
-from .ir import BITS, FLOATS, INTS, SIGNED, Complex, Node, const_value
+from .ir import BITS, ELEMENTARY, FLOATS, INTS, SIGNED, Complex, Node, const_value
 from .kernel import COMPUTE, DTYPES, Kernel, Target, Unsupported, compute_dtype
 
 TYPES = {
@@ -46,42 +46,9 @@ INFIX = {
     "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "shl": "<<", "shr": ">>",
 }  # fmt: skip
 # Functions of the vendor's library, under the names that Triton's libdevice gives them.
-LIBDEVICE = frozenset(
-    [
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log2",
-        "log10",
-        "log1p",
-        "sin",
-        "cos",
-        "tan",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "atan2",
-        "pow",
-        "fmod",
-        "hypot",
-        "copysign",
-        "nextafter",
-        "erf",
-        "erfc",
-        "erfinv",
-        "lgamma",
-        "rsqrt",
-        "trunc",
-        "rint",
-    ]
-)
+LIBDEVICE = ELEMENTARY | {
+    "rsqrt", "trunc", "rint", "atan2", "pow", "fmod", "hypot", "copysign", "nextafter", "erf", "erfc", "erfinv", "lgamma",
+}  # fmt: skip
 HEADER = "# warps: {warps}, stages: {stages}\n"
 IMPORTS = "import triton\nimport triton.language as tl\n"
 
