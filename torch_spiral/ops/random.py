@@ -907,13 +907,4 @@ def _multinomial_kernel(target: Target, dtype: str) -> Kernel:
             low.set(where(above, low.as_node(), middle + 1))
         out[i] = ir.cast(low.as_node(), "i64")
 
-    if target.schedule_class != "vector":
-        size = min(SIMT_WORKGROUP, target.max_workgroup_size)
-        i = k.global_id(size)
-        with k.If(i < total):
-            emit(i)
-        return k.finish((size, 1, 1))
-    start = k.let(k.group_index() * TASK_ELEMENTS)
-    with k.For(start, k.let(ir.minimum(start + TASK_ELEMENTS, total))) as i:
-        emit(i)
-    return k.finish()
+    return _for_each(k, total, emit)
