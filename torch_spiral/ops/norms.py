@@ -262,6 +262,21 @@ def sum_all(r: Any, xs: Sequence[Any]) -> Any:
     return r.reduce(sums, *xs)
 
 
+def _input_gradient(
+    name: str, function: Any, grad: Tensor, x: Tensor, statistics: Sequence[Tensor], weight: Tensor | None, rows: tuple
+) -> Tensor:
+    """The gradient of x by a row expression of grad, x, statistics (one number a row each) and the weight. rows: elements
+    of a row, rows, and the buckets of both."""
+    n, m, length, count = rows
+    dx = empty(x.sizes, x.dtype)
+    ins = [(grad, (1, n)), (x, (1, n)), *((s, (0, 1)) for s in statistics)]
+    if weight is not None:
+        ins.append((contiguous(weight), (1, 0)))
+    key = (weight is not None,)
+    reduce_rows(name, function, [(dx, (1, n))], ins, [n, m], 1, key, splits=False, length=length, count=count)
+    return dx
+
+
 @lowering("native_layer_norm_backward", slots=("normalized_shape",))
 def native_layer_norm_backward(
     grad: Tensor,
@@ -277,22 +292,8 @@ def native_layer_norm_backward(
     grad, x, mean, rstd = contiguous(grad), contiguous(x), contiguous(mean), contiguous(rstd)
     dx = dw = db = None
     if mask[0]:
-        dx = empty(x.sizes, x.dtype)
-        ins = [(grad, (1, n)), (x, (1, n)), (mean, (0, 1)), (rstd, (0, 1))]
-        if weight is not None:
-            ins.append((contiguous(weight), (1, 0)))
-        reduce_rows(
-            "layer_norm_backward",
-            _layer_norm_backward,
-            [(dx, (1, n))],
-            ins,
-            [n, m],
-            1,
-            (weight is not None,),
-            splits=False,
-            length=length,
-            count=count,
-        )
+        rows = (n, m, length, count)
+        dx = _input_gradient("layer_norm_backward", _layer_norm_backward, grad, x, [mean, rstd], weight, rows)
     wanted = (bool(mask[1]) and weight is not None, bool(mask[2]) and bias is not None)
     outs = []
     if wanted[0]:
@@ -358,20 +359,8 @@ def fused_rms_norm_backward(
     grad, x, rstd = contiguous(grad), contiguous(x), contiguous(rstd)
     dx = dw = None
     if mask[0]:
-        dx = empty(x.sizes, x.dtype)
-        ins = [(grad, (1, n)), (x, (1, n)), (rstd, (0, 1))] + ([] if weight is None else [(contiguous(weight), (1, 0))])
-        reduce_rows(
-            "rms_norm_backward",
-            _rms_norm_backward,
-            [(dx, (1, n))],
-            ins,
-            [n, m],
-            1,
-            (weight is not None,),
-            splits=False,
-            length=length,
-            count=count,
-        )
+        rows = (n, m, length, count)
+        dx = _input_gradient("rms_norm_backward", _rms_norm_backward, grad, x, [rstd], weight, rows)
     if mask[1] and weight is not None:
         dw = empty(weight.sizes, weight.dtype)
         ins = [(grad, (n, 1)), (x, (n, 1)), (rstd, (1, 0))]
