@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import sqlite3
 
 VERSION = 1
 SCHEMA = """
@@ -130,6 +132,8 @@ class Database:
             self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
+        import sqlite3  # here, not with torch_spiral: many programs never open a database
+
         uri = f"{self.path.resolve().as_uri()}?mode={'ro' if self.readonly else 'rwc'}"
         connection = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False, isolation_level=None)
         try:
