@@ -11,6 +11,11 @@ from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch,
 from .elementwise import as_dtype
 
 
+def braces(n: int) -> str:
+    """The text of a shape of n dimensions, for `check`: "[{}, {}]"."""
+    return "[" + ", ".join(["{}"] * n) + "]"
+
+
 def layout_of(x: Tensor, sizes: Sequence[Any]) -> tuple[str, ...]:
     """Stride classes of x, the fastest dimension first; dimensions of size 1 count as stride 0."""
     return tuple(

@@ -71,12 +71,13 @@ def arange_out(start: Any, end: Any, step: Any = 1, *, out: Any) -> Any:
     if out.dtype.is_complex or out.dtype == torch.bool:
         name = {torch.bool: "Bool", torch.complex64: "ComplexFloat"}.get(out.dtype, str(out.dtype))
         raise NotImplementedError(f"\"arange_spiral\" not implemented for '{name}'")
+    _check_range(start, end, step)
     if _integral(out.dtype):
         start, end, step = int(start), int(end), int(step)
-        _check_range(start, end, step)
-        size = -((start - end) // step)
+        if step == 0:  # it was a fraction: upstream has another type of error for that
+            raise ValueError("step must be nonzero")
+        size = max(0, -((start - end) // step))
     else:
-        _check_range(start, end, step)
         size = math.ceil((float(end) - float(start)) / float(step))
     return _write_sequence(out, size, start, step)
 

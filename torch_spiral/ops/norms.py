@@ -25,7 +25,7 @@ from ..lowering import (
     stub,
     target,
 )
-from .common import contiguous, map_tensors, out_variant
+from .common import braces, contiguous, map_tensors, out_variant
 from .reduce import reduce_rows
 
 STATISTICS = {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
@@ -167,15 +167,14 @@ def _normalized(
         "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
         f"but got normalized_shape = {[]}",
     )
-    given = "[" + ", ".join(["{}"] * n) + "]"
+    given = braces(n)
     for t, what in ((weight, "weight"), (bias, "bias")):
         if t is not None:
             text = f"Expected {what} to be of same shape as normalized_shape, but got {what} of shape "
-            text += "[" + ", ".join(["{}"] * t.ndim) + f"] and normalized_shape = {given}"
+            text += f"{braces(t.ndim)} and normalized_shape = {given}"
             same = t.ndim == n and all_of(*(eq(a, b) for a, b in zip(t.sizes, shape)))
             check(same, "RuntimeError", text, *t.sizes, *shape)
-    text = f"Given normalized_shape={given}, expected input with shape [*{', {}' * n}], but got input of size["
-    text += ", ".join(["{}"] * x.ndim) + "]"
+    text = f"Given normalized_shape={given}, expected input with shape [*{', {}' * n}], but got input of size{braces(x.ndim)}"
     fits = x.ndim >= n and all_of(*(eq(a, b) for a, b in zip(x.sizes[x.ndim - n :], shape)))
     check(fits, "RuntimeError", text, *shape, *shape, *x.sizes)
     cut = x.ndim - n

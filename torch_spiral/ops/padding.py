@@ -8,7 +8,7 @@ from typing import Any
 from ..kernels import ir
 from ..kernels.kernel import DTYPES, bits_dtype
 from ..lowering import Tensor, all_of, check, empty, eq, le, lowering, lt, structured
-from .common import contiguous, fill
+from .common import braces, contiguous, fill
 from .gathering import Element, channels_last_strides, gather, named, out_variant, planes
 
 
@@ -123,16 +123,12 @@ def replication_pad1d_backward(grad_output: Tensor, self: Tensor, padding: list,
     _pad_backward("replicate", grad_output, padding, grad_input)
 
 
-def _braces(n: int) -> str:
-    return "[" + ", ".join(["{}"] * n) + "]"
-
-
 @lowering("reflection_pad2d", slots=("padding",), coarse=True)
 def reflection_pad2d(self: Tensor, padding: list) -> Tensor:
     """As reflection_pad, over [N,] C, H, W."""
     check(len(padding) == 4, "RuntimeError", "padding size is expected to be 4, but got: {}", len(padding))
     text = "Expected 3D or 4D (batch mode) tensor with possibly 0 batch size and other non-zero dimensions for input, but got: "
-    text += _braces(self.ndim)
+    text += braces(self.ndim)
     check(
         self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])),
         "RuntimeError",
@@ -146,7 +142,7 @@ def reflection_pad2d(self: Tensor, padding: list) -> Tensor:
         (6, height, (top, bottom), self.ndim - 2),
     ):
         text = f"Argument #{number}: Padding size should be less than the corresponding input dimension, but got: "
-        text += f"padding ({{}}, {{}}) at dimension {{}} of input {_braces(self.ndim)}"
+        text += f"padding ({{}}, {{}}) at dimension {{}} of input {braces(self.ndim)}"
         check(all_of(*(lt(p, size) for p in pads)), "RuntimeError", text, *pads, dim, *self.sizes)
     sizes = [height + top + bottom, width + left + right]
     text = "input (H: {}, W: {}) is too small. Calculated output H: {} W: {}"

@@ -23,7 +23,7 @@ from ..lowering import (
     structured,
     where,
 )
-from .common import contiguous, copy_to, fill
+from .common import braces, contiguous, copy_to, fill
 from .gathering import Element, channels_last_strides, gather, named, out_variant, planes
 
 LOWEST = {
@@ -278,6 +278,9 @@ def max_pool3d_with_indices(
         reach = (k - 1) * d + 1
         text = "pad should be at most half of effective kernel size, but got pad={}, kernel_size={} and dilation={}"
         check(p <= reach // 2, "RuntimeError", text, p, k, d)
+    text = "max_pool3d_with_indices(): Expected input's non-batch dimensions to have positive length, but input has a shape of "
+    text += braces(self.ndim) + " and non-batch dimension 0 has length zero!"
+    check(all_of(*(le(1, s) for s in self.sizes[-4:])), "RuntimeError", text, *self.sizes)
     sizes = [_pooled(i, k, s, p, d, ceil_mode) for i, k, s, p, d in zip(self.sizes[-3:], kernel, step, pad, dil)]
     text = "Given input size: ({}x{}x{}x{}). Calculated output size: ({}x{}x{}x{}). Output size is too small"
     check(all_of(*(le(1, s) for s in sizes)), "RuntimeError", text, *self.sizes[-4:], self.sizes[-4], *sizes)

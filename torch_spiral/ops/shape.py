@@ -47,9 +47,13 @@ def roll(self: Tensor, shifts: Sequence[Any], dims: Sequence[int]) -> Tensor:
         return out
     if len(dims) != len(shifts):
         raise RuntimeError(f"shifts and dimensions must align. shifts: {len(shifts)}, dims:{len(dims)}")
+    if len(dims) == 1 and self.is_empty:
+        return empty(self.sizes, self.dtype)
     for shift, dim in zip(shifts, dims, strict=True):
+        if not self.ndim:
+            raise IndexError(f"Dimension specified as {dim} but tensor has no dimensions")
         if not -self.ndim <= dim < self.ndim:
-            low, high = -max(self.ndim, 1), max(self.ndim, 1) - 1
+            low, high = -self.ndim, self.ndim - 1
             raise IndexError(f"Dimension out of range (expected to be in range of [{low}, {high}], but got {dim})")
         out = empty(self.sizes, self.dtype)
         _roll(self, shift, dim % self.ndim, out)

@@ -8,7 +8,7 @@ from typing import Any
 from ..kernels import ir
 from ..kernels.kernel import DTYPES, bits_dtype
 from ..lowering import Tensor, all_of, check, empty, eq, le, lowering, lt
-from .common import contiguous
+from .common import braces, contiguous
 from .gathering import Element, gather, named, out_variant
 
 
@@ -87,7 +87,7 @@ def im2col(self: Tensor, kernel_size: list, dilation: list, padding: list, strid
     """The blocks of [N,] C, H, W as columns of [N,] C * kH * kW, blocks."""
     kernel, dilation, padding, stride = _pairs(kernel_size, dilation, padding, stride)
     text = "Expected 3D or 4D (batch mode) tensor with possibly 0 batch size and other non-zero dimensions for input, but got: "
-    text += "[" + ", ".join(["{}"] * self.ndim) + "]"
+    text += braces(self.ndim)
     check(
         self.ndim in (3, 4) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 3 :])),
         "RuntimeError",
@@ -128,7 +128,7 @@ def col2im(self: Tensor, output_size: list, kernel_size: list, dilation: list, p
     )
     kernel, dilation, padding, stride = _pairs(kernel_size, dilation, padding, stride)
     text = "Expected 2D or 3D (batch mode) tensor for input with possibly 0 batch size and non-zero dimensions for input, but got: "
-    text += "[" + ", ".join(["{}"] * self.ndim) + "]"
+    text += braces(self.ndim)
     ok = self.ndim in (2, 3) and all_of(*(lt(0, s) for s in self.sizes[self.ndim - 2 :]))
     check(ok, "RuntimeError", text, *self.sizes)
     taps = kernel[0] * kernel[1]
