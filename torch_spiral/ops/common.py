@@ -141,7 +141,7 @@ def out_variant(name: str, function: str, *outs: str) -> None:
         results = getattr(getattr(torch.ops.aten, base), overload or "default")(*args, **kwargs)
         for out, result in zip(targets, results if isinstance(results, (tuple, list)) else (results,)):
             torch._prims_common.wrappers._maybe_resize_out(out, result.shape)
-            out.copy_(result)
+            torch._prims_common.wrappers._safe_copy_out(copy_from=result, copy_to=out)
         return targets[0] if len(targets) == 1 else tuple(targets)
 
     composite(name)(body)

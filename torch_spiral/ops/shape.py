@@ -109,6 +109,8 @@ def unfold_backward(grad: Tensor, dim: int, size: Any, step: Any, grad_in: Tenso
 
 @composite("narrow_copy.out")
 def narrow_copy_out(self: Any, dim: int, start: int, length: int, *, out: Any) -> Any:
+    if self.dtype != out.dtype:
+        raise RuntimeError("Expected self.dtype() == output.dtype() to be true, but got false.")
     part = self.narrow(dim, start, length)
     if out.shape != part.shape:
         out.resize_(part.shape)

@@ -375,9 +375,13 @@ def _results(item: Item, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = item.info(*args, **kwargs)
     if item.info.name not in BATCH_NORMS:
         return out
-    training = item.info.name == "_batch_norm_with_update" or args[5]
-    statistics = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in out[1:3]] if training else []
+    statistics = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in out[1:3]] if _trains(item, args) else []
     return [out[0], *statistics, *out[3:]]
+
+
+def _trains(item: Item, args: tuple[Any, ...]) -> bool:
+    """Whether a call of one of BATCH_NORMS makes statistics."""
+    return item.info.name == "_batch_norm_with_update" or args[5]
 
 
 def forward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
@@ -591,6 +595,8 @@ def out(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None 
 
     def one(sample: SampleInput) -> bool:
         tree = _call(sample)
+        if item.info.name in BATCH_NORMS and not _trains(item, tree[0]):
+            return False
         try:
             expected = op(*move(tree, CPU)[0], **move(tree, CPU)[1])
         except Exception:
@@ -601,6 +607,14 @@ def out(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None 
         def given(make: Callable[[Tensor], Tensor]) -> Any:
             outs = [make(o) for o in tree_leaves(expected)]
             return tuple(outs) if isinstance(expected, (tuple, list)) else outs[0]
+
+        def writes(run: Callable[[Any], Any], outs: Any, where: torch.device) -> bool:
+            """Whether a call with out= gives what the CPU gives without."""
+            try:
+                _close(run(move((tree, outs), where))[0], expected, op)
+            except AssertionError:
+                return False
+            return True
 
         for case, make in OUT_CASES.items():
 
@@ -619,8 +633,14 @@ def out(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None 
 
             try:
                 outs = given(make)
-                if not compare(run, (tree, outs), device, item):
-                    _raises(run, (tree, outs), device)
+                try:
+                    if not compare(run, (tree, outs), device, item):
+                        _raises(run, (tree, outs), device)
+                except AssertionError:
+                    # Some of upstream's CPU kernels write into an out of other strides as if it were contiguous.
+                    cpu_wrong = case in ("transposed", "strided") and not writes(run, outs, CPU)
+                    if not (cpu_wrong and writes(run, outs, device)):
+                        raise
             except Exception as e:
                 if isinstance(e, AssertionError) or _unimplemented(e):
                     raise type(e)(f"out ({case}): {e}") from e
