@@ -156,11 +156,11 @@ def attention() -> None:
         with torch.no_grad():
             compare(f"attention H{h} T{t} D{d}{' causal' if causal else ''}", forward, sdpa)
         packing.clear()
-        vc, kr, qc, gc, qr, gr = columns(bv), rows(bk), columns(bq), columns(bg), rows(bq), rows(bg)
+        vc, kr, sums = columns(bv), rows(bk), [buffer(h * A.sums(t, d)) for _ in range(2)]
         backward = [
             launcher(A.attention_delta(TARGET, "f32"), [o, bg, lse, delta], [*strides * 2, h, t, d], (cdiv(t, 64), h, 1)), *packing,
-            launcher(A.attention_backward_q(TARGET, "f32", causal), [bq, bg, kc, vc, kr, delta, dq], strides * 3 + tail, grid),
-            launcher(A.attention_backward_kv(TARGET, "f32", causal), [bk, bv, qc, gc, qr, gr, delta, dk, dv], strides * 4 + tail, grid),
+            launcher(A.attention_backward(TARGET, "f32", causal), [bq, bg, kc, vc, delta, kr, dq, *sums], strides * 3 + tail, (1, h, 1)),
+            launcher(A.attention_backward_sum(TARGET, "f32"), [*sums, dk, dv], [*strides * 2, 1, h, t, d, d, d**-0.5], (cdiv(t, 64), h, 1)),
         ]  # fmt: skip
         compare("  forward and backward", forward + backward, lambda: torch.autograd.grad(sdpa(), (q, k, v), g))
 

@@ -65,6 +65,18 @@ def test_forward_and_gradients(device, case):
         close(x, y, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,)], ids=["query", "key and value", "value"])
+def test_some_gradients(device, wanted):
+    torch.manual_seed(2)
+    leaves, gradient = [torch.randn(1, 2, n, 24) for n in (130, 70, 70)], torch.randn(1, 2, 130, 24)
+    want = attention(leaves, None, gradient, "cpu", torch.float64, is_causal=True)[1:]
+    leaves = [x.to(device).requires_grad_(i in wanted) for i, x in enumerate(leaves)]
+    out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], gradient.to(device))
+    for x, i in zip(got, wanted, strict=True):
+        close(x, want[i], 2e-6)
+
+
 def test_views_of_a_fused_projection(device):
     """q, k and v are slices of one tensor, transposed: not contiguous, at offsets."""
     torch.manual_seed(1)

@@ -370,10 +370,11 @@ def test_attention_decode(case):
     a.check(values(o, (b, h, tq, dv)), values(lse, (b, h, tq)))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
-def test_attention_backward(case):
+def test_attention_backward(case, splits):
     a = Attention(*case)
-    b, h, hk, tq, tk, _d, dv = a.dims
+    b, h, hk, tq, tk, d, dv = a.dims
     o, lse = a.forward()
     delta = result(b * h * 2 * cdiv(tq, 64) * 64)
     launch(
@@ -383,13 +384,12 @@ def test_attention_backward(case):
         (cdiv(tq, 64), b * h, 1),
     )
     dq, dk, dv_ = result(a.q.numel(), a.dtype), result(a.k.numel(), a.dtype), result(a.v.numel(), a.dtype)
-    launch(A.attention_backward_q(TARGET, a.dtype, a.causal, a.mask_dtype),
-           [a.q, a.g, a.columns(a.k), a.columns(a.v), a.rows(a.k), delta, dq, *a.masks],
-           [*a.q.stride()[:3], *a.g.stride()[:3], *a.q.stride()[:3], *a.mask_strides, *a.tail], (cdiv(tq, 48), b * h, 1))  # fmt: skip
-    launch(A.attention_backward_kv(TARGET, a.dtype, a.causal, a.mask_dtype),
-           [a.k, a.v, a.columns(a.q), a.columns(a.g), a.rows(a.q), a.rows(a.g), delta, dk, dv_, *a.masks],
-           [*(a.k.stride()[:3]), *(a.v.stride()[:3]), *(a.k.stride()[:3]), *(a.v.stride()[:3]), *a.mask_strides, *a.tail],
-           (cdiv(tk, 48), b * hk, 1))  # fmt: skip
+    sums = [result(splits * b * hk * A.sums(tk, x)) for x in (d, dv)]
+    launch(A.attention_backward(TARGET, a.dtype, a.causal, a.mask_dtype),
+           [a.q, a.g, a.columns(a.k), a.columns(a.v), delta, a.rows(a.k), dq, *sums, *a.masks],
+           [*a.q.stride()[:3], *a.g.stride()[:3], *a.q.stride()[:3], *a.mask_strides, *a.tail], (splits, b * hk, 1))  # fmt: skip
+    launch(A.attention_backward_sum(TARGET, a.dtype), [*sums, dk, dv_],
+           [*a.k.stride()[:3], *a.v.stride()[:3], splits, hk, tk, d, dv, d**-0.5], (cdiv(tk, 64), b * hk, 1))  # fmt: skip
     leaves = [t.double().requires_grad_() for t in (a.q, a.k, a.v)]
     a.reference(*leaves)[0].backward(a.g.double())
     for got, leaf in zip((dq, dk, dv_), leaves, strict=False):

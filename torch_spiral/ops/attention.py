@@ -157,26 +157,25 @@ def _vector_backward(
     delta = empty((batch * heads, 2, blocks * vector.BLOCK), "f32")
     kernel = build(vector.attention_delta, q.dtype)
     launch(kernel, [out, g, lse, delta], [*_bht(out, g), heads, queries, v.sizes[3]], (blocks, batch * heads, 1))
+    # Tasks a key head: few heads for the compute units are cut, into parts of at least four blocks of queries and sums of at
+    # most 256 MB.
+    each = batch * kv_heads
+    most = minimum(cdiv(queries, 4 * vector.ROWS), cdiv(1 << 26, each * keys * (k.sizes[3] + v.sizes[3])))
+    splits = minimum(cdiv(2 * target().compute_units, each), most)
+    buffers, strides = [q, g, _pack(k, "columns"), _pack(v, "columns"), delta], _bht(q, g)
     if dq is not None:
-        kernel = build(vector.attention_backward_q, *key, None, ds is not None)
-        buffers = [q, g, _pack(k, "columns"), _pack(v, "columns"), _pack(k, "rows"), delta, dq]
-        buffers += [*([ds] if ds is not None else []), *masks]
-        launch(kernel, buffers, [*_bht(q, g, dq), *tail], (cdiv(queries, vector.ROWS), batch * heads, 1))
+        buffers += [_pack(k, "rows"), dq]
+        strides += _bht(dq)
+    sums = []
+    if dk is not None:
+        sums = [empty((splits * each * vector.sums(keys, x.sizes[3]),), "f32") for x in (k, v)]
+    buffers += [*sums, *([ds] if ds is not None else []), *masks]
+    kernel = build(vector.attention_backward, *key, dq is not None, dk is not None, ds is not None)
+    launch(kernel, buffers, [*strides, *tail], (splits, each, 1))
     if dk is not None and dv is not None:
-        kernel = build(vector.attention_backward_kv, *key)
-        buffers = [
-            k,
-            v,
-            _pack(q, "columns"),
-            _pack(g, "columns"),
-            _pack(q, "rows"),
-            _pack(g, "rows"),
-            delta,
-            dk,
-            dv,
-            *masks,
-        ]
-        launch(kernel, buffers, [*_bht(k, v, dk, dv), *tail], (cdiv(keys, vector.ROWS), batch * kv_heads, 1))
+        kernel = build(vector.attention_backward_sum, q.dtype)
+        scalars = [*_bht(dk, dv), splits, kv_heads, keys, k.sizes[3], v.sizes[3], scale]
+        launch(kernel, [*sums, dk, dv], scalars, (cdiv(keys, vector.BLOCK), each, 1))
 
 
 # ---- block: Triton ----------------------------------------------------------------------------------------------------

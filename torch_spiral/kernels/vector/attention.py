@@ -9,10 +9,11 @@ A fully masked row gives 0 and a logsumexp of -inf, as PyTorch's fused kernels d
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..kernel import Kernel, Target
 from ..opencl import POINTEE
-from .gemm import Schedule, micro, pack_b, schedule
+from .gemm import Schedule, cdiv, micro, pack_b, schedule
 from .source import finish, prelude, vector_width
 
 BLOCK = 64  # columns of a tile
@@ -65,65 +66,108 @@ def _hmax(w: int) -> str:
 
 
 def _pack(dst: str, src: str, dtype: str, stride: str, depth: str, factor: str, mr: int) -> str:
-    """dst[d * mr + r] = src[row r, d] * factor, for rows r of a group; rows beyond the last repeat it."""
+    """dst[group][d][r] = src[row, d] * factor for the rows of the task in groups of mr; rows beyond the last repeat it."""
     return (
-        f"for (uint r = 0; r < {mr}u; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)min(g0 + r, last) * {stride}; "
-        f"for (uint d = 0; d < {depth}; d++) {dst}[d * {mr} + r] = LD_{dtype}(s_ + d) * {factor}; }}"
+        f"for (uint r = 0; r < tiles * {mr}u; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)min(q0 + r, last) * {stride}; "
+        f"T* d_ = {dst} + r / {mr} * {mr} * {depth} + r % {mr}; for (uint d = 0; d < {depth}; d++) d_[d * {mr}] = LD_{dtype}(s_ + d) * {factor}; }}"
     )
+
+
+def _panels(s: Schedule, dst: str, src: str, dtype: str, stride: str, depth: str) -> str:
+    """dst[panel][row][nr] = src[row, d] for the rows of the task, zero-filled."""
+    return (
+        f"for (uint r = 0; r < rows; r++) {{ const __global {POINTEE[dtype]}* s_ = {src} + (long)(q0 + r) * {stride}; uint d = 0; "
+        f"for (; d + {s.w}u <= {depth}; d += {s.w}u) store{s.w}(LDV_{dtype}(s_ + d), 0, {dst} + (d / {s.nr}u * {ROWS} + r) * {s.nr} + d % {s.nr}u); "
+        f"for (; d % {s.nr}u || d < {depth}; d++) {dst}[(d / {s.nr}u * {ROWS} + r) * {s.nr} + d % {s.nr}u] = d < {depth} ? LD_{dtype}(s_ + d) : (T)0; }}"
+    )
+
+
+def _accumulators(s: Schedule) -> str:
+    return " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
 
 
 def _product(s: Schedule, a: str, panels: str, depth: str, out: str) -> str:
-    """out[6][64] = a (packed rows, depth) x 64 columns of `panels`."""
-    acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
-    put = " ".join(
-        f"store{s.w}(c{r}_{v}, {v}, {out} + {r * BLOCK} + q * {s.nr});" for r in range(s.mr) for v in range(s.nv)
-    )
+    """out[row][64] = a (packed rows, depth) x 64 columns of `panels`, for the `tiles` groups of rows; of the columns of group i,
+    the panels below seen[i]. A panel stays in the cache while the groups go over it."""
+    put = " ".join(f"store{s.w}(c{r}_{v}, {v}, o_ + {r * BLOCK});" for r in range(s.mr) for v in range(s.nv))
     return (
-        f"for (uint q = 0; q < {BLOCK // s.nr}u && q * {s.nr}u < cols; q++) {{ const T* a_ = {a}; "
-        f"const __global T* b_ = {panels} + (ulong)q * {depth} * {s.nr}; {acc} {micro(s, str(s.nr), depth)} {put} }}"
+        f"for (uint q = 0; q * {s.nr}u < keys; q++) for (uint i = 0; i < tiles; i++) {{ if (q * {s.nr}u >= seen[i]) continue; "
+        f"const T* a_ = {a} + i * {s.mr} * {depth}; const __global T* b_ = {panels} + (ulong)q * {depth} * {s.nr}; "
+        f"T* o_ = {out} + i * {s.mr * BLOCK} + q * {s.nr}; {_accumulators(s)} {micro(s, str(s.nr), depth)} {put} }}"
     )
 
 
 def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: str) -> str:
-    """out[6][depth up to nr] = out * factor[r] + a[6][64] x rows[cols][depth]; tiles of `out` are [panel][6][nr]."""
-    acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(s.mr) for v in range(s.nv))
-    old = f"load{s.w}({{v}}, o_ + {{r}} * {s.nr})"
+    """out[row][depth] = out * factor[row] + a[row][64] x rows[keys][depth], the first seen[i] keys for group i of rows; `out` has
+    tiles [group][panel][6][nr]."""
     put = " ".join(
         f"store{s.w}("
-        + (
-            f"fma({old.format(v=v, r=r)}, (V)({factor}[{r}]), c{r}_{v})"
-            if factor
-            else f"{old.format(v=v, r=r)} + c{r}_{v}"
-        )
-        + f", {v}, o_ + {r} * {s.nr});"
+        + (f"fma({old}, (V)({factor}[i * {s.mr} + {r}]), c{r}_{v})" if factor else f"{old} + c{r}_{v}")
+        + f", {v}, o_ + {r * s.nr});"
+        for r in range(s.mr)
+        for v in range(s.nv)
+        for old in [f"load{s.w}({v}, o_ + {r * s.nr})"]
+    )
+    return (
+        f"{{ const uint n_ = ({depth} + {s.nr - 1}u) / {s.nr}u; for (uint q = 0; q < n_; q++) for (uint i = 0; i < tiles; i++) {{ "
+        f"if (!seen[i]) continue; const T* a_ = {a} + i * {s.mr * BLOCK}; T* o_ = {out} + (i * n_ + q) * {s.mr * s.nr}; "
+        f"const __global T* b_ = {rows} + (ulong)q * keys * {s.nr}; {_accumulators(s)} "
+        f"{micro(s, str(s.nr), 'seen[i]', a_k=1, a_row=BLOCK)} {put} }} }}"
+    )
+
+
+def _transposed(s: Schedule, a: str, rows: str, depth: str, out: str, causal: bool) -> str:
+    """out[key][depth] += a[row][64]^T x rows[row][depth] for the keys of a block, 6 at a time, over the task's rows that see them;
+    `out` has tiles [group of keys][panel][6][nr], `rows` panels [panel][row][nr]."""
+    put = " ".join(
+        f"store{s.w}(load{s.w}({v}, o_ + {r * s.nr}) + c{r}_{v}, {v}, o_ + {r * s.nr});"
         for r in range(s.mr)
         for v in range(s.nv)
     )
+    first = f"(uint)max(0, (int)(n0 + i * {s.mr}u) - diagonal - (int)q0)" if causal else "0"
     return (
-        f"for (uint q = 0; q * {s.nr}u < {depth}; q++) {{ const T* a_ = {a}; T* o_ = {out} + q * {s.mr * s.nr}; "
-        f"const __global T* b_ = {rows} + (ulong)q * cols * {s.nr}; {acc} {micro(s, str(s.nr), 'cols', row_step=BLOCK)} {put} }}"
+        f"{{ const uint n_ = ({depth} + {s.nr - 1}u) / {s.nr}u; for (uint q = 0; q < n_; q++) for (uint i = 0; i * {s.mr}u < keys; i++) {{ "
+        f"const uint r0 = {first}; if (r0 >= rows) break; const uint count = rows - r0; "
+        f"const T* a_ = {a} + r0 * {BLOCK} + i * {s.mr}; const T* b_ = {rows} + (q * {ROWS} + r0) * {s.nr}; "
+        f"__global T* o_ = {out} + (i * n_ + q) * {s.mr * s.nr}; {_accumulators(s)} "
+        f"{micro(s, str(s.nr), 'count', a_k=BLOCK)} {put} }} }}"
     )
 
 
-def _masking(mask: str | None, causal: bool, w: int, row_stride: str, col_stride: str, transposed: bool) -> str:
-    """Statements that mask one row of scores S_[0..63]: row `row`, columns n0 + j, j < cols."""
+def _masking(mask: str | None, causal: bool, w: int) -> str:
+    """Statements that mask a row of scores S_[0..63]: query `row`, keys n0 + j, j < cols."""
     out = []
     if mask == "bool":
-        out.append(f"for (uint j = 0; j < cols; j++) if (!mk_[(long)(n0 + j) * {col_stride}]) S_[j] = -INFINITY;")
+        out.append("for (uint j = 0; j < cols; j++) if (!mk_[(long)(n0 + j) * mk]) S_[j] = -INFINITY;")
     elif mask:
         out.append(
-            f"if ({col_stride} == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
+            f"if (mk == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
             f"store{w}(fma(LDV_{mask}(mk_ + n0 + j), (V)(LOG2E), load{w}(0, S_ + j)), 0, S_ + j); "
-            f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * {col_stride}), LOG2E, S_[j]);"
+            f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * mk), LOG2E, S_[j]);"
         )
     if out:
-        out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * {row_stride};")
-    if causal and not transposed:  # key n0 + j <= row + diagonal
+        out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * mq;")
+    if causal:  # key n0 + j <= row + diagonal
         out.append("for (int j = max(0, (int)row + diagonal - (int)n0 + 1); j < (int)cols; j++) S_[j] = -INFINITY;")
-    if causal and transposed:  # row is the key: query n0 + j >= row - diagonal
-        out.append("for (int j = 0; j < min((int)cols, (int)row - diagonal - (int)n0); j++) S_[j] = -INFINITY;")
     out.append(f"for (uint j = cols; j < {BLOCK}u; j++) S_[j] = -INFINITY;")
     return " ".join(out)
+
+
+def _whole(mask: str | None, causal: bool) -> str:
+    """Condition under which no score of a row and block is masked."""
+    if mask:
+        return "false"
+    return f"cols == {BLOCK}u" + (f" && (int)n0 + {BLOCK - 1} <= (int)row + diagonal" if causal else "")
+
+
+def _see(s: Schedule, causal: bool) -> str:
+    """Statements that count the keys of the block that each group of rows sees."""
+    count = (
+        f"clamp((int)min(q0 + i * {s.mr}u + {s.mr - 1}u, last) + diagonal + 1 - (int)n0, 0, (int)keys)"
+        if causal
+        else "keys"
+    )
+    return f"for (uint i = 0; i < tiles; i++) seen[i] = {count};"
 
 
 def attention_forward(
@@ -138,48 +182,44 @@ def attention_forward(
     """
     s = schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
-    groups = ROWS // mr
-    dpad = MAX_HEAD
     body = f"""
-  T Qp[{groups * mr * dpad}]; T Op[{groups * mr * dpad}]; T S[{mr * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T al[{w}] = {{0}}; T zs[{mr}], top[{mr}];  // {w} lanes hold the {mr} rows of a group
+  T Qp[{ROWS * MAX_HEAD}]; T Op[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T top[{ROWS}]; T al[{ROWS}]; uint seen[{ROWS // mr}];
   const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H;
   const uint qi = {"(x & 1) ? nq - 1 - x / 2 : x / 2" if causal else "x"};  // heavy and light tasks alternate
-  const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0);
+  const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0), tiles = (rows + {mr - 1}u) / {mr}u;
   const uint NPk = (Tk + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u, hk = b * (H / group) + h / group;
   Q += (long)b * qb + (long)h * qh; O += (long)b * ob + (long)h * oh; L += (ulong)bh * Tq;
   Kc += (ulong)hk * NPk * D * {nr}; Vr += (ulong)hk * Tk * NPv * {nr};
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
-  for (uint i = 0; i < {groups}u; i++) {{ const uint g0 = q0 + i * {mr}u; if (g0 >= Tq) break;
-    T* d_ = Qp + i * {mr} * D; {_pack("d_", "Q", dtype, "qt", "D", "(scale * LOG2E)", mr)} }}
-  for (uint j = 0; j < {groups * mr}u * NPv * {nr}u; j++) Op[j] = 0;
-  for (uint r = 0; r < {ROWS}u; r++) {{ M_[r] = -INFINITY; Z[r] = 0; }}
+  {_pack("Qp", "Q", dtype, "qt", "D", "(scale * LOG2E)", mr)}
+  for (uint j = 0; j < tiles * {mr}u * NPv * {nr}u; j++) Op[j] = 0;
+  for (uint r = 0; r < {ROWS}u; r++) {{ M_[r] = -INFINITY; Z[r] = 0; al[r] = 0; }}
   for (uint n0 = 0; n0 < Tk; n0 += {BLOCK}u) {{
-    const uint cols = min({BLOCK}u, Tk - n0);
-    for (uint i = 0; i * {mr}u < rows; i++) {{
-      const uint g0 = q0 + i * {mr}u;
-      {f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;" if causal else ""}
-      {_product(s, f"Qp + i * {mr} * D", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
-      for (uint r = 0; r < {mr}u; r++) {{
-        const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK};
-        {f"if (cols < {BLOCK}u" + (f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal" if causal else "") + ") {" if not mask else "{"}
-          {_masking(mask, causal, w, "mq", "mk", False)} }}
+    const uint keys = min({BLOCK}u, Tk - n0);
+    {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
+    {_see(s, causal)}
+    {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
+    for (uint i = 0; i < tiles; i++) {{
+      const uint cols = seen[i]; if (!cols) continue;
+      for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r++) {{
+        const uint row = min(q0 + r, last); T* S_ = S + r * {BLOCK};
+        if (!({_whole(mask, causal)})) {{ {_masking(mask, causal, w)} }}
         V x0 = load{w}(0, S_), x1 = load{w}(1, S_);
         UNROLL for (uint j = 2; j < {BLOCK // w}u; j += 2) {{ x0 = max(x0, load{w}(j, S_)); x1 = max(x1, load{w}(j + 1, S_)); }}
-        const T m = max(M_[i * {mr} + r], vmax(max(x0, x1))); top[r] = m == -INFINITY ? 0 : m;
-        al[r] = M_[i * {mr} + r] - top[r]; M_[i * {mr} + r] = m;
+        const T m = max(M_[r], vmax(max(x0, x1))); top[r] = m == -INFINITY ? 0 : m;
+        al[r] = M_[r] - top[r]; M_[r] = m;
       }}
-      for (uint r = 0; r < {mr}u; r += 2) {{  // two rows at a time: a row alone waits for its own sum
-        T* S_ = S + r * {BLOCK}; T* R_ = S_ + {BLOCK}; const V t0 = (V)(top[r]), t1 = (V)(top[r + 1]); V z0 = (V)(0), z1 = (V)(0);
-        UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
-          const V e0 = exp2v(load{w}(j, S_) - t0), e1 = exp2v(load{w}(j, R_) - t1);
-          z0 += e0; z1 += e1; store{w}(e0, j, S_); store{w}(e1, j, R_);
-        }}
-        zs[r] = vsum(z0); zs[r + 1] = vsum(z1);
-      }}
-      store{w}(exp2v(load{w}(0, al)), 0, al);
-      for (uint r = 0; r < {mr}u; r++) Z[i * {mr} + r] = fma(Z[i * {mr} + r], al[r], zs[r]);
-      {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", f"Op + i * {mr} * NPv * {nr}", "al")}
     }}
+    UNROLL for (uint r = 0; r < {ROWS // w}u; r++) store{w}(exp2v(load{w}(r, al)), r, al);
+    for (uint i = 0; i < tiles; i++) if (seen[i]) for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r += 2) {{  // two rows at a time: a row alone waits for its own sum
+      T* S_ = S + r * {BLOCK}; T* R_ = S_ + {BLOCK}; const V t0 = (V)(top[r]), t1 = (V)(top[r + 1]); V z0 = (V)(0), z1 = (V)(0);
+      UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
+        const V e0 = exp2v(load{w}(j, S_) - t0), e1 = exp2v(load{w}(j, R_) - t1);
+        z0 += e0; z1 += e1; store{w}(e0, j, S_); store{w}(e1, j, R_);
+      }}
+      Z[r] = fma(Z[r], al[r], vsum(z0)); Z[r + 1] = fma(Z[r + 1], al[r + 1], vsum(z1));
+    }}
+    {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", "Op", "al")}
   }}
   for (uint r = 0; r < rows; r++) {{
     const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
@@ -230,7 +270,7 @@ def attention_decode(
     add = " ".join(f"a = FMA((V)(p{j}), LDV_{dtype}(v{j} + d), a);" for j in range(ku))
     add1 = " ".join(f"a = FMA(p{j}, LD_{dtype}(v{j} + d), a);" for j in range(ku))
     masked = (
-        _masking(mask, causal, w, "mq", "mk", False)
+        _masking(mask, causal, w)
         .replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)")
         .replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
     )
@@ -320,127 +360,109 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
     )
 
 
-def _backward(
-    target: Target, dtype: str, causal: bool, mask: str | None, width: int | None, keys: bool, mask_grad: bool = False
+def attention_backward(
+    target: Target,
+    dtype: str,
+    causal: bool = False,
+    mask: str | None = None,
+    queries: bool = True,
+    keys: bool = True,
+    mask_grad: bool = False,
+    width: int | None = None,
 ) -> Kernel:
+    """dQ (queries), and sums of dK and dV (keys), in one pass over the scores: five products, or three or four where less is wanted.
+
+    A task takes one key head and every so many blocks of queries of the query heads that share it. It writes these queries' dQ, and
+    adds to its own sums of dK and dV, which attention_backward_sum adds up. With mask_grad also the gradient of the scores, for the
+    mask: dS[B, H, Tq, Tk] (f32, contiguous; where causal, the caller fills it with zeros first).
+    Buffers: Q, G (dO), Kc, Vc (packed columns), D (attention_delta), Kr (packed rows) and dQ if queries, Ks and Vs if keys (f32,
+    tasks * B * Hk * `sums(Tk, head)` elements each), dS with mask_grad, mask where given.
+    Scalars: strides (i64) qb, qh, qt of Q; gb, gh, gt of G; dqb, dqh, dqt of dQ if queries; with mask mb, mh, mq, mk; then as the forward.
+    Grid: (tasks a head: any number, B * Hk, 1).
+    """
     s = schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
-    groups = ROWS // mr
-    # rows: this task's; columns: what it sums over. For keys: S^T, a row is a key.
-    r1, r2, c1, c2, o1 = ("Ki", "Vi", "Qc", "Gc", "dK") if keys else ("Q", "G", "Kc", "Vc", "dQ")
-    nrows, ncols = ("Tk", "Tq") if keys else ("Tq", "Tk")
-    rs, cs = ("mk", "mq") if keys else ("mq", "mk")
-    skip = ""
-    if causal:
-        skip = (
-            "if ((int)(n0 + cols) <= (int)g0 - diagonal) continue;"
-            if keys
-            else f"if ((int)n0 > (int)min(g0 + {mr - 1}u, last) + diagonal) continue;"
+    zero = "for (ulong j = 0; j < {n}; j += {w}u) store{w}((V)(0), 0, {p} + j);"
+    size = f"(ulong)NB * {_block_rows(s) * nr}u"
+    own = "((ulong)get_group_id(0) * get_num_groups(1) + get_group_id(1))"
+    sums = ""
+    if keys:
+        sums = "".join(
+            f"{p} += {own} * {size} * {n}; {zero.format(n=f'{size} * {n}', w=w, p=p)} "
+            for p, n in (("Ks", "NPd"), ("Vs", "NPv"))
         )
-    full = " || (int)n0 < (int)row - diagonal" if keys else f" || (int)n0 + {BLOCK - 1} > (int)row + diagonal"
-    guard = "" if mask else f"if (cols < {BLOCK}u{full if causal else ''}) "
-    lse = "load{w}(0, Dn + n0 + j)" if keys else "(V)(Dn[row])"
-    delta = "load{w}(0, Dn + Td + n0 + j)" if keys else "(V)(Dn[Td + row])"
-    lse, delta = lse.format(w=w), delta.format(w=w)
-    grad_rows = "Qr" if keys else "Kr"
-    heads = "for (uint hh = 0; hh < group; hh++)" if keys else ""
-    per_head = f"""
-    const uint h = {"hk * group + hh" if keys else "hx"}; const uint bh = b * H + h;
-    const __global float* Dn = Dl + (ulong)bh * 2 * Td;
-    {"const __global " + POINTEE[mask] + "* mask = mask_ + (long)b * mb + (long)h * mh;" if mask else ""}
-    const ulong ci = {"bh" if keys else "b * (H / group) + h / group"};
-    const __global T* C1 = {c1} + ci * NPc * D * {nr}; const __global T* C2 = {c2} + ci * NPc * Dv * {nr};
-    const __global T* R1 = {grad_rows} + ci * {ncols} * NPd * {nr};
-    {"const __global T* R2 = Gr + ci * Tq * NPv * " + str(nr) + ";" if keys else ""}"""
+    dq = dk = store = ""
+    if queries:
+        store = f"""for (uint r = 0; r < rows; r++) {{
+        const T* a = X + r / {mr} * {mr} * NPd * {nr} + r % {mr} * {nr}; __global {POINTEE[dtype]}* d_ = dQ + (long)b * dqb + (long)h * dqh + (long)(q0 + r) * dqt;
+        for (uint d = 0; d < D; d++) ST_{dtype}(d_ + d, a[d / {nr}u * {mr * nr} + d % {nr}u] * scale);
+      }}"""
+        dq = _accumulate(s, "P", f"Kr + ((ulong)hx * Tk + n0) * NPd * {nr}", "D", "X", "")
+    if keys:
+        at = f"(ulong)(n0 / {BLOCK}u) * {_block_rows(s) * nr}u"
+        dk = _transposed(s, "S", "Gr", "Dv", f"Vs + {at} * NPv", causal) + _transposed(
+            s, "P", "Qr", "D", f"Ks + {at} * NPd", causal
+        )
+    rows_of = _panels(s, "Qr", "Q_", dtype, "qt", "D") + _panels(s, "Gr", "G_", dtype, "gt", "Dv") if keys else ""
     body = f"""
-  T Ap[{groups * mr * MAX_HEAD}]; T Bp[{groups * mr * MAX_HEAD}]; T X1[{groups * mr * MAX_HEAD}]; {
-        f"T X2[{groups * mr * MAX_HEAD}];" if keys else ""
-    }
-  T S[{mr * BLOCK}]; T P[{mr * BLOCK}];
-  const uint nx = get_num_groups(0), x = get_group_id(0), Hx = {
-        "H / group" if keys else "H"
-    }, b = get_group_id(1) / Hx, hx = get_group_id(1) % Hx;
-  {"const uint hk = hx;" if keys else ""}
-  const uint qi = {"(x & 1) ? nx - 1 - x / 2 : x / 2" if causal else "x"};
-  const uint q0 = qi * {ROWS}u, last = {nrows} - 1, rows = min({ROWS}u, {nrows} - q0), Td = (Tq + {BLOCK - 1}u) / {
-        BLOCK
-    }u * {BLOCK}u;
-  const uint NPc = ({ncols} + {nr - 1}u) / {nr}u, NPd = (D + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u;
-  {r1} += (long)b * xb + (long)hx * xh; {r2} += (long)b * yb + (long)hx * yh;
-  {o1} += (long)b * dxb + (long)hx * dxh; {"dV += (long)b * dyb + (long)hx * dyh;" if keys else ""}
-  for (uint i = 0; i * {mr}u < rows; i++) {{ const uint g0 = q0 + i * {mr}u;
-    T* d1 = Ap + i * {mr} * D; {_pack("d1", r1, dtype, "xt", "D", "(scale * LOG2E)", mr)}
-    T* d2 = Bp + i * {mr} * Dv; {_pack("d2", r2, dtype, "yt", "Dv", "1", mr)} }}
-  for (uint j = 0; j < {groups * mr}u * NPd * {nr}u; j++) X1[j] = 0;
-  {f"for (uint j = 0; j < {groups * mr}u * NPv * {nr}u; j++) X2[j] = 0;" if keys else ""}
-  {heads} {{ {per_head}
-    for (uint n0 = 0; n0 < {ncols}; n0 += {BLOCK}u) {{
-      const uint cols = min({BLOCK}u, {ncols} - n0);
-      for (uint i = 0; i * {mr}u < rows; i++) {{
-        const uint g0 = q0 + i * {mr}u;
-        {skip}
-        {_product(s, f"Ap + i * {mr} * D", f"C1 + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
-        {_product(s, f"Bp + i * {mr} * Dv", f"C2 + (ulong)(n0 / {nr}u) * Dv * {nr}", "Dv", "P")}
-        for (uint r = 0; r < {mr}u; r++) {{
-          const uint row = min(g0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
-          {guard}{{ {_masking(mask, causal, w, rs, cs, keys)} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
-          UNROLL for (uint j = 0; j < {BLOCK}u; j += {w}u) {{
-            const V p = exp2v(load{w}(0, S_ + j) - {lse if not keys else f"({lse})"});
-            store{w}(p * (load{w}(0, P_ + j) - {delta}), 0, P_ + j); {f"store{w}(p, 0, S_ + j);" if keys else ""}
+  T Qp[{ROWS * MAX_HEAD}]; T Gp[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK + w}]; T P[{ROWS * BLOCK + w}]; uint seen[{ROWS // mr}];
+  {f"T X[{ROWS * MAX_HEAD}];" if queries else ""} {f"T Qr[{ROWS * MAX_HEAD}]; T Gr[{ROWS * MAX_HEAD}];" if keys else ""}
+  const uint splits = get_num_groups(0), hx = get_group_id(1), hk = hx % (H / group), b = hx / (H / group), last = Tq - 1;
+  const uint NB = (Tk + {BLOCK - 1}u) / {BLOCK}u, Td = (Tq + {BLOCK - 1}u) / {BLOCK}u * {BLOCK}u;
+  const uint NPk = (Tk + {nr - 1}u) / {nr}u, NPd = (D + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u;
+  Kc += (ulong)hx * NPk * D * {nr}; Vc += (ulong)hx * NPk * Dv * {nr};
+  {sums}
+  for (uint h = hk * group; h < (hk + 1) * group; h++) {{
+    const uint bh = b * H + h; const __global T* Dn = Dl + (ulong)bh * 2 * Td;
+    const __global {POINTEE[dtype]}* Q_ = Q + (long)b * qb + (long)h * qh; const __global {POINTEE[dtype]}* G_ = G + (long)b * gb + (long)h * gh;
+    {"const __global " + POINTEE[mask] + "* mask = mask_ + (long)b * mb + (long)h * mh;" if mask else ""}
+    for (uint t = 0; t * splits * {ROWS}u < Tq; t++) {{  // blocks are dealt to and fro: later ones see more keys
+      const uint q0 = (t * splits + ((t & 1) ? splits - 1 - get_group_id(0) : get_group_id(0))) * {ROWS}u; if (q0 >= Tq) continue;
+      const uint rows = min({ROWS}u, Tq - q0), tiles = (rows + {mr - 1}u) / {mr}u;
+      {_pack("Qp", "Q_", dtype, "qt", "D", "(scale * LOG2E)", mr)} {_pack("Gp", "G_", dtype, "gt", "Dv", "1", mr)}
+      {rows_of}
+      {f"for (uint j = 0; j < tiles * {mr}u * NPd * {nr}u; j++) X[j] = 0;" if queries else ""}
+      for (uint n0 = 0; n0 < Tk; n0 += {BLOCK}u) {{
+        const uint keys = min({BLOCK}u, Tk - n0);
+        {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
+        {_see(s, causal)}
+        {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
+        {_product(s, "Gp", f"Vc + (ulong)(n0 / {nr}u) * Dv * {nr}", "Dv", "P")}
+        for (uint i = 0; i < tiles; i++) {{
+          const uint cols = seen[i]; if (!cols) continue;
+          for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r++) {{
+            const uint row = min(q0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
+            if (!({_whole(mask, causal)})) {{ {_masking(mask, causal, w)} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
+            const V l = (V)(Dn[row]), delta = (V)(Dn[Td + row]);
+            UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
+              const V p = exp2v(load{w}(j, S_) - l); store{w}(p * (load{w}(j, P_) - delta), j, P_); {f"store{w}(p, j, S_);" if keys else ""}
+            }}
+            {"if (q0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
           }}
-          {
-        "if (g0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];"
-        if mask_grad
-        else ""
-    }
         }}
-        {_accumulate(s, "P", f"R1 + (ulong)n0 * NPd * {nr}", "D", f"X1 + i * {mr} * NPd * {nr}", "")}
-        {_accumulate(s, "S", f"R2 + (ulong)n0 * NPv * {nr}", "Dv", f"X2 + i * {mr} * NPv * {nr}", "") if keys else ""}
+        {dq}
+        {dk}
       }}
+      {store}
     }}
   }}
-  for (uint r = 0; r < rows; r++) {{
-    const T* a = X1 + (r / {mr}) * {mr} * NPd * {nr} + r % {mr} * {nr};
-    for (uint d = 0; d < D; d++) ST_{dtype}({o1} + (long)(q0 + r) * dxt + d, a[d / {nr}u * {mr * nr} + d % {
-        nr
-    }u] * scale);
-    {
-        f'''const T* v = X2 + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
-    for (uint d = 0; d < Dv; d++) ST_{dtype}(dV + (long)(q0 + r) * dyt + d, v[d / {nr}u * {mr * nr} + d % {nr}u]);'''
-        if keys
-        else ""
-    }
-  }}
 """
-    packed = ("Qc", "Gc", "Qr", "Gr") if keys else ("Kc", "Vc", "Kr")
-    outs = ("dK", "dV") if keys else ("dQ",)
-    strides = [p + e for p in ("x", "y", "dx", *(("dy",) if keys else ())) for e in ("b", "h", "t")] + (
-        ["mb", "mh", "mq", "mk"] if mask else []
-    )
-    name = "_".join(
-        x
-        for x in (
-            "vector_attention",
-            "dkv" if keys else "dq",
-            dtype,
-            "causal" if causal else "",
-            f"mask{mask}" if mask else "",
-            "ds" if mask_grad else "",
-            f"w{w}",
-        )
-        if x
+    strides = [p + e for p in ("q", "g", *(("dq",) if queries else ())) for e in ("b", "h", "t")]
+    strides += ["mb", "mh", "mq", "mk"] if mask else []
+    parts = (
+        "dq" if queries else "",
+        "dkv" if keys else "",
+        dtype,
+        "causal" if causal else "",
+        f"mask{mask}" if mask else "",
     )
     return finish(
         target,
-        name,
-        [
-            (r1, dtype, "r"),
-            (r2, dtype, "r"),
-            *((p, "f32", "r") for p in packed),
-            ("Dl", "f32", "r"),
-            *((o, dtype, "w") for o in outs),
-            *((("dS", "f32", "w"),) if mask_grad else ()),
-        ]
+        "_".join(x for x in ("vector_attention", *parts, "ds" if mask_grad else "", f"w{w}") if x),
+        [("Q", dtype, "r"), ("G", dtype, "r"), *((p, "f32", "r") for p in ("Kc", "Vc", "Dl"))]
+        + ([("Kr", "f32", "r"), ("dQ", dtype, "w")] if queries else [])
+        + ([("Ks", "f32", "rw"), ("Vs", "f32", "rw")] if keys else [])
+        + ([("dS", "f32", "w")] if mask_grad else [])
         + ([("mask_", mask, "r")] if mask else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
@@ -451,31 +473,48 @@ def _backward(
     )
 
 
-def attention_backward_q(
-    target: Target,
-    dtype: str,
-    causal: bool = False,
-    mask: str | None = None,
-    width: int | None = None,
-    mask_grad: bool = False,
-) -> Kernel:
-    """dQ, one pass over blocks of queries; with mask_grad also the gradient of the scores, for the mask: dS[B, H, Tq, Tk] (f32,
-    contiguous; where causal, the caller fills it with zeros first).
+def _block_rows(s: Schedule) -> int:
+    """Rows of a block of keys in whole register tiles."""
+    return -(-BLOCK // s.mr) * s.mr
 
-    Buffers: Q, G (dO), Kc, Vc (packed columns), Kr (packed rows), D (attention_delta), dQ, dS with mask_grad, mask where given.
-    Scalars: strides (i64) xb, xh, xt of Q; yb, yh, yt of G; dxb, dxh, dxt of dQ; with mask mb, mh, mq, mk; then as the forward.
-    Grid: (cdiv(Tq, 48), B * H, 1).
+
+def sums(keys: Any, head: Any, s: Schedule | None = None) -> Any:
+    """Elements of a task's sums of dK or dV: [cdiv(keys, 64)][group of mr keys][cdiv(head, nr)][mr][nr]."""
+    s = s or schedule()
+    return cdiv(keys, BLOCK) * _block_rows(s) * cdiv(head, s.nr) * s.nr
+
+
+def attention_backward_sum(target: Target, dtype: str, width: int | None = None) -> Kernel:
+    """dK and dV from the sums of attention_backward's tasks.
+
+    Buffers: Ks, Vs, dK, dV. Scalars: dkb, dkh, dkt, dvb, dvh, dvt (i64), splits (tasks a head), Hk, Tk, D, Dv (u32), scale (f32).
+    Grid: (cdiv(Tk, 64), B * Hk, 1).
     """
-    return _backward(target, dtype, causal, mask, width, False, mask_grad)
-
-
-def attention_backward_kv(
-    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
-) -> Kernel:
-    """dK and dV, one pass over blocks of keys, summed over the query heads that share them.
-
-    Buffers: K, V, Qc, Gc (packed columns of Q and dO), Qr, Gr (packed rows), D (attention_delta), dK, dV, mask where given.
-    Scalars: strides (i64) x* of K, y* of V, dx* of dK, dy* of dV (b, h, t each); with mask mb, mh, mq, mk; then as the forward.
-    Grid: (cdiv(Tk, 48), B * Hk, 1).
-    """
-    return _backward(target, dtype, causal, mask, width, True)
+    s = schedule("f32", width or vector_width())
+    w, mr, nr, block = s.w, s.mr, s.nr, _block_rows(s)
+    parts = " ".join(
+        f"""{{ const uint NP = ({depth} + {nr - 1}u) / {nr}u; const ulong whole = (ulong)get_num_groups(0) * {block * nr}u * NP;
+    const __global T* p_ = {src} + hx * whole + get_group_id(0) * {block * nr}ul * NP + (r / {mr}u * NP * {mr}u + r % {mr}u) * {nr}u;
+    __global {POINTEE[dtype]}* d_ = {dst} + (long)b * {dst.lower()}b + (long)h * {dst.lower()}h + (long)(n0 + r) * {dst.lower()}t;
+    for (uint d = 0; d < {depth}; d += {w}u) {{
+      const __global T* a_ = p_ + d / {nr}u * {mr * nr}u + d % {nr}u; V x = (V)(0);
+      for (uint i = 0; i < splits; i++) x += load{w}(0, a_ + i * get_num_groups(1) * whole);
+      {factor}
+      if (d + {w}u <= {depth}) STV_{dtype}(d_ + d, x); else {{ T t[{w}]; store{w}(x, 0, t); for (uint j = 0; d + j < {depth}; j++) ST_{dtype}(d_ + d + j, t[j]); }}
+    }} }}"""
+        for src, dst, depth, factor in (("Ks", "dK", "D", "x *= scale;"), ("Vs", "dV", "Dv", ""))
+    )
+    body = f"""
+  const uint n0 = get_group_id(0) * {BLOCK}u, rows = min({BLOCK}u, Tk - n0), hx = get_group_id(1), b = hx / Hk, h = hx % Hk;
+  for (uint r = 0; r < rows; r++) {{ {parts} }}
+"""
+    return finish(
+        target,
+        f"vector_attention_sum_{dtype}_w{w}",
+        [("Ks", "f32", "r"), ("Vs", "f32", "r"), ("dK", dtype, "w"), ("dV", dtype, "w")],
+        [(x, "i64") for x in ("dkb", "dkh", "dkt", "dvb", "dvh", "dvt")]
+        + [(x, "u32") for x in ("splits", "Hk", "Tk", "D", "Dv")]
+        + [("scale", "f32")],
+        _module(w, (dtype,)),
+        body,
+    )

@@ -269,10 +269,9 @@ def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
 UNROLL_K = 4
 
 
-def micro(s: Schedule, b_step: str, kc: str, load: str = "", row_step: int = 0, prefix: str = "c") -> str:
-    """Accumulates c<r>_<v> over kc steps from the pointers a_ (packed rows, or rows row_step apart) and b_ (advancing by b_step)."""
-    at = (lambda u, r: r * row_step + u) if row_step else (lambda u, r: u * s.mr + r)
-    a_step = 1 if row_step else s.mr
+def micro(s: Schedule, b_step: str, kc: str, load: str = "", a_k: int = 0, a_row: int = 1) -> str:
+    """Accumulates c<r>_<v> over kc steps from the pointers a_, with strides a_k (0: mr, packed rows) and a_row, and b_ (advancing by b_step)."""
+    a_k = a_k or s.mr
     load = load or f"load{s.w}(0, {{p}})"
     lines = []
     for u in range(UNROLL_K):
@@ -280,8 +279,8 @@ def micro(s: Schedule, b_step: str, kc: str, load: str = "", row_step: int = 0, 
             "{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv))
         )
         lines += [
-            f"{{ const V a_{r} = (V)(a_[{at(u, r)}]); "
-            + " ".join(f"{prefix}{r}_{v} = FMA(a_{r}, b{v}, {prefix}{r}_{v});" for v in range(s.nv))
+            f"{{ const V a_{r} = (V)(a_[{u * a_k + r * a_row}]); "
+            + " ".join(f"c{r}_{v} = FMA(a_{r}, b{v}, c{r}_{v});" for v in range(s.nv))
             + " }"
             for r in range(s.mr)
         ]
@@ -289,7 +288,7 @@ def micro(s: Schedule, b_step: str, kc: str, load: str = "", row_step: int = 0, 
     step = "\n".join(lines[: len(lines) // UNROLL_K])
     return (
         f"uint k_ = {kc}; for (; k_ >= {UNROLL_K}u; k_ -= {UNROLL_K}u) {{ {chr(10).join(lines)}\n"
-        f"a_ += {UNROLL_K * a_step}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {a_step}; b_ += {b_step}; }}"
+        f"a_ += {UNROLL_K * a_k}; b_ += {UNROLL_K} * {b_step}; }}\nfor (; k_; k_--) {{ {step}\na_ += {a_k}; b_ += {b_step}; }}"
     )
 
 
