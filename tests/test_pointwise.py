@@ -67,3 +67,32 @@ def test_round_to_decimals(device):
     x = torch.randn(4096) * 1000
     for decimals in (-2, -1, 1, 3, 10):
         assert_close(x.to(device).round(decimals=decimals).cpu(), x.round(decimals=decimals), rtol=1e-6, atol=0)
+
+
+def test_exp_over_its_whole_range(device):
+    """Vectors and the elements after the last whole one: 3 units in the last place (WGSL: 3 + 2 |x|); below 2**-125 it may be 0."""
+    edges = [
+        math.nan,
+        math.inf,
+        -math.inf,
+        0.0,
+        -0.0,
+        1e-30,
+        88.72,
+        88.73,
+        89.5,
+        1e30,
+        -1e30,
+        -86.6,
+        -87.4,
+        -87.6,
+        -104.0,
+    ]
+    x = torch.cat([torch.linspace(-90, 89, 20001), torch.tensor(edges)])
+    got, exact = x.to(device).exp().cpu(), x.double().exp()
+    assert torch.equal(got.isnan(), x.isnan()) and torch.equal(got.isinf(), exact.float().isinf())
+    assert (got[x == 0] == 1).all()
+    usual = exact.float().isfinite() & (exact > 2.0**-125)
+    units = 3 + 2 * x.abs() if torch.spiral.get_device_properties(device).engine == "wgpu" else 3 + 0 * x
+    assert ((got - exact).abs() <= units * 2.0**-23 * exact)[usual].all()
+    assert ((got - exact)[exact <= 2.0**-125].abs() <= 2.0**-125).all()

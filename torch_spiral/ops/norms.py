@@ -46,9 +46,8 @@ def _like(x: Tensor) -> list[Any]:
 
 def _along(name: str, function: Any, out: Tensor, ins: Sequence[Tensor], dim: int) -> None:
     """A row expression along `dim`, all tensors of one shape."""
-    key = (target().schedule_class == "vector",)
     if out.ndim == 0:
-        reduce_rows(name, function, [(out, (0,))], [(x, (0,)) for x in ins], (1,), 1, key, splits=False)
+        reduce_rows(name, function, [(out, (0,))], [(x, (0,)) for x in ins], (1,), 1, (), splits=False)
         return
     length, count = bucket(out.sizes[dim]), sum(bucket(s) for d, s in enumerate(out.sizes) if d != dim)
     if all(x.is_contiguous for x in (out, *ins)):
@@ -64,34 +63,17 @@ def _along(name: str, function: Any, out: Tensor, ins: Sequence[Tensor], dim: in
         order = [dim, *(d for d in reversed(range(out.ndim)) if d != dim)]
         sizes = [out.sizes[d] for d in order]
         both = [(x, [x.strides[d] for d in order]) for x in (out, *ins)]
-    reduce_rows(name, function, both[:1], both[1:], sizes, 1, key, splits=False, length=length, count=count)
+    reduce_rows(name, function, both[:1], both[1:], sizes, 1, (), splits=False, length=length, count=count)
 
 
-def _exp_of_negative(x: Any, vector: bool) -> Any:
-    """exp(x) of x <= 0; on CPU devices a polynomial, within 2 units in the last place, that flushes subnormal results to 0: the
-    language's exp also caters for large x, and costs twice as much."""
-    if not vector or x.dtype != "f32":
-        return ir.exp(x)
-    small = ir.lt(x, -87.0)
-    x = ir.where(small, -87.0, x)
-    shifted = ir.fma(x, 1.4426950408889634, 12582912.0)  # 1.5 * 2**23: the sum's low bits are the nearest integer
-    n = shifted - 12582912.0
-    r = ir.fma(n, 2.12194440e-4, ir.fma(n, -0.693359375, x))
-    p: Any = ir.const(1.0 / 720.0, "f32")
-    for c in (1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0):
-        p = ir.fma(p, r, c)
-    scale = ir.bitcast(ir.shl(ir.bitcast(shifted, "i32") + 127, 23), "f32")
-    return ir.where(small, ir.const(0.0, "f32"), p * scale)
-
-
-def _softmax(vector: bool, r: Any, x: Any) -> Any:
-    e = _exp_of_negative(x - r.reduce(nest.MAX(x.dtype), x), vector)
+def _softmax(r: Any, x: Any) -> Any:
+    e = ir.exp(x - r.reduce(nest.MAX(x.dtype), x))
     return e * (1.0 / r.sum(e))
 
 
-def _log_softmax(vector: bool, r: Any, x: Any) -> Any:
+def _log_softmax(r: Any, x: Any) -> Any:
     largest = r.reduce(nest.MAX(x.dtype), x)
-    return (x - largest) - ir.log(r.sum(_exp_of_negative(x - largest, vector)))
+    return (x - largest) - ir.log(r.sum(ir.exp(x - largest)))
 
 
 LONG_IN_REGISTERS = 12  # floor(log2) of rows that nest keeps in registers
@@ -103,12 +85,12 @@ def _largest_and_total(r: Any, x: Any) -> tuple[Any, Any]:
     return largest, ir.where(ir.isfinite(largest), total, math.nan)
 
 
-def _softmax_online(vector: bool, r: Any, x: Any) -> Any:
+def _softmax_online(r: Any, x: Any) -> Any:
     largest, total = _largest_and_total(r, x)
     return ir.exp(x - largest) / total
 
 
-def _log_softmax_online(vector: bool, r: Any, x: Any) -> Any:
+def _log_softmax_online(r: Any, x: Any) -> Any:
     largest, total = _largest_and_total(r, x)
     return (x - largest) - ir.log(total)
 
@@ -119,12 +101,12 @@ def _online(x: Tensor, dim: int) -> bool:
     return t.schedule_class == "simt" and not t.software and x.ndim > 0 and bucket(x.sizes[dim]) > LONG_IN_REGISTERS
 
 
-def _softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
+def _softmax_backward(r: Any, grad: Any, y: Any) -> Any:
     return y * (grad - r.sum(grad * y))
 
 
-def _log_softmax_backward(vector: bool, r: Any, grad: Any, y: Any) -> Any:
-    return grad - _exp_of_negative(y, vector) * r.sum(grad)
+def _log_softmax_backward(r: Any, grad: Any, y: Any) -> Any:
+    return grad - ir.exp(y) * r.sum(grad)
 
 
 @structured("_softmax")
