@@ -12,6 +12,7 @@ Everything is float32 on the CPU, seeded, and free of dropout, so that two devic
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -606,3 +607,74 @@ for _name, _cell in (("lstm", nn.LSTM), ("gru", nn.GRU)):
         lambda m, i: m(i["input_ids"]),
         _lm_loss,
     )
+
+
+# ---- comparison with the CPU -----------------------------------------------------------------------------------------
+# A result may be off from float64 by a small multiple of what the CPU's own float32 is off, so tolerances follow each model's
+# conditioning and none is picked by hand.
+
+
+def error(result: Tensor, reference: Tensor, scale: float = 0.0) -> float:
+    """Normwise relative error; a reference whose norm is below scale counts as scale."""
+    result, reference = result.detach().cpu().double(), reference.detach().double()
+    assert result.shape == reference.shape
+    if not reference.isfinite().all():
+        raise AssertionError("the reference is not finite")
+    return float((result - reference).norm() / max(float(reference.norm()), scale, 1e-12))
+
+
+def assert_as_good(result: Tensor, cpu: Tensor, exact: Tensor, what: str, scale: float = 0.0) -> None:
+    """result is as near to the float64 one as the CPU's float32, within a factor and a floor."""
+    allowed = 2e-6 + 8 * error(cpu, exact, scale)
+    off = error(result, exact, scale)
+    assert off <= allowed, f"{what}: off by {off:.2e}, allowed {allowed:.2e}"  # also fails on NaN
+
+
+def outputs(spec: Model, module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What inference computes, as a tuple."""
+    out = spec.forward(module, inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def check_inference(
+    spec: Model, device: torch.device, run: Callable[[nn.Module, Inputs], tuple[Tensor, ...]], calls: int = 1
+) -> None:
+    """The outputs of run(module, inputs) on a device, the last of several calls, against `outputs` on the CPU."""
+    module, inputs = spec.build().eval(), spec.inputs(batch=3)
+    with torch.no_grad():
+        cpu = outputs(spec, module, inputs)
+        exact = outputs(spec, copy.deepcopy(module).double(), to(inputs, "cpu", torch.float64))
+        module.to(device)
+        for _ in range(calls):
+            ours = run(module, to(inputs, device))
+    for k, (o, c, e) in enumerate(zip(ours, cpu, exact, strict=True)):
+        assert o.device.type == device.type
+        assert_as_good(o, c, e, f"output {k}")
+
+
+def check_backward(spec: Model, device: torch.device, loss: Callable[[nn.Module, Inputs], Tensor]) -> None:
+    """The loss, gradients and buffers of loss(module, inputs) on a device, against the model's own loss on the CPU."""
+    module, inputs = spec.build(), spec.inputs(batch=4)
+    runs = {
+        "cpu": (copy.deepcopy(module), inputs, spec.loss),
+        "exact": (copy.deepcopy(module).double(), to(inputs, "cpu", torch.float64), spec.loss),
+        "ours": (copy.deepcopy(module).to(device), to(inputs, device), loss),
+    }
+    losses = {}
+    for run, (m, i, f) in runs.items():
+        losses[run] = f(m, i)
+        losses[run].backward()
+    assert_as_good(losses["ours"], losses["cpu"], losses["exact"], "loss")
+    exact, cpu = (dict(runs[run][0].named_parameters()) for run in ("exact", "cpu"))
+    # A gradient that is zero but for rounding (a bias before batch norm) is measured against the others.
+    scale = 1e-3 * max(float(p.grad.norm()) for p in exact.values() if p.grad is not None)
+    for key, p in runs["ours"][0].named_parameters():
+        if exact[key].grad is None:
+            assert p.grad is None
+            continue
+        assert p.grad is not None and p.grad.device.type == device.type
+        assert_as_good(p.grad, cpu[key].grad, exact[key].grad, f"gradient of {key}", scale)
+    for key, b in runs["ours"][0].named_buffers():  # running statistics
+        if b.is_floating_point():
+            c, e = runs["cpu"][0].get_buffer(key), runs["exact"][0].get_buffer(key)
+            assert_as_good(b, c, e, f"buffer {key}")

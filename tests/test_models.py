@@ -1,8 +1,4 @@
-"""Real models train and infer on every engine as on the CPU, without a fallback.
-
-A result may be off from float64 by a small multiple of what the CPU's own float32 is off, so tolerances follow
-each model's conditioning and none is picked by hand.
-"""
+"""Real models train and infer on every engine as on the CPU, without a fallback."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import copy
 import models as zoo
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_spiral.testing.devices import fallbacks
 
@@ -27,68 +23,16 @@ def no_fallback():
     assert fallbacks() == before, "an op fell back to the CPU"
 
 
-def error(result: Tensor, reference: Tensor, scale: float = 0.0) -> float:
-    """Normwise relative error; a reference whose norm is below scale counts as scale."""
-    result, reference = result.detach().cpu().double(), reference.detach().double()
-    assert result.shape == reference.shape
-    if not reference.isfinite().all():
-        raise AssertionError("the reference is not finite")
-    return float((result - reference).norm() / max(float(reference.norm()), scale, 1e-12))
-
-
-def assert_as_good(result: Tensor, cpu: Tensor, exact: Tensor, what: str, scale: float = 0.0) -> None:
-    """result is as near to the float64 one as the CPU's float32, within a factor and a floor."""
-    allowed = 2e-6 + 8 * error(cpu, exact, scale)
-    off = error(result, exact, scale)
-    assert off <= allowed, f"{what}: off by {off:.2e}, allowed {allowed:.2e}"  # also fails on NaN
-
-
-def outputs(spec: zoo.Model, module: nn.Module, inputs: zoo.Inputs) -> tuple[Tensor, ...]:
-    out = spec.forward(module, inputs)
-    return out if isinstance(out, tuple) else (out,)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_inference(name: str, device: torch.device) -> None:
     spec = zoo.MODELS[name]
-    module, inputs = spec.build().eval(), spec.inputs(batch=3)
-    with torch.no_grad():
-        cpu = outputs(spec, module, inputs)
-        exact = outputs(spec, copy.deepcopy(module).double(), zoo.to(inputs, "cpu", torch.float64))
-        ours = outputs(spec, module.to(device), zoo.to(inputs, device))
-    for k, (o, c, e) in enumerate(zip(ours, cpu, exact, strict=True)):
-        assert o.device.type == device.type
-        assert_as_good(o, c, e, f"output {k}")
+    zoo.check_inference(spec, device, lambda m, i: zoo.outputs(spec, m, i))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_backward(name: str, device: torch.device) -> None:
     spec = zoo.MODELS[name]
-    module, inputs = spec.build(), spec.inputs(batch=4)
-    runs = {
-        "cpu": (copy.deepcopy(module), inputs),
-        "exact": (copy.deepcopy(module).double(), zoo.to(inputs, "cpu", torch.float64)),
-        "ours": (copy.deepcopy(module).to(device), zoo.to(inputs, device)),
-    }
-    losses = {}
-    for run, (m, i) in runs.items():
-        losses[run] = spec.loss(m, i)
-        losses[run].backward()
-    assert_as_good(losses["ours"], losses["cpu"], losses["exact"], "loss")
-    exact = dict(runs["exact"][0].named_parameters())
-    cpu = dict(runs["cpu"][0].named_parameters())
-    # A gradient that is zero but for rounding (a bias before batch norm) is measured against the others.
-    scale = 1e-3 * max(float(p.grad.norm()) for p in exact.values() if p.grad is not None)
-    for key, p in runs["ours"][0].named_parameters():
-        if exact[key].grad is None:
-            assert p.grad is None
-            continue
-        assert p.grad is not None and p.grad.device.type == device.type
-        assert_as_good(p.grad, cpu[key].grad, exact[key].grad, f"gradient of {key}", scale)
-    for key, b in runs["ours"][0].named_buffers():  # running statistics
-        if b.is_floating_point():
-            c, e = runs["cpu"][0].get_buffer(key), runs["exact"][0].get_buffer(key)
-            assert_as_good(b, c, e, f"buffer {key}")
+    zoo.check_backward(spec, device, spec.loss)
 
 
 @pytest.mark.parametrize("name", [n for n, s in zoo.MODELS.items() if s.generate])
@@ -132,7 +76,7 @@ def test_optimizer_steps(name: str, optimizer: str, form: str, device: torch.dev
         step.step()
     for (key, p), c, e in zip(ours.named_parameters(), cpu.parameters(), exact.parameters(), strict=True):
         assert p.device.type == device.type
-        assert_as_good(p, c, e, key)
+        zoo.assert_as_good(p, c, e, key)
 
 
 def train(spec: zoo.Model, module: nn.Module, device: torch.device, steps: int, lr: float) -> list[float]:
