@@ -330,6 +330,37 @@ else:
         if not split:
             assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
 
+    @pytest.mark.parametrize("fast", [False, True])
+    def test_gemm_of_float8(fast):
+        """With scales of rows and columns; the two formats may differ."""
+        m, n, k = 20, 33, 70
+        a, b = torch.randn(m, k).to(torch.float8_e4m3fn), torch.randn(n, k).to(torch.float8_e5m2)
+        rows, columns, c = torch.rand(m), torch.rand(n), torch.zeros(m, n)
+        s = gemm.Schedule(32, 32, 32, 4, 1)
+        epilogue = Epilogue((("mul", "f32", "m"), ("mul", "f32", "n")))
+        kernel = gemm.gemm(
+            TARGET, s, "f8e4m3fn", "f8e5m2", "f32", "n", "t", "n", "fast" if fast else "", False, epilogue
+        )
+        scalars = [0, 0, 0, k, k, n, 0, 1, 0, m, n, k]
+        run(kernel, [a, b, rows, columns, c], scalars, gemm.groups(s, m, n, 1))
+        expected = (a.double() @ b.double().t()) * rows[:, None] * columns
+        torch.testing.assert_close(c.double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_float8_numbers():
+        """Every number widens and narrows as on the CPU."""
+        for name, dtype in (("f8e4m3fn", torch.float8_e4m3fn), ("f8e5m2fnuz", torch.float8_e5m2fnuz)):
+            x = torch.arange(256).to(torch.uint8).view(dtype)
+            layouts = [Operand("o", "f32", "dense")], [Operand("x", name, "dense")]
+            built = nest.pointwise(TARGET, f"widen_{name}", *layouts, lambda v: v * 1.1, 1)
+            out = torch.zeros(256)
+            run(built.kernel, [out, x], built.scalars([256], [None, None], []), built.groups([256]))
+            torch.testing.assert_close(out, x.float() * 1.1, equal_nan=True)
+            layouts = [Operand("o", name, "dense")], [Operand("x", "f32", "dense")]
+            built = nest.pointwise(TARGET, f"narrow_{name}", *layouts, lambda v: v, 1)
+            got = torch.zeros(256, dtype=torch.uint8).view(dtype)
+            run(built.kernel, [got, out], built.scalars([256], [None, None], []), built.groups([256]))
+            torch.testing.assert_close(got.float(), out.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
     def test_gemm_of_int8():
         a, b = (
             torch.randint(-128, 128, (20, 70), dtype=torch.int8),

@@ -23,7 +23,7 @@ from typing import Any, Union
 
 from . import _C
 from .kernels import ir
-from .kernels.kernel import DTYPES, Kernel, Target
+from .kernels.kernel import DTYPES, FLOAT8, Kernel, Target
 
 # In the order of Code in csrc/dispatch/plan.h.
 CODES = {
@@ -75,15 +75,33 @@ WORDS = {name: number for number, name in enumerate(("off64", "off32", "pointer"
 # torch's ScalarType numbers.
 DTYPE_NUMBERS = {
     "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "c32": 8, "c64": 9, "c128": 10,
-    "bool": 11, "bf16": 15, "u16": 27, "u32": 28, "u64": 29,
+    "bool": 11, "bf16": 15, "f8e5m2": 23, "f8e4m3fn": 24, "f8e5m2fnuz": 25, "f8e4m3fnuz": 26, "u16": 27, "u32": 28, "u64": 29,
 }  # fmt: skip
 DTYPE_NAMES = {number: name for name, number in DTYPE_NUMBERS.items()}
 # ATen's names, as its error texts have them.
 SCALAR_TYPES = {
     "u8": "Byte", "i8": "Char", "i16": "Short", "i32": "Int", "i64": "Long", "f16": "Half", "f32": "Float", "f64": "Double",
     "c32": "ComplexHalf", "c64": "ComplexFloat", "c128": "ComplexDouble", "bool": "Bool", "bf16": "BFloat16", "u16": "UInt16",
-    "u32": "UInt32", "u64": "UInt64",
+    "u32": "UInt32", "u64": "UInt64", "f8e5m2": "Float8_e5m2", "f8e4m3fn": "Float8_e4m3fn", "f8e5m2fnuz": "Float8_e5m2fnuz",
+    "f8e4m3fnuz": "Float8_e4m3fnuz",
 }  # fmt: skip
+
+
+# What upstream computes of float8 numbers: they are moved, compared and converted; arithmetic is refused.
+FLOAT8_OPS = frozenset(
+    [
+        "copy_stub",
+        "fill_stub",
+        "spiral::foreach_copy_",
+        "eq_stub",
+        "ne_stub",
+        "equal",
+        "abs_stub",
+        "where_kernel",
+        "cat",
+    ]
+    + ["index_stub", "index_select", "index_put_stub", "flip_stub", "roll", "spiral::eye_", "mm", "_scaled_mm"]
+)
 
 
 def not_implemented(name: str, dtype: str) -> str:
@@ -514,6 +532,8 @@ class Recorder:
         return base + i
 
     def tensor(self, number: int, dtype: str, sizes: tuple, strides: tuple, written: bool, flags: int) -> Tensor:
+        if dtype in FLOAT8 and self.name not in FLOAT8_OPS:
+            raise NotImplementedError(not_implemented(self.name, dtype))
         return Tensor(number, dtype, sizes, strides, None, written, flags & ((1 << 40) - 1), max(flags >> 40 & 0xFF, 1))
 
     def argument(self, a: Any) -> Any:

@@ -8,6 +8,7 @@ each of the others. Coefficients of series are computed; those of fits are Cheby
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -173,6 +174,63 @@ def bf16_encode(x: Node) -> Node:
     rounded = ir.shr(bits + 0x7FFF + ir.and_(ir.shr(bits, 16), 1), 16)
     nan = ir.gt(ir.and_(bits, 0x7FFFFFFF), 0x7F800000)
     return where(nan, ir.or_(ir.shr(bits, 16), 0x40), rounded)
+
+
+def define_float8(
+    name: str, exponent: int, mantissa: int, bias: int, unsigned_zero: bool = False, saturates: bool = False
+) -> None:
+    """LOWER[<name>_decode and _encode]: bits (low byte of a u32) to f32, and back, to nearest even, as PyTorch does on the CPU.
+
+    unsigned_zero: of the formats whose only NaN is what would be -0; else NaN is all ones, and with five bits of exponent there
+    are infinities. saturates: what is beyond the largest number becomes it, else NaN."""
+    shift = 23 - mantissa
+    unit = 2.0 ** (1 - bias - mantissa)  # of subnormal numbers
+    infinity = 0x7C if exponent == 5 and not unsigned_zero else None
+
+    def decode(b: Node) -> Node:
+        magnitude = ir.and_(b, 0x7F)
+        normal = ir.bitcast(ir.shl(magnitude, shift) + ((127 - bias) << 23), "f32")
+        small = ir.cast(magnitude, "f32") * unit
+        r = where(ir.lt(magnitude, 1 << mantissa), small, normal)
+        if infinity is not None:
+            special = ir.bitcast(ir.or_(ir.shl(magnitude, shift), 0x7F800000), "f32")
+            r = where(ir.ge(magnitude, infinity), special, r)
+        elif not unsigned_zero:
+            r = where(ir.eq(magnitude, 0x7F), ir.const(math.nan, "f32"), r)
+        r = ir.bitcast(ir.or_(ir.bitcast(r, "u32"), ir.shl(ir.and_(b, 0x80), 24)), "f32")
+        return where(ir.eq(b, 0x80), ir.const(math.nan, "f32"), r) if unsigned_zero else r
+
+    def encode(x: Node) -> Node:
+        bits = ir.bitcast(x, "u32")
+        magnitude = ir.and_(bits, 0x7FFFFFFF)
+        odd = ir.and_(ir.shr(magnitude, shift), 1)
+        normal = ir.shr(magnitude - ((127 - bias) << 23) + ((1 << (shift - 1)) - 1) + odd, shift)
+        # Adding 2**23 units rounds to a whole number of them.
+        big = unit * 2.0**23
+        (big_bits,) = struct.unpack("<I", struct.pack("<f", big))
+        small = ir.bitcast(ir.bitcast(magnitude, "f32") + big, "u32") - big_bits
+        r = where(ir.lt(magnitude, (128 - bias) << 23), small, normal)
+        sign = ir.and_(ir.shr(bits, 24), 0x80)
+        # What is beyond the largest number, by a unit in its last place or more.
+        end = (480.0 if exponent == 4 else 65536.0) if not unsigned_zero else 256.0 if exponent == 4 else 65536.0
+        (end_bits,) = struct.unpack("<I", struct.pack("<f", end))
+        beyond = 0x80 if unsigned_zero else 0x7F if infinity is None else infinity
+        r = where(ir.ge(magnitude, end_bits), beyond, r)
+        if saturates:
+            r = ir.minimum(r, ir.const(0x7E, "u32"))
+        if infinity is not None or saturates:
+            r = where(ir.gt(magnitude, 0x7F800000), 0x7F, r)
+        if unsigned_zero:
+            return where(ir.eq(r, 0), r, ir.or_(r, sign))
+        return ir.or_(r, sign)
+
+    LOWER[f"{name}_decode"], LOWER[f"{name}_encode"] = decode, encode
+
+
+define_float8("f8e4m3fn", 4, 3, 7, saturates=True)
+define_float8("f8e5m2", 5, 2, 15)
+define_float8("f8e4m3fnuz", 4, 3, 8, unsigned_zero=True)
+define_float8("f8e5m2fnuz", 5, 2, 16, unsigned_zero=True)
 
 
 # ---- exponentials and logarithms ----------------------------------------------------------------------------------

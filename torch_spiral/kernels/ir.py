@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .kernel import COMPUTE, DTYPES, compute_dtype
+from .kernel import COMPUTE, DTYPES, NARROW_FLOATS, compute_dtype
 
 FLOATS = ("f32", "f64")
 INTS = ("i32", "i64", "u32", "u64")
@@ -582,14 +582,14 @@ def bitcast(a: Any, dtype: str) -> Node:
 
 
 def round_to(a: Any, dtype: str) -> Node:
-    """a (of compute dtype compute_dtype(dtype)) with the precision or range of a storage dtype: nearest even for f16
-    and bf16,
+    """a (of compute dtype compute_dtype(dtype)) with the precision or range of a storage dtype: nearest even for
+    narrow floats,
     wrapped for small integers."""
     a = as_node(a)
     d = DTYPES[dtype]
     if d.compute != a.dtype:
         raise TypeError(f"round_to({dtype}) of {a.dtype}")
-    if dtype in ("f16", "bf16"):
+    if dtype in NARROW_FLOATS:
         return Node(f"{dtype}_decode", "f32", Node(f"{dtype}_encode", "u32", a))
     if dtype in ("i8", "i16"):
         s = 32 - 8 * d.size

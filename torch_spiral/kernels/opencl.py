@@ -7,12 +7,12 @@ import struct
 
 from .emit import BufferDecl, Emitter, Language, Options, ScalarDecl
 from .ir import BITS, ELEMENTARY, FLOATS, INTS, Node, const_value
-from .kernel import DTYPES, Kernel, Target, Unsupported
+from .kernel import DTYPES, FLOAT8, Kernel, Target, Unsupported
 
 POINTEE = {
     "f32": "float", "f16": "half", "bf16": "ushort", "f64": "double",
     "i8": "char", "i16": "short", "i32": "int", "i64": "long",
-    "u8": "uchar", "u16": "ushort", "u32": "uint", "u64": "ulong", "bool": "uchar",
+    "u8": "uchar", "u16": "ushort", "u32": "uint", "u64": "ulong", "bool": "uchar", **dict.fromkeys(FLOAT8, "uchar"),
     "c32": "uint", "c64": "float2", "c128": "double2", "b128": "ulong2",
 }  # fmt: skip
 TYPES = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "u64": "ulong", "bool": "int"}
@@ -160,6 +160,9 @@ class OpenCL(Language):
             text = f"vload{n}(0, {p} + {index})" if n else f"{p}[{index}]"
             if b.dtype == "bf16":
                 text = f"as_float{n}(convert_uint{n}({text}) << 16)" if n else f"as_float((uint){text} << 16)"
+            elif b.dtype in FLOAT8:
+                byte = k.tmp("u32", f"convert_uint{n}({text})", lanes)
+                return [Node(f"{b.dtype}_decode", "f32", byte)]
             elif b.dtype == "bool":
                 text = f"convert_int{n}({text}) != 0" if n else f"{text} != 0"
             elif d.size < 4:
@@ -225,6 +228,9 @@ class OpenCL(Language):
         if b.dtype == "bf16":
             bits = k.value(Node("bf16_encode", "u32", values[0]), lanes)
             value = f"convert_ushort{n}({bits})"
+        elif b.dtype in FLOAT8:
+            bits = k.value(Node(f"{b.dtype}_encode", "u32", values[0]), lanes)
+            value = f"convert_uchar{n}({bits})"
         elif b.dtype == "bool":
             value = f"convert_uchar{n}({value} & 1)" if n else f"(uchar)({value} != 0)"
         elif d.size < 4:

@@ -24,7 +24,7 @@ from .atomics import _UPDATE, Atomics
 from .builder import Buffer, KernelBuilder
 from .emit import BufferDecl, Emitter, Language, Options, ScalarDecl
 from .ir import BITS, ELEMENTARY, FLOATS, INTS, SIGNED, Complex, Node, const_value
-from .kernel import COMPUTE, DTYPES, Kernel, Target, Unsupported, compute_dtype
+from .kernel import COMPUTE, DTYPES, FLOAT8, Kernel, Target, Unsupported, compute_dtype
 
 TYPES = {
     "f32": "tl.float32", "f64": "tl.float64", "i32": "tl.int32", "i64": "tl.int64", "u32": "tl.uint32",
@@ -34,11 +34,11 @@ TYPES = {
 POINTEE = {
     "f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64",
     "u8": "u8", "u16": "u16", "u32": "u32", "u64": "u64", "bool": "u8", "c32": "fp16", "c64": "fp32", "c128": "fp64",
-    "b128": "u64",
+    "b128": "u64", **dict.fromkeys(FLOAT8, "u8"),
 }  # fmt: skip
 STORED = {
     "f16": "tl.float16", "bf16": "tl.bfloat16", "i8": "tl.int8", "i16": "tl.int16", "u8": "tl.uint8", "u16": "tl.uint16",
-    "bool": "tl.uint8", "c32": "tl.float16",
+    "bool": "tl.uint8", "c32": "tl.float16", **dict.fromkeys(FLOAT8, "tl.uint8"),
 }  # fmt: skip
 SCALAR = {"i32": "i32", "u32": "u32", "f32": "fp32", "i64": "i64", "f64": "fp64"}
 INFIX = {
@@ -157,6 +157,9 @@ class Triton(Language):
         for part in range(2 if d.is_pair else 1):
             pointer, varying = k.pointer(b, index, part)
             text = f"tl.load({pointer}{k.mask.token('a') if varying else ''})"
+            if b.dtype in FLOAT8:
+                bits = k.tmp("u32", f"{text}.to(tl.uint32)", varying=varying)
+                return [Node(f"{b.dtype}_decode", "f32", bits)]
             if b.dtype == "bool":
                 text += " != 0"
             elif b.dtype in STORED:
@@ -173,6 +176,8 @@ class Triton(Language):
     def store(self, k: Emitter, b: BufferDecl, index: str, values: list[Node], lanes: int) -> None:
         assert isinstance(k, TritonEmitter)
         for part, value in enumerate(values):
+            if b.dtype in FLOAT8:
+                value = Node(f"{b.dtype}_encode", "u32", value)
             varying = k.varies(value)
             pointer, block = k.pointer(b, index, part, varying)
             text = self.typed(value) if value.op == "const" and value.dtype != "bool" else k.value(value)

@@ -7,7 +7,7 @@ import struct
 
 from .emit import BufferDecl, Emitter, Language, Options, ScalarDecl
 from .ir import FLOATS, Node, bitcast, cast, const_value, ne, shl, shr
-from .kernel import DTYPES, Kernel, Target, Unsupported
+from .kernel import DTYPES, NARROW_FLOATS, Kernel, Target, Unsupported
 
 ELEMENT = {
     "f32": "f32", "i32": "i32", "u32": "u32", "i64": "vec2<u32>", "u64": "vec2<u32>", "f64": "vec2<u32>",
@@ -359,7 +359,7 @@ class Wgsl(Language):
     @staticmethod
     def decode(dtype: str, raw: Node) -> Node:
         """The compute value of an 8- or 16-bit element's bits."""
-        if dtype in ("f16", "bf16"):
+        if dtype in NARROW_FLOATS:
             return Node(f"{dtype}_decode", "f32", raw)
         if dtype == "bool":
             return ne(raw, 0)
@@ -371,7 +371,7 @@ class Wgsl(Language):
     @staticmethod
     def encode(dtype: str, v: Node) -> Node:
         """The bits, in a u32, of a compute value stored as an 8- or 16-bit element."""
-        if dtype in ("f16", "bf16"):
+        if dtype in NARROW_FLOATS:
             return Node(f"{dtype}_encode", "u32", v)
         if dtype == "bool":
             return cast(v, "u32")

@@ -31,6 +31,7 @@ FAMILIES: tuple[str, ...] = (
     "foreach",
     "linalg",
     "quantized",
+    "scaled",
     "host",
     "fft",
     "sparse",

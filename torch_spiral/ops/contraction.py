@@ -9,7 +9,7 @@ from typing import Any
 from .. import autotune
 from ..kernels import ir
 from ..kernels.block import gemm as block
-from ..kernels.kernel import DTYPES
+from ..kernels.kernel import DTYPES, FLOAT8
 from ..kernels.simt import gemm as simt
 from ..kernels.vector import gemm as vector
 from ..kernels.vector.gemm import Epilogue
@@ -56,20 +56,27 @@ def _tuned(key: str, sizes: Sequence[Any], default: Any, candidates: Any) -> Any
 
 def product(
     a: Tensor, b: Tensor, out: Tensor, alpha: Any = None, add: tuple[Any, Tensor] | None = None,
-    terms: Sequence[tuple[str, Tensor | None]] = (), activation: str | None = None,
+    terms: Sequence[tuple[str, Tensor | None]] = (), activation: str | None = None, fast: bool = False,
 ) -> None:  # fmt: skip
     """out = activation(alpha * (a @ b) + beta * bias, then terms in order).
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
     ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
-    their parts. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
+    their parts. fast: float8 may be summed with the precision of the tensor cores alone. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
     kind = DTYPES[out.dtype].kind
     if kind == "complex":
         _complex_product(a, b, out, alpha, add)
         return
-    if a.dtype not in FLOATS:
+    if a.dtype in FLOAT8 and out.dtype not in ("f32", "f16", "bf16"):
+        result = empty(out.sizes, "f32")
+        product(a, b, result, alpha, add, terms, activation, fast)
+        copy_to(out, result)
+        return
+    if a.dtype in FLOAT8 and not block.multiplies_float8(target(), a.dtype, b.dtype):
+        a, b = _in_order(a, "f16"), _in_order(b, "f16")  # which holds each number of 8 bits
+    if a.dtype not in FLOATS and a.dtype not in FLOAT8:
         wide = "i64" if out.dtype in ("i64", "u64", "u32") else "i32"
         a, b = contiguous(a, wide), contiguous(b, wide)
         if out.dtype != wide:
@@ -106,8 +113,18 @@ def product(
     if activation is not None:
         steps.append(activation)
     epilogue = Epilogue(tuple(steps))
-    by_class = {"vector": _vector_product, "simt": _simt_product, "block": _block_product}
-    by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
+    if target().schedule_class == "block":
+        _block_product(a, b, out, epilogue, operands, factors, fast)
+    else:
+        by_class = {"vector": _vector_product, "simt": _simt_product}
+        by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
+
+
+def _in_order(x: Tensor, dtype: str) -> Tensor:
+    """x in another dtype, its matrices stored by columns where x's are."""
+    if is_one(x.strides[1]) and not is_one(x.strides[2]):
+        return contiguous(x.transpose(1, 2), dtype).transpose(1, 2)
+    return contiguous(x, dtype)
 
 
 def int8_product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -300,15 +317,20 @@ def _described(x: Tensor, layout: str) -> bool:
 
 
 def _block_product(
-    a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]
-) -> None:
+    a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any],
+    fast: bool = False,
+) -> None:  # fmt: skip
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
     compute = DTYPES[a.dtype].compute
-    precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
+    narrow = a.dtype in FLOAT8
+    if narrow:
+        precision = "fast" if fast else ""
+    else:
+        precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
     about = [1 << bucket(x) for x in (m, n, k, batch)]
-    if precision == "tf32" and about[0] >= 64 and about[1] >= 64:
-        # The tensor cores read tf32 along the reduction only.
+    if (precision == "tf32" and about[0] >= 64 and about[1] >= 64) or narrow:
+        # The tensor cores read tf32 and float8 along the reduction only.
         if not _unit(a, 2):
             a = contiguous(a)
         if not _unit(b, 1):

@@ -12,7 +12,7 @@ import numpy
 import torch
 from triton.runtime import interpreter
 
-from torch_spiral.kernels.kernel import DTYPES, Kernel, Target
+from torch_spiral.kernels.kernel import DTYPES, FLOAT8, Kernel, Target
 from torch_spiral.kernels.triton_binary import function
 
 # What a GPU would have, but for its function library, which the interpreter lacks: functions.py takes its place.
@@ -44,7 +44,7 @@ def run(kernel: Kernel, buffers: Sequence[torch.Tensor], scalars: Sequence[Any],
     for x, dtype in zip(buffers, kernel.dtypes, strict=True):
         if DTYPES[dtype].kind == "complex":
             x = torch.view_as_real(x)
-        reals.append(x.view(torch.uint8) if x.dtype == torch.bool else x)
+        reals.append(x.view(torch.uint8) if x.dtype == torch.bool or dtype in FLOAT8 else x)
     if kernel.errors:
         assert errors is not None
         reals.append(errors.view(torch.uint32))

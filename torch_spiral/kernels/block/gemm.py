@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..kernel import DTYPES, Kernel, Target, compute_dtype
+from ..kernel import DTYPES, FLOAT8, Kernel, Target, compute_dtype
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
 from . import STORAGE, EpilogueText, cdiv, template
@@ -62,6 +62,15 @@ def precision_of(dtype: str, allow_tf32: bool) -> str:
     return ("tf32" if allow_tf32 else "bf16x6") if dtype == "f32" else ""
 
 
+# As Triton names the numbers of 8 bits that NVIDIA's tensor cores multiply.
+FLOAT8_TYPES = {"f8e4m3fn": "tl.float8e4nv", "f8e5m2": "tl.float8e5"}
+
+
+def multiplies_float8(target: Target, *dtypes: str) -> bool:
+    """Whether the device multiplies numbers of these dtypes as they are stored (compute capability 8.9 and later)."""
+    return target.schedule_class == "block" and target.capability >= 89 and all(d in FLOAT8_TYPES for d in dtypes)
+
+
 def schedule(
     target: Target,
     dtype: str,
@@ -75,7 +84,7 @@ def schedule(
     """For about m rows and n columns: the largest tiles that still occupy the device. along_k: both operands have unit stride
     along the reduction."""
     compute = compute_dtype(dtype)
-    size = {"i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}.get(dtype)
+    size = {"i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, **dict.fromkeys(FLOAT8, 1)}.get(dtype)
     if size is None:
         return WHOLE[0]
     if m < 32:
@@ -174,8 +183,13 @@ def gemm(
     unit = {"am": "1" if a_layout == "t" else "am", "ak": "1" if a_layout == "n" else "ak",
             "bk": "1" if b_layout == "t" else "bk", "bn": "1" if b_layout == "n" else "bn",
             "cn": "1" if c_layout == "n" else "cn"}  # fmt: skip
-    cast = "" if a == b and a != "bool" else f".to({acc})"
+    narrow = a in FLOAT8 and b in FLOAT8
+    cast = "" if (a == b and a != "bool") or narrow else f".to({acc})"
     dot = f", input_precision={precision!r}" if precision else ""
+    zero = "0.0" if narrow else "0"
+    if narrow:
+        # Hopper's tensor cores keep 14 bits of a sum of these: unless asked for ("fast"), a tile's worth and no more.
+        dot = "" if precision == "fast" else f", max_num_imprecise_acc={s.k}"
     out_type = f", out_dtype={acc}" if compute in ("f64", "i32") else ""
     product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
     place = [
@@ -202,7 +216,8 @@ def gemm(
             f"pc = c + z * cb_ + ra[:, None] * cm + rb[None, :] * {unit['cn']}{part}",
             f"tl.store(pc, acc.to({STORAGE[c]}), mask=inside)",
         ]
-    lines = [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
+    lines = [f"{x} = {x}.to(tl.pointer_type({FLOAT8_TYPES[d]}))" for x, d in (("a", a), ("b", b)) if narrow]
+    lines += [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
     if s.persistent:
         lines.append("z = tl.full([], 0, tl.int64)")
     else:
@@ -262,8 +277,8 @@ def gemm(
                 *("    " + t for t in step),
                 f"rest = (end - start) % {s.k}",
                 "if rest > 0:",
-                f"    x = tl.load(pa, mask=rk[None, :] < rest, other=0){cast}",
-                f"    y = tl.load(pb, mask=rk[:, None] < rest, other=0){cast}",
+                f"    x = tl.load(pa, mask=rk[None, :] < rest, other={zero}){cast}",
+                f"    y = tl.load(pb, mask=rk[:, None] < rest, other={zero}){cast}",
                 f"    {product}",
             ]
         work += finish
