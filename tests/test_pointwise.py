@@ -88,7 +88,7 @@ def test_exp_over_its_whole_range(device):
         -87.6,
         -104.0,
     ]
-    x = torch.cat([torch.linspace(-90, 89, 20001), torch.tensor(edges)])
+    x = torch.cat([torch.linspace(-90, 88.5, 20001), torch.tensor(edges)])
     got, exact = x.to(device).exp().cpu(), x.double().exp()
     assert torch.equal(got.isnan(), x.isnan()) and torch.equal(got.isinf(), exact.float().isinf())
     assert (got[x == 0] == 1).all()
