@@ -14,9 +14,10 @@ from typing import Any
 from ..kernels import ir
 from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
-from ..kernels.kernel import DTYPES, Kernel, Target, Unsupported
+from ..kernels.kernel import DTYPES, Kernel, Target
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
-from ..kernels.nest.operands import product, unravel
+from ..kernels.nest.elementwise import whole_blocks
+from ..kernels.nest.operands import BLOCK_LANES, product, unravel
 
 
 @dataclass(frozen=True)
@@ -167,15 +168,19 @@ class _Pointwise(_Evaluation):
             self._tasks(per_task, lanes, inner)
             self.built = Built(k.finish((1, 1, 1)), "tasks", lanes)
         else:
-            workgroup = min(SIMT_WORKGROUP, target.max_workgroup_size)
-            n: Any = self.sizes[0]
-            for s in self.sizes[1:]:
-                n = n * s
-            n = k.let(n)
-            i = k.global_id(workgroup)
-            with k.If(i < n):
-                self._stores(self.program.stores, self._leaves(unravel(k, self.sizes, i)), {})
+            block = target.schedule_class == "block"
+            workgroup = BLOCK_LANES if block else min(SIMT_WORKGROUP, target.max_workgroup_size)
+            n = k.let(product(self.sizes))
+            if block:
+                whole_blocks(k, n, workgroup, self._element)
+            else:
+                i = k.global_id(workgroup)
+                with k.If(i < n):
+                    self._element(i)
             self.built = Built(k.finish((workgroup, 1, 1)), "elements", 1)
+
+    def _element(self, i: Node) -> None:
+        self._stores(self.program.stores, self._leaves(unravel(self.k, self.sizes, i)), {})
 
     @staticmethod
     def _leaves(coordinates: Sequence[Any]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ class _Reduction(_Evaluation, Rows):
     def __init__(self, program: Program, target: Target) -> None:
         self._begin(program, target)
         k = self.k
-        self.split = self.block = False
+        self.split, self.block = False, target.schedule_class == "block"
         self.bufs = self.buffers
         self.kept = []
         self.reduced = len(program.reduced)
@@ -222,13 +227,19 @@ class _Reduction(_Evaluation, Rows):
         along = program.along_rows and bool(program.rows)
         self.schedule = ("lanes_r" if along else "lanes_d") if vector else "invocation" if along else "workgroup"
         self.lanes = 1 if self._scalar_only() or not vector else lanes_for([t for _, t, _ in program.buffers])
-        self.subgroups = self.schedule == "workgroup" and target.subgroup > 0
+        self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block
         per_task = k.scalar("rows_per_task", "u32") if vector else None
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
         self.results = [e for s in program.stores for e in (s.index, s.value)]
         self._analyse()
         self._emit_schedule(per_task)
         self.built = Built(k.finish((self.workgroup, 1, 1)), self.schedule, self.lanes)
+
+    def _workgroup(self) -> int:
+        known = [size_of(n) for n in self.program.reduced]
+        if self.block and self.schedule == "workgroup" and None not in known:  # short rows leave no lanes idle
+            return min(BLOCK_LANES, max(128, 1 << (product(known) - 1).bit_length()))
+        return super()._workgroup()
 
     def _analyse(self) -> None:
         nodes = ir.walk(*self.results)
@@ -303,8 +314,6 @@ class _Reduction(_Evaluation, Rows):
 
 def build(program: Program, target: Target) -> Built:
     """The kernel of a fused group; kernels.kernel.Unsupported where the target cannot compute it."""
-    if target.schedule_class == "block":
-        raise Unsupported("fused kernels have no schedule for the CUDA engine yet")
     return (_Reduction if program.reduced else _Pointwise)(program, target).built
 
 
