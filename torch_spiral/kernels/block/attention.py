@@ -112,6 +112,33 @@ def _precision(dtype: str, precision: str) -> str:
     return f", input_precision={precision!r}" if dtype == "f32" else ""
 
 
+def _dims(d: int, dv: int) -> list[str]:
+    """Indices along the head dimensions, and the scale of scores in base 2."""
+    return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {LOG2E}"]
+
+
+def _queries(s: Schedule, d: int, dv: int, causal: bool) -> list[str]:
+    """A tile of queries, and where its keys and values begin."""
+    return [
+        *_place("queries", s.queries, reverse=causal),
+        "hk = h // share",
+        f"rq = start + tl.arange(0, {s.queries})",
+        *_dims(d, dv),
+        "k_base = k + b * k_b + hk * k_h",
+        "v_base = v + b * v_b + hk * v_h",
+    ]
+
+
+def _buffers(dtype: str, tensors: str, mask: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    return [*((t, dtype) for t in tensors.split()), *([("mask", mask)] if mask else []), *more]
+
+
+def _name(kind: str, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> str:
+    return (
+        f"attention{kind}_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}"
+    )
+
+
 def forward(
     target: Target,
     s: Schedule,
@@ -159,14 +186,7 @@ def forward(
         return ["    " + line for line in lines]
 
     lines = [
-        *_place("queries", s.queries, reverse=causal),
-        "hk = h // share",
-        f"rq = start + tl.arange(0, {s.queries})",
-        f"rd = tl.arange(0, {d})",
-        f"rv = tl.arange(0, {dv})",
-        f"scale2 = scale * {LOG2E}",
-        "k_base = k + b * k_b + hk * k_h",
-        "v_base = v + b * v_b + hk * v_h",
+        *_queries(s, d, dv, causal),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
         f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
         f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]",
@@ -190,15 +210,8 @@ def forward(
         "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"attention_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
-    buffers = [
-        ("q", dtype),
-        ("k", dtype),
-        ("v", dtype),
-        *([("mask", mask)] if mask else []),
-        ("out", dtype),
-        ("lse", "f32"),
-    ]
+    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision)}_{s}"
+    buffers = _buffers(dtype, "q k v", mask, ("out", dtype), ("lse", "f32"))
     return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
 
 
@@ -246,14 +259,7 @@ def backward_query(
     in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     lines = [
-        *_place("queries", s.queries, reverse=causal),
-        "hk = h // share",
-        f"rq = start + tl.arange(0, {s.queries})",
-        f"rd = tl.arange(0, {d})",
-        f"rv = tl.arange(0, {dv})",
-        f"scale2 = scale * {LOG2E}",
-        "k_base = k + b * k_b + hk * k_h",
-        "v_base = v + b * v_b + hk * v_h",
+        *_queries(s, d, dv, causal),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "in_q = rq[:, None] < queries",
         f"q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
@@ -280,16 +286,9 @@ def backward_query(
         "tl.store(dq + b * dq_b + h * dq_h + rq[:, None].to(tl.int64) * dq_t + rd[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=in_q & (rd[None, :] < head))",
     ]  # fmt: skip
-    name = f"attention_backward_query_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}{'_ds' if scores else ''}_{s}"
-    buffers = [
-        ("q", dtype),
-        ("k", dtype),
-        ("v", dtype),
-        ("g", dtype),
-        *([("mask", mask)] if mask else []),
-        ("lse", "f32"),
-    ]
-    buffers += [("delta", "f32"), ("dq", dtype), *([("ds_out", "f32")] if scores else [])]
+    name = _name("_backward_query", dtype, head, head_v, exact, mask, causal, precision) + f"{'_ds' * scores}_{s}"
+    more = [("ds_out", "f32")] if scores else []
+    buffers = _buffers(dtype, "q k v g", mask, ("lse", "f32"), ("delta", "f32"), ("dq", dtype), *more)
     return template(name, buffers, _names("q k v g dq", mask), "\n".join(lines), s.warps, s.stages)
 
 
@@ -316,9 +315,7 @@ def backward_key(
         "kv_heads = heads // share",
         *(t.replace("h = ", "hk = ") if t.startswith("h = ") else t for t in _place("keys", s.keys, "kv_heads")),
         f"rk = start + tl.arange(0, {s.keys})",
-        f"rd = tl.arange(0, {d})",
-        f"rv = tl.arange(0, {dv})",
-        f"scale2 = scale * {LOG2E}",
+        *_dims(d, dv),
         "in_k = rk[:, None] < keys",
         f"kt = tl.load(k + b * k_b + hk * k_h + rk[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k{in_d}, other=0)",
         f"vt = tl.load(v + b * v_b + hk * v_h + rk[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
@@ -352,16 +349,8 @@ def backward_key(
         "tl.store(dv + b * dv_b + hk * dv_h + rk[:, None].to(tl.int64) * dv_t + rv[None, :], "
         f"dv_acc.to({STORAGE[dtype]}), mask=in_k & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"attention_backward_key_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}_{s}"
-    buffers = [
-        ("q", dtype),
-        ("k", dtype),
-        ("v", dtype),
-        ("g", dtype),
-        *([("mask", mask)] if mask else []),
-        ("lse", "f32"),
-    ]
-    buffers += [("delta", "f32"), ("dk", dtype), ("dv", dtype)]
+    name = f"{_name('_backward_key', dtype, head, head_v, exact, mask, causal, precision)}_{s}"
+    buffers = _buffers(dtype, "q k v g", mask, ("lse", "f32"), ("delta", "f32"), ("dk", dtype), ("dv", dtype))
     return template(name, buffers, _names("q k v g dk dv", mask), "\n".join(lines), s.warps, s.stages)
 
 
