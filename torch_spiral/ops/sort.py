@@ -517,7 +517,7 @@ def _searchsorted(
     return out if target_ is out else out.copy_(target_)
 
 
-@composite("searchsorted.Tensor")
+@composite("searchsorted.Tensor", "searchsorted.Scalar")
 def searchsorted(
     sorted_sequence: Any,
     self: Any,
@@ -543,19 +543,6 @@ def searchsorted_out(
     out: Any,
 ) -> Any:
     return _searchsorted("searchsorted", sorted_sequence, self, out_int32, right, side, sorter, out)
-
-
-@composite("searchsorted.Scalar")
-def searchsorted_scalar(
-    sorted_sequence: Any,
-    self: Any,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: Any = None,
-    sorter: Any = None,
-) -> Any:
-    return _searchsorted("searchsorted", sorted_sequence, self, out_int32, right, side, sorter, None)
 
 
 def _check_boundaries(boundaries: Any) -> None:
