@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ BAG_SUM, BAG_MEAN, BAG_MAX = range(3)
 # ---- embedding -----------------------------------------------------------------------------------------------------
 
 
+def _add(it: Item, place: Any, value: Any, in_order: bool) -> None:
+    """weight[place] += value; atomically, but where one item adds up all of a column in order."""
+    weight = it.buffers["weight"]
+    if in_order:
+        weight.store(place, weight.load(place) + value)
+    else:
+        weight.atomic_add(place, value)
+
+
+def _every(it: Item, in_order: bool, one: Callable[[Any], None]) -> None:
+    """one(j) of every index j, in a loop, or of the item's own."""
+    if in_order:
+        with it.k.For(ir.const(0, "i32"), it["length"]) as j:
+            one(j)
+    else:
+        one(it.at[0])
+
+
 def _embedding_backward(it: Item) -> None:
     dtype, in_order, scaled = it.static
     k = it.k
@@ -29,17 +48,9 @@ def _embedding_backward(it: Item) -> None:
             value = it.load("grad", (j, it.at[1]))
             if scaled:
                 value = value / ir.cast(it.load("counts", (index,)), compute_dtype(dtype))
-            place = it.offset("weight", (index, it.at[1]))
-            if in_order:
-                it.buffers["weight"].store(place, it.buffers["weight"].load(place) + value)
-            else:
-                it.buffers["weight"].atomic_add(place, value)
+            _add(it, it.offset("weight", (index, it.at[1])), value, in_order)
 
-    if in_order:
-        with k.For(ir.const(0, "i32"), it["length"]) as j:
-            one(j)
-    else:
-        one(it.at[0])
+    _every(it, in_order, one)
 
 
 @lowering("embedding_dense_backward", slots=("num_weights", "padding_idx"))
@@ -218,17 +229,9 @@ def _bag_backward(it: Item) -> None:
                 value = value / ir.cast(it.load("counts", (index,)), part)
             if weighted:
                 value = value * it.load("scale", (j,))
-            place = it.offset("weight", (index, column))
-            if in_order:
-                it.buffers["weight"].store(place, it.buffers["weight"].load(place) + value)
-            else:
-                it.buffers["weight"].atomic_add(place, value)
+            _add(it, it.offset("weight", (index, column)), value, in_order)
 
-    if in_order:
-        with k.For(ir.const(0, "i32"), it["length"]) as j:
-            one(j)
-    else:
-        one(it.at[0])
+    _every(it, in_order, one)
 
 
 @lowering("_embedding_bag_dense_backward", slots=("num_weights", "padding_idx"))
