@@ -257,17 +257,13 @@ def header(
     buffers: (name, dtype, mode) each, scalars: (name, type) each; 64-bit scalars may stand anywhere in the list, they
     travel first. In the body:
       OpenCL: a buffer is a pointer, already advanced by its offset, to float, half (f16: use vload_half), ushort
-      (bf16), double,
-        char, short, int, long, uchar, ..., uchar (bool), float2 (c64), double2 (c128), uint (c32), ulong2 (b128).
-        Scalars are constants of their names. `group_index` is the flattened workgroup index (uint).
+        (bf16), double, char, short, int, long, uchar, ..., uchar (bool), float2 (c64), double2 (c128), uint (c32),
+        ulong2 (b128). Scalars are constants of their names. `group_index` is the flattened workgroup index (uint).
       WGSL: a buffer `x` is array<f32|i32|u32>, array<u32> (8- and 16-bit dtypes, two or four elements a word),
-      array<vec2<u32>>
-        (64-bit), array<vec2<f32>> (c64), array<vec4<u32>> (c128, b128); atomic<u32> where mode is "a", or a written
-        dtype
-        is narrower than a word. Its first element is `x_offset` (elements). Scalars are constants of their names
-        (i64, u64: native where the target has int64, else vec2<u32>). `wg`, `nwg`, `lid3`: vec3<u32>; `lid`: u32,
-        flattened
-        local index; `group_index`: u32, flattened workgroup index.
+        array<vec2<u32>> (64-bit), array<vec2<f32>> (c64), array<vec4<u32>> (c128, b128); atomic<u32> where mode is
+        "a", or a written dtype is narrower than a word. Its first element is `x_offset` (elements). Scalars are
+        constants of their names (i64, u64: native where the target has int64, else vec2<u32>). `wg`, `nwg`, `lid3`:
+        vec3<u32>; `lid`: u32, flattened local index; `group_index`: u32, flattened workgroup index.
     module: text at module scope (functions, WGSL workgroup variables).
 
         prefix, suffix, kernel = header(t, "scale_f32", [("x", "f32", "rw")], [("n", "u32"), ("a", "f32")], (64, 1, 1))

@@ -140,8 +140,7 @@ class DtypeError(TypeError):
 
 class Node(Operators):
     """One operation. op: its name; dtype: of the result; args: nodes; attr: hashable static data; lanes: how many
-    values
-    it holds at once (1 except where a builder widened a leaf)."""
+    values it holds at once (1 except where a builder widened a leaf)."""
 
     __slots__ = ("__weakref__", "args", "attr", "dtype", "lanes", "op")
     op: str
@@ -201,7 +200,7 @@ def const(value: Any, dtype: str) -> Node:
     return Node("const", dtype, attr=v)
 
 
-builtin_bool, builtin_abs, builtin_pow = bool, abs, pow
+builtin_bool, builtin_abs = bool, abs
 
 
 def const_value(node: Node) -> Any:
@@ -542,10 +541,8 @@ def _shift(op: str, a: Any, b: Any) -> Node:
 
 def cast(a: Any, dtype: str) -> Any:
     """Converts as C does: floats truncate towards zero (saturating; NaN gives an unspecified value), integers wrap,
-    bool is
-    value != 0. dtype: a compute dtype, or a storage dtype, then the value is also rounded or wrapped to it. Complex
-    keeps both
-    parts when dtype is complex, and loses the imaginary part otherwise; a real becomes Complex."""
+    bool is value != 0. dtype: a compute dtype, or a storage dtype, then the value is also rounded or wrapped to it.
+    Complex keeps both parts when dtype is complex, and loses the imaginary part otherwise; a real becomes Complex."""
     if dtype not in COMPUTE:
         d = DTYPES[dtype]
         if d.kind == "complex":

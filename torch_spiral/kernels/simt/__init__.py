@@ -437,8 +437,7 @@ class Text:
 
     def finish(self) -> Kernel:
         """The kernel. trusted: every load of a template is clamped or guarded, every store masked, so indices stay
-        within what
-        sizes and strides describe; the tests run with the checks on."""
+        within what sizes and strides describe; the tests run with the checks on."""
         prefix, suffix, kernel = header(
             self.target,
             self.name,

@@ -214,9 +214,6 @@ def _weighted(
     t.end()
 
 
-MASKS = ("", "f32", "f16", "bf16", "bool")
-
-
 def _score(t: Text, mask: str, causal: bool, value: str, query: str, key: str, out: str) -> None:
     """Declares f32 `out`: the score of (query, key), NEVER where it does not count."""
     t.var(out, f"{value} * scale", "f32")
@@ -288,13 +285,12 @@ def forward(
     vec: head sizes, strides and offsets of q, k, v divisible by 4. All have stride 1 along the head dimension.
     Buffers: q, k, v, [mask], out, lse.
     Scalars (u32): batch, heads, group (= heads / kv_heads), queries, keys, head, head_v, [mask_batch, mask_head,
-    mask_row, mask_col],
-    [causal_shift (i32)], scale (f32), then batch, head, row strides of q, k, v, out each; with split: splits, key_span.
+    mask_row, mask_col], [causal_shift (i32)], scale (f32), then batch, head, row strides of q, k, v, out each; with
+    split: splits, key_span.
     lse is contiguous (batch, heads, queries).
     split (decode, few queries): the keys are dealt to `splits` workgroups, key_span each; out is then f32 and
-    contiguous
-    (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's strides are
-    unused.
+    contiguous (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's
+    strides are unused.
     Grid: forward_groups().
     """
     s = schedule

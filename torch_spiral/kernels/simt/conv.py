@@ -32,12 +32,10 @@ __all__ = ["MODES", "SCHEDULES", "conv", "conv_groups", "direct", "direct_groups
 def scalar_names(nd: int, split: bool = False) -> list[str]:
     """Scalars of the kernels here, in order. The ones with a dimension number are per spatial dimension, slow to fast.
 
-    groups, m (rows of a group), n (columns), k; pixel<d>: size of the pixel grid; tap<d>: of the filter; channels:
-    of a tap index;
-    mul<d>, add<d> (i32), tap_mul<d> (i32), div<d>, size<d>: see the module; strides of g: image, channel, <d>,
-    group; of w: row,
-    then its k index: image or channel, <d>, group; of the result: row, then its column: image or channel, <d>,
-    group."""
+    groups, m (rows of a group), n (columns), k; pixel<d>: size of the pixel grid; tap<d>: of the filter; channels: of
+    a tap index; mul<d>, add<d> (i32), tap_mul<d> (i32), div<d>, size<d>: see the module; strides of g: image, channel,
+    <d>, group; of w: row, then its k index: image or channel, <d>, group; of the result: row, then its column: image
+    or channel, <d>, group."""
     d = range(nd)
     names = ["groups", "m", "n", "k", *(f"pixel{i}" for i in d), *(f"tap{i}" for i in d), "channels"]
     for p in ("mul", "add", "tap_mul", "div", "size"):
@@ -172,16 +170,12 @@ def conv(
 ) -> Kernel:
     """A convolution in one of MODES (see the module).
 
-    divided: some div<d> is not 1. taps_last: order of a tap index is (channel, taps), as in a contiguous weight;
-    else (taps, channel).
-    gather_unit: consecutive invocations read the gathered operand along "r", columns (NCHW), or along "k"
-    (channels_last with
-    taps_last False). columns_first: columns of the product are the tile's m side, so that rows (channels), which are
-    then the fast
-    dimension of the result, are stored together (channels_last).
+    divided: some div<d> is not 1. taps_last: order of a tap index is (channel, taps), as in a contiguous weight; else
+    (taps, channel). gather_unit: consecutive invocations read the gathered operand along "r", columns (NCHW), or along
+    "k" (channels_last with taps_last False). columns_first: columns of the product are the tile's m side, so that rows
+    (channels), which are then the fast dimension of the result, are stored together (channels_last).
     split: the result is partial sums, f32, contiguous (splits, groups, m, n) of runs of k_span(schedule, k, splits)
-    along k; finish with
-    gemm.split_reduce. No epilogue then; the c strides are unused.
+    along k; finish with gemm.split_reduce. No epilogue then; the c strides are unused.
     Schedules: gemm.SCHEDULES (prefetch and lanes apply; f32, f16, bf16), gemm.WIDE_SCHEDULE for f64.
 
     Buffers: g, w, epilogue operands, c. Scalars: scalar_names(nd, split), then the epilogue's factors. Grid:
