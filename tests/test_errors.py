@@ -50,6 +50,30 @@ def test_shapes(device):
         agrees(call, x, y)
 
 
+def test_shapes_of_targets_and_windows(device):
+    x, y = torch.ones(2, 3, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    for call in (
+        lambda a, b: F.multi_margin_loss(a, b),
+        lambda a, b: F.multi_margin_loss(a, b[0]),
+        lambda a, b: F.multi_margin_loss(a[0], b[:, 0]),
+        lambda a, b: F.multi_margin_loss(a, b[:, 0], weight=a[0, :2]),
+        lambda a, b: F.multi_margin_loss(a[None], b),
+        lambda a, b: F.multilabel_margin_loss(a, b[0]),
+        lambda a, b: F.multilabel_margin_loss(a[0], b[:1]),
+        lambda a, b: F.multilabel_margin_loss(a, b[:1]),
+        lambda a, b: F.multilabel_margin_loss(a, b.float()),
+        lambda a, b: F.multi_margin_loss(a, b[:, 0].int()),
+        lambda a, b: torch.roll(a.sum(), 1, 0),
+        lambda a, b: torch.roll(a, 1, 2),
+        lambda a, b: torch.arange(0, 64, 0.5, out=b),
+    ):
+        agrees(call, x, y)
+    with pytest.raises(RuntimeError, match=r"positive length, but input has a shape of \[1, 0, 2, 3\] and non-batch"):
+        F.max_pool3d(x.new_empty(1, 0, 2, 3), 1)
+    assert F.max_pool3d(x.new_empty(0, 1, 2, 3, 4), 1).shape == (0, 1, 2, 3, 4)
+    assert torch.roll(x[:0], 1, 5).shape == (0, 3)  # upstream looks at no dimension of what is empty
+
+
 def test_dtypes(device):
     x, y = torch.ones(2, 2, device=device), torch.ones(2, 2, dtype=torch.int64, device=device)
     for call in (

@@ -15,12 +15,14 @@ from ..kernels import ir, nest
 from ..kernels import linalg as kernels
 from ..kernels.kernel import DTYPES, compute_dtype
 from ..lowering import (
+    SCALAR_TYPES,
     Iter,
     Size,
     Sym,
     Tensor,
     bucket,
     build,
+    check,
     composite,
     empty,
     is_one,
@@ -201,6 +203,8 @@ def _solve_op(a: Tensor, b: Tensor, upper: bool, trans: int, unit: bool = False)
 def triangular_solve(a: Tensor, left: bool, upper: bool, trans: int, unit: bool, b: Tensor) -> None:
     """op(a) x = b, or x op(a) = b; x in place of b. As LAPACK, ATen means by `a` its memory read in columns, whatever strides
     and the conjugate bit say."""
+    found = f"expected scalar type {SCALAR_TYPES[a.dtype]} but found {SCALAR_TYPES[b.dtype]}"
+    check(a.dtype == b.dtype, "RuntimeError", found)
     if b.is_empty:
         return
     if is_one(a.strides[-1]) and not is_one(a.strides[-2]):

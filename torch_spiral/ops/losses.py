@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels import ir
-from ..lowering import Tensor, all_of, check, empty, eq, is_zero, le, lowering, lt, maximum, structured
-from .common import broadcast, contiguous, fill, map_tensors, out_variant
+from ..lowering import SCALAR_TYPES, Tensor, all_of, check, empty, eq, is_zero, le, lowering, lt, maximum, structured
+from .common import braces, broadcast, contiguous, fill, map_tensors, out_variant
 from .items import Item, each
 from .norms import sum_all
 from .reduce import reduce_rows
@@ -298,7 +298,11 @@ def _multi_margin_backward_body(it: Item) -> None:
 def _check_classes(x: Tensor) -> None:
     """Refuses rows without a class; a batch may be empty."""
     ok = 1 <= x.ndim <= 2 and not is_zero(x.sizes[-1])
-    check(ok or x.ndim == 0, "RuntimeError", EXPECTED_ROWS + ("[{}, {}]" if x.ndim == 2 else "[{}]"), *x.sizes[:2])
+    check(ok or x.ndim == 0, "RuntimeError", EXPECTED_ROWS + braces(x.ndim), *x.sizes)
+
+
+def _check_indices(target: Tensor) -> None:
+    check(target.dtype == "i64", "RuntimeError", f"expected scalar type Long but found {SCALAR_TYPES[target.dtype]}")
 
 
 def _margin_scalars(x: Tensor, p: Any, margin: Any) -> dict[str, Any]:
@@ -308,7 +312,19 @@ def _margin_scalars(x: Tensor, p: Any, margin: Any) -> dict[str, Any]:
 @lowering("multi_margin_loss")
 def multi_margin_loss(x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int) -> Tensor:
     _check_classes(x)
-    rows, targets = _rows(x), target if target.ndim else target.view((1,), (0,))
+    rows = _rows(x)
+    samples, classes = rows.sizes
+    text = (
+        "multi_margin_loss: target tensor should be 1-D with size equal to the number of input samples (batch size). "
+    )
+    text += f"Expected target size [{{}}], but got {braces(target.ndim)}. Input has shape {braces(x.ndim)}."
+    one_each = target.ndim <= 1 and eq(target.numel, samples)
+    check(one_each, "RuntimeError", text, samples, *target.sizes, *x.sizes)
+    if weight is not None:
+        text = f"inconsistent weight size, expected {{}} but got {braces(weight.ndim)}"
+        check(weight.ndim <= 1 and eq(weight.numel, classes), "RuntimeError", text, classes, *weight.sizes)
+    _check_indices(target)
+    targets = target if target.ndim else target.view((1,), (0,))
     out = empty(target.sizes if reduction == 0 else (), x.dtype)
     losses = out if reduction == 0 else empty(targets.sizes, WIDE[x.dtype])
     operands = {"self": rows, "target": targets, "out": losses.view(targets.sizes) if losses.ndim == 0 else losses}
@@ -380,6 +396,13 @@ def _multilabel_body(it: Item) -> None:
 @lowering("multilabel_margin_loss_forward")
 def multilabel_margin_loss_forward(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
     _check_classes(x)
+    if x.ndim == 2:
+        same = target.ndim == 2 and all_of(*(eq(a, b) for a, b in zip(x.sizes, target.sizes)))
+    else:
+        same = target.ndim <= 1 and eq(target.numel, x.numel)
+    text = f"inconsistent target size: {braces(target.ndim)} for input of size: {braces(x.ndim)}"
+    check(same, "RuntimeError", text, *target.sizes, *x.sizes)
+    _check_indices(target)
     rows, targets = _rows(x), _rows(target)
     out = empty((rows.sizes[0],) if reduction == 0 and x.ndim == 2 else (), x.dtype)
     is_target = empty(target.sizes, x.dtype)

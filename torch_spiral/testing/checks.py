@@ -52,9 +52,9 @@ UNINITIALISED = {
 }  # fmt: skip
 
 
-# Saved statistics of batch norm: upstream's CPU kernels give them the input's dtype and in evaluation no elements, its other
-# devices float32 and the running ones (torch/_decomp/decompositions.py); nothing reads them in evaluation.
-BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
+# Norms that save statistics: upstream's CPU kernels give those the input's dtype, its other devices float32; batch norm's in
+# evaluation, which nothing reads, are empty on the CPU and the running ones elsewhere (torch/_decomp/decompositions.py).
+NORMS = {"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
 
 # upstream wraps its random ops to draw from one seed, which would hide that they are random; ours choose their seeds.
 _fixed_seed: int | None = None
@@ -373,15 +373,15 @@ def _processed(item: Item, sample: SampleInput) -> Callable[[Any], Any]:
 def _results(item: Item, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an op gives, less what upstream's devices disagree in."""
     out = item.info(*args, **kwargs)
-    if item.info.name not in BATCH_NORMS:
+    if item.info.name not in NORMS:
         return out
     statistics = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in out[1:3]] if _trains(item, args) else []
     return [out[0], *statistics, *out[3:]]
 
 
 def _trains(item: Item, args: tuple[Any, ...]) -> bool:
-    """Whether a call of one of BATCH_NORMS makes statistics."""
-    return item.info.name == "_batch_norm_with_update" or args[5]
+    """Whether a call of one of NORMS makes statistics."""
+    return item.info.name in ("native_layer_norm", "_batch_norm_with_update") or args[5]
 
 
 def forward(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None = None) -> int:
@@ -595,7 +595,7 @@ def out(item: Item, dtype: torch.dtype, device: torch.device, limit: int | None 
 
     def one(sample: SampleInput) -> bool:
         tree = _call(sample)
-        if item.info.name in BATCH_NORMS and not _trains(item, tree[0]):
+        if item.info.name in NORMS and not _trains(item, tree[0]):
             return False
         try:
             expected = op(*move(tree, CPU)[0], **move(tree, CPU)[1])
