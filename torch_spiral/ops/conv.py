@@ -6,6 +6,7 @@ both directions of both. Filter extents are known to the plan (they unroll); all
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -203,31 +204,131 @@ def _pad(x: Tensor, extents: Sequence[Any], up: Sequence[int], offset: Sequence[
     return out
 
 
-def _weights(w: Tensor, m: Any, k_channels: Any, g: Geometry, flip: bool) -> Tensor:
-    """w packed for `conv`; flipped, with the two channel dimensions exchanged, for the transpose."""
-    kd, kh, kw = g.taps
+@dataclass(frozen=True)
+class Phase:
+    """Of one dimension of a transposed convolution: the outputs first, first + stride, … use every step-th tap up to `last`, and
+    output number i the inputs from i + start on, `spread` apart, the last tap first."""
+
+    first: int
+    stride: int
+    taps: int
+    last: int = 0
+    step: int = 1
+    start: int = 0
+    spread: int = 1
+
+    def outputs(self, size: Any) -> Any:
+        return (size + (self.stride - 1 - self.first)) // self.stride
+
+
+def _phases(taps: int, stride: int, padding: int, dilation: int) -> list[Phase]:
+    """An output x sees tap k where x + padding - k * dilation is a multiple of the stride: that is the input's place."""
+    phases = []
+    for first in range(stride):
+        seen = [k for k in range(taps) if (first + padding - k * dilation) % stride == 0]
+        if not seen:
+            phases.append(Phase(first, stride, 0))
+            continue
+        step = seen[1] - seen[0] if len(seen) > 1 else stride
+        start = (first + padding - seen[-1] * dilation) // stride
+        phases.append(Phase(first, stride, len(seen), seen[-1], step, start, step * dilation // stride))
+    return phases
+
+
+MAX_PHASES = 16  # more would be mostly launches
+
+
+def _weights(w: Tensor, m: Any, k_channels: Any, g: Geometry, flip: Sequence[Phase] | None) -> Tensor:
+    """w packed for `conv`; for the transpose the taps of a phase, the last one first, with the two channel dimensions exchanged."""
+    kd, kh, kw = g.taps if flip is None else (phase.taps for phase in flip)
     volume, groups = g.volume, g.groups
-    k = k_channels * volume
+    k = k_channels * kd * kh * kw
     s = vector.conv_schedule(DTYPES[w.dtype].compute)
     panels = cdiv(m, s.mr)
     w = contiguous(w)
-    with packed(
-        w, [groups * k * panels * s.mr], DTYPES[w.dtype].compute, f"conv{'T' if flip else ''}{g.taps}g{groups}{s}"
-    ) as p:
-        if flip:
-            strides = [volume - 1, k_channels * m * volume, volume, m * volume, -kh * kw, -kw, -1]
-        else:
-            strides = [0, m * k, k, volume, kh * kw, kw, 1]
+    area, width = g.taps[1] * g.taps[2], g.taps[2]
+    if flip is None:
+        kind, strides = "", [0, m * k, k, volume, area, width, 1]
+    else:
+        kind = "T" + "".join(f"{p.last}-{p.step}x{p.taps}" for p in flip)
+        first, steps = sum(p.last * n for p, n in zip(flip, (area, width, 1))), [p.step for p in flip]
+        strides = [first, k_channels * m * volume, volume, m * volume, -steps[0] * area, -steps[1] * width, -steps[2]]
+    with packed(w, [groups * k * panels * s.mr], DTYPES[w.dtype].compute, f"conv{kind}{g.taps}g{groups}{s}") as p:
         kernel = build(vector.pack_weights, w.dtype)
         launch(kernel, [w, p], [*strides, m, k, kd, kh, kw], (minimum(panels, 2), 2 if bucket(k) >= 8 else 1, groups))
     return p
 
 
 def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool, terms: Terms = ()) -> None:
-    units = target().compute_units
-    n, c = x.sizes[0], x.sizes[1]
-    co = out.sizes[1]
-    o = _spatial(out)
+    n, c, co, o = x.sizes[0], x.sizes[1], out.sizes[1], _spatial(out)
+    depthwise = (
+        g.groups > 1
+        and is_one(w.sizes[1])
+        and g.taps[0] == 1
+        and g.volume <= 49
+        and out.is_contiguous
+        and out.ndim <= 4
+    )
+    if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
+        _depthwise(x, w, bias, out, g, flip, terms)
+        return
+    strides = _strides(out)
+    if out.is_contiguous:
+        strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
+    channels = c // g.groups
+    if not flip:
+        extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
+        padded = _pad(x, extents, (1, 1, 1), g.padding)
+        p = _weights(w, co // g.groups, channels, g, None)
+        _vector_product(
+            padded, p, bias, terms, out, strides, o, g.taps, extents, g.stride, g.dilation, g.groups, n, channels
+        )
+        return
+    apart = 1 < g.stride[0] * g.stride[1] * g.stride[2] <= MAX_PHASES
+    steps = g.stride if apart else (1, 1, 1)
+    up = (1, 1, 1) if apart else g.stride
+    phases = [_phases(*numbers) for numbers in zip(g.taps, steps, g.padding, g.dilation)]
+    # All phases read one copy of x with zeros around.
+    below = [max(0, *(-p.start for p in ps)) for ps in phases]
+    above = [max(0, *(p.start + p.spread * (p.taps - 1) for p in ps)) for ps in phases]
+    extents = [low + cdiv(i, s) + high for low, i, s, high in zip(below, o, steps, above)]
+    padded = _pad(x, extents, up, below)
+    inner = (extents[1] * extents[2], extents[2], 1)
+    for phase in itertools.product(*phases):
+        at = [low + p.start for low, p in zip(below, phase)]
+        source = padded.view(padded.sizes, padded.strides, sum(i * size for i, size in zip(at, inner)))
+        result = out.view(out.sizes, out.strides, sum(p.first * stride for p, stride in zip(phase, strides[2:])))
+        taps, spread = [p.taps for p in phase], [p.spread for p in phase]
+        p = _weights(w, co // g.groups, channels, g, phase) if product(taps) else padded
+        _vector_product(
+            source, p, bias, terms, result, [*strides[:2], *(a * b for a, b in zip(strides[2:], steps))],
+            [p.outputs(size) for p, size in zip(phase, o)], taps, extents, (1, 1, 1), spread, g.groups, n, channels, apart,
+        )  # fmt: skip
+
+
+def _vector_product(
+    padded: Tensor, p: Tensor, bias: Tensor | None, terms: Terms, out: Tensor, strides: Sequence[Any], o: Sequence[Any],
+    taps: Sequence[int], extents: Sequence[Any], step: Sequence[int], dilation: Sequence[int], groups: int, n: Any, channels: Any,
+    apart: bool = False,
+) -> None:  # fmt: skip
+    """The convolution of n padded images with packed weights into the pixels `o` of out, which has these strides. apart: they are not
+    consecutive."""
+    epilogue, operands, operand_strides = _epilogue(bias, terms)
+    m, k = out.sizes[1] // groups, channels * product(taps)
+    s = vector.conv_schedule(DTYPES[out.dtype].compute)
+    kernel = build(vector.conv, out.dtype, out.is_contiguous and not apart, epilogue)
+    launch(
+        kernel, [padded, p, out, *operands],
+        [channels * groups * product(extents), *strides, *operand_strides, m, groups, *o, *taps, *extents, *step, *dilation, k, channels],
+        vector.conv_groups(m, product(o), n, groups, s, target().compute_units), lambda: 2 * m * k * product(o) * n * groups,
+    )  # fmt: skip
+
+
+def _depthwise(
+    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool, terms: Terms = ()
+) -> None:
+    n, co, o = x.sizes[0], out.sizes[1], _spatial(out)
+    _, kh, kw = g.taps
     step: tuple[int, ...]
     if flip:
         extents = [i + d * (k - 1) for i, d, k in zip(o, g.dilation, g.taps)]
@@ -237,33 +338,14 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
         padded, step = _pad(x, extents, (1, 1, 1), g.padding), g.stride
     epilogue, operands, operand_strides = _epilogue(bias, terms)
-    m, channels = co // g.groups, c // g.groups
-    kd, kh, kw = g.taps
-    depthwise = (
-        g.groups > 1 and is_one(w.sizes[1]) and kd == 1 and g.volume <= 49 and out.is_contiguous and out.ndim <= 4
-    )
-    if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
-        w = contiguous(w)
-        first, step_h, step_w = (g.volume - 1, -kw, -1) if flip else (0, kw, 1)
-        kernel = build(vector.depthwise, w.dtype, (kh, kw), epilogue)
-        launch(
-            kernel, [padded, w, out, *operands],
-            [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *operand_strides, co, co // g.groups, o[1], o[2],
-             extents[1], extents[2], step[1], step[2], g.dilation[1], g.dilation[2]],
-            (minimum(co, 2 * units), n, 1),
-        )  # fmt: skip
-        return
-    p = _weights(w, m, channels, g, flip)
-    s = vector.conv_schedule(DTYPES[w.dtype].compute)
-    kernel = build(vector.conv, out.dtype, out.is_contiguous, epilogue)
-    k = channels * g.volume
-    out_strides = _strides(out)
-    if out.is_contiguous:
-        out_strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
+    w = contiguous(w)
+    first, step_h, step_w = (g.volume - 1, -kw, -1) if flip else (0, kw, 1)
+    kernel = build(vector.depthwise, w.dtype, (kh, kw), epilogue)
     launch(
-        kernel, [padded, p, out, *operands],
-        [c * product(extents), *out_strides, *operand_strides, m, g.groups, *o, *g.taps, *extents, *step, *g.dilation, k, channels],
-        vector.conv_groups(m, product(o), n, g.groups, s, units), lambda: 2 * m * k * product(o) * n * g.groups,
+        kernel, [padded, w, out, *operands],
+        [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *operand_strides, co, co // g.groups, o[1], o[2],
+         extents[1], extents[2], step[1], step[2], g.dilation[1], g.dilation[2]],
+        (minimum(co, 2 * target().compute_units), n, 1),
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ X[N, C, DP, HP, WP], which makes every tap of every pixel an offset: X[off(pixel
 input, and zero insertion (transposed convolution) live in two small tables, and the inner loops are those of `gemm`.
 
 Backward for input is a forward convolution of the gradient with flipped weights: `pad` inserts stride - 1 zeros, `pack_weights`
-takes negative strides. With stride > 1 that multiplies zeros; a caller may launch once per phase of the output instead (strided
-outputs, every stride-th tap). 1x1 convolutions with stride 1 are `gemm` on [Co, Ci] x [Ci, pixels].
+takes negative strides. With stride > 1 that multiplies zeros; the caller launches once per phase of the output instead (strided
+outputs, every stride-th tap), depthwise ones excepted. 1x1 convolutions with stride 1 are `gemm` on [Co, Ci] x [Ci, pixels].
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def conv(
 ) -> Kernel:
     """out[n, g * M + m, pixel] = epilogue(sum over k of W[g, m, k] * X[n, g * CG + c(k), pixel + tap(k)]).
 
-    contiguous: the pixels of one output channel are consecutive; else they have strides od, oh, ow. Epilogue operands: "m" (per output channel,
+    contiguous: the pixels of one output channel are consecutive; else they have strides od, oh, ow. K = 0: the epilogue of 0. Epilogue operands: "m" (per output channel,
     the row index is g * M + m), "mn" (strided as the output: row stride, pixels as in the output), batch stride as usual.
     Buffers: X (from pad), P (pack_weights), out, operands. Scalars: xn (elements of X an image), on, oc, od, oh, ow (i64 strides of the output), the
     epilogue's; M (output channels of a group), G, {geometry} (u32).
@@ -197,11 +197,9 @@ def conv(
         pos = "n0 + j"
     else:
         store = ""
-        pos = "oo"
+        pos = f"place[b * {nr}u + j]"
     place = (
-        ""
-        if contiguous
-        else "const long oo = (long)((n0 + j) / (OH * OW)) * od + (long)((n0 + j) / OW % OH) * oh + (long)((n0 + j) % OW) * ow;"
+        "" if contiguous else "place[j] = (long)(p / (OH * OW)) * od + (long)(p / OW % OH) * oh + (long)(p % OW) * ow;"
     )
     vector = (
         ""
@@ -212,11 +210,11 @@ def conv(
         )
     )
     edge = (
-        f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ {place} "
+        f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ "
         f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}"
     )
     body = f"""
-  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}];
+  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}]; {"" if contiguous else f"long place[{PIXELS}];"}
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (N_ + {nr - 1}u) / {nr}u;
   const uint p0 = (ulong)MP * get_group_id(1) / get_num_groups(1), p1 = (ulong)MP * (get_group_id(1) + 1) / get_num_groups(1);
   const uint q0 = (ulong)NP * get_group_id(0) / get_num_groups(0), q1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
@@ -226,7 +224,7 @@ def conv(
   {"".join(f"e{i} += (long)im * e{i}b; " for i, *_ in ep.operands)}
   for (uint q = q0; q < q1; q += {PIXELS // nr}u) {{
     const uint qe = min(q + {PIXELS // nr}u, q1), cols = (qe - q) * {nr}u;
-    for (uint j = 0; j < cols; j++) {{ const uint p = min(q * {nr}u + j, N_ - 1); off[j] = PIXEL(p); }}
+    for (uint j = 0; j < cols; j++) {{ const uint p = min(q * {nr}u + j, N_ - 1); off[j] = PIXEL(p); {place} }}
     for (uint p = p0; p < p1; p += {mc // mr}u) {{
       const uint pe = min(p + {mc // mr}u, p1);
       uint k0 = 0;

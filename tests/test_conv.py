@@ -1,0 +1,60 @@
+"""Gradients of strided convolutions, and strided transposed convolutions, against float64 on the CPU."""
+
+import pytest
+import torch
+
+# input, weight, arguments: of each dimension the stride's phases have several, one or no taps
+CASES = {
+    "3x3": ((2, 4, 9, 12), (6, 4, 3, 3), {"stride": 2, "padding": 1}),
+    "1x1": ((1, 5, 8, 7), (3, 5, 1, 1), {"stride": 2}),
+    "dilated, grouped": ((1, 4, 20, 19), (6, 2, 3, 4), {"stride": (2, 3), "padding": (2, 1), "dilation": (2, 2), "groups": 2}),
+    "longer steps than taps": ((2, 3, 11), (4, 3, 2), {"stride": 4, "padding": 1}),
+    "three dimensions": ((1, 2, 5, 4, 6), (3, 2, 2, 3, 1), {"stride": (2, 2, 1), "padding": (1, 1, 0)}),
+    "many phases": ((1, 2, 13, 12), (2, 2, 5, 6), {"stride": 5, "padding": 2}),
+    "depthwise": ((2, 4, 9, 10), (4, 1, 3, 3), {"stride": 2, "padding": 1, "groups": 4}),
+    "larger padding than taps": ((1, 2, 4, 5), (2, 2, 2, 2), {"stride": 2, "padding": 3}),
+}  # fmt: skip
+
+
+def gradients(function, leaves, **kwargs):
+    """The result, and the gradients of its elements' weighted sum for the leaves."""
+    leaves = [x.requires_grad_() for x in leaves]
+    y = function(*leaves, **kwargs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+
+def check(got, want, tolerance):
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert (x.cpu().double() - y).norm() <= tolerance * y.norm().clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_strided_gradients(device, case, channels_last):
+    x_shape, w_shape, kwargs = CASES[case]
+    if channels_last and (len(x_shape) != 4 or kwargs.get("groups")):
+        pytest.skip("two dimensions, one group")
+    torch.manual_seed(len(case))
+    x, w, b = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
+    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
+    want = gradients(function, [x.double(), w.double(), b.double()], **kwargs)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    check(gradients(function, [t.to(device) for t in (x, w, b)], **kwargs), want, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["3x3", "1x1", "longer steps than taps", "dilated, grouped"])
+def test_transposed(device, case, dtype):
+    """Where a phase has no tap the result is the bias."""
+    x_shape, w_shape, kwargs = CASES[case]
+    groups = kwargs.get("groups", 1)
+    torch.manual_seed(len(case))
+    x, w, b = torch.randn(x_shape[0], w_shape[0], *x_shape[2:]), torch.randn(w_shape), torch.randn(w_shape[1] * groups)
+    x, w, b = (t.to(dtype) for t in (x, w, b))
+    function = getattr(torch.nn.functional, f"conv_transpose{len(x_shape) - 2}d")
+    want = gradients(function, [t.double() for t in (x, w, b)], output_padding=1, **kwargs)
+    got = gradients(function, [t.to(device) for t in (x, w, b)], output_padding=1, **kwargs)
+    check(got, want, 2e-6 if dtype == torch.float32 else 1e-2)
