@@ -361,6 +361,40 @@ else:
             run(built.kernel, [got, out], built.scalars([256], [None, None], []), built.groups([256]))
             torch.testing.assert_close(got.float(), out.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
+    @pytest.mark.parametrize("layouts", ["nn", "nt", "tn"])
+    def test_grouped_gemm(layouts):
+        """Rows, then the reduction, cut by offsets; one group is empty, what lies behind the last is left alone."""
+        ends, k, n, s = [5, 5, 40, 60], 37, 21, gemm.Schedule(16, 16, 16, 4, 1)
+        offs, spans = torch.tensor(ends, dtype=torch.int32), list(zip([0, *ends[:-1]], ends))
+
+        def scalars(a, b, c, *sizes):
+            names = ["ab", "am", "ak", "bb", "bk", "bn", "cb", "cm", "cn", "m", "n", "k"]
+            values = dict(zip(names, (*a, *b, *c, *sizes)))
+            return [*(values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", False)), len(ends)]
+
+        def kernel(cut):
+            return gemm.gemm(TARGET, s, "f32", "f32", "f32", *layouts, "n", "ieee", False, Epilogue(), grouped=cut)
+
+        def matrix(*sizes, turned):
+            return torch.randn(*sizes[:-2], sizes[-1], sizes[-2]).mT if turned else torch.randn(*sizes)
+
+        turned = [layout == "t" for layout in layouts]
+        a, b, c = matrix(63, k, turned=turned[0]), matrix(4, k, n, turned=turned[1]), torch.full((63, n), 7.0)
+        run(
+            kernel("rows"), [a, b, c, offs], scalars((0, *a.stride()), b.stride(), (0, n, 1), 63, n, k),
+            gemm.grouped_groups(s, 63, n, 4),
+        )  # fmt: skip
+        expected = torch.cat([a[i:j] @ b[g] for g, (i, j) in enumerate(spans)])
+        torch.testing.assert_close(c[:60], expected, rtol=1e-4, atol=1e-4)
+        assert (c[60:] == 7).all()
+        a, b, c = matrix(19, 63, turned=turned[0]), matrix(63, n, turned=turned[1]), torch.full((4, 19, n), 7.0)
+        run(
+            kernel("k"), [a, b, c, offs], scalars((0, *a.stride()), (0, *b.stride()), c.stride(), 19, n, 63),
+            gemm.groups(s, 19, n, 4),
+        )  # fmt: skip
+        expected = torch.stack([a[:, i:j] @ b[i:j] for i, j in spans])
+        torch.testing.assert_close(c, expected, rtol=1e-4, atol=1e-4)
+
     def test_gemm_of_int8():
         a, b = (
             torch.randint(-128, 128, (20, 70), dtype=torch.int8),

@@ -90,18 +90,10 @@ SCALAR_TYPES = {
 # What upstream computes of float8 numbers: they are moved, compared and converted; arithmetic is refused.
 FLOAT8_OPS = frozenset(
     [
-        "copy_stub",
-        "fill_stub",
-        "spiral::foreach_copy_",
-        "eq_stub",
-        "ne_stub",
-        "equal",
-        "abs_stub",
-        "where_kernel",
-        "cat",
+        "copy_stub", "fill_stub", "spiral::foreach_copy_", "eq_stub", "ne_stub", "equal", "abs_stub", "where_kernel", "cat",
+        "index_stub", "index_select", "index_put_stub", "flip_stub", "roll", "spiral::eye_", "mm", "_scaled_mm",
     ]
-    + ["index_stub", "index_select", "index_put_stub", "flip_stub", "roll", "spiral::eye_", "mm", "_scaled_mm"]
-)
+)  # fmt: skip
 
 
 def not_implemented(name: str, dtype: str) -> str:

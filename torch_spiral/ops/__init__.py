@@ -32,6 +32,7 @@ FAMILIES: tuple[str, ...] = (
     "linalg",
     "quantized",
     "scaled",
+    "grouped",
     "host",
     "fft",
     "sparse",

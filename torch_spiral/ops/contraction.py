@@ -209,6 +209,92 @@ def _complex_addmm(x: Any, bias: Any, ar: Any, ai: Any, br: Any, bi: Any) -> Any
     return ir.where(zero, scaled, scaled + bias * beta)
 
 
+def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -> None:
+    """out[g] = a[g] @ b[g], where the ends offs [G] (int32, contiguous) cut groups out of one matrix on the device.
+
+    cut "rows": a [1, M, K] and out [1, M, N] by rows, b [G, K, N]; rows behind the last end stay as they are. "k": a [1, M, K] and
+    b [1, K, N] along the reduction, out [G, M, N]. Floats of 16 or 32 bits, any strides."""
+    if out.is_empty:
+        return
+    t = target()
+    count, m, k, n = offs.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
+
+    def work() -> Any:
+        return 2 * m * n * k
+
+    if t.schedule_class == "vector":
+        if cut == "k" and not _unit(b, 2):
+            b = contiguous(b)
+        a_layout, c_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "g", "n" if _unit(out, 2) else "g"
+        units, s = t.compute_units, vector.schedule()
+        a_strides, c_strides = [0, *a.strides[1:]], [_batch_stride(out), *out.strides[1:]]
+        if cut == "k":
+            kernel = build(vector.gemm, a.dtype, b.dtype, out.dtype, a_layout, "n", c_layout, Epilogue(), False, s, cut)
+            scalars = [*a_strides, 0, b.strides[1], *c_strides, m, n, k]
+            launch(kernel, [a, b, out, offs], scalars, vector.gemm_groups(s, m, n, count, units), work)
+            return
+        p, stride = _panels(b, s, "f32")
+        kernel = build(vector.gemm, a.dtype, "f32", out.dtype, a_layout, "packed", c_layout, Epilogue(), False, s, cut)
+        launch(kernel, [a, p, out, offs], [*a_strides, stride, 0, *c_strides, m, n, k], (units, 1, count), work)
+        return
+    a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
+    b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
+    layouts = (a_layout, b_layout, "n" if _unit(out, 2) else "s")
+    batch = 1 if is_one(count) else 1 << bucket(count)
+    rows = (1 << bucket(m)) // batch if cut == "rows" else 1 << bucket(m)
+    if t.schedule_class == "block":
+        precision = block.precision_of(a.dtype, allow_tf32())
+        schedule = block.schedule(t, a.dtype, precision, max(rows, 1), 1 << bucket(n), batch)
+        schedule = replace(schedule, persistent=False)
+        kernel = build(
+            block.gemm, schedule, a.dtype, b.dtype, out.dtype, *layouts, precision, False, Epilogue(), False, False, cut
+        )
+        strides = {
+            "ab": 0,
+            "am": a.strides[1],
+            "ak": a.strides[2],
+            "bb": _batch_stride(b),
+            "bk": b.strides[1],
+            "bn": b.strides[2],
+        }
+        strides |= {"cb": _batch_stride(out), "cm": out.strides[1], "cn": out.strides[2], "m": m, "n": n, "k": k}
+        named = [(kind, strides[name]) for name, kind in block.gemm_scalars(*layouts, False)]
+        if cut == "rows":
+            groups = block.grouped_groups(schedule, m, n, count)
+        else:
+            groups = block.groups(schedule, m, n, count)
+        launch(kernel, [a, b, out, offs], _ordered(None, [*named, ("i32", count)]), groups, work)
+        return
+    simt_schedule = simt.default_schedule(t, a.dtype, max(rows, 1).bit_length() - 1, bucket(n))
+    # A group starts at any row, or anywhere along the reduction: no vectors of four along it.
+    uncut = {"rows": ("n", "nt"), "k": ("t", "n")}[cut]
+    vec_a = a_layout in uncut[0] and _aligned4(a, 2 if a_layout == "n" else 1, (1 if a_layout == "n" else 2,))
+    vec_b = b_layout in uncut[1] and _aligned4(b, 2 if b_layout == "n" else 1, (0, 1 if b_layout == "n" else 2))
+    vec_c = layouts[2] == "n" and _aligned4(out, 2, (0, 1))
+    full_k = cut == "rows" and divisible_by(k, 16) and simt_schedule.tile_k <= 16
+    kernel = build(
+        simt.gemm, simt_schedule, a.dtype, out.dtype, *layouts, vec_a, vec_b, vec_c, full_k, False, Epilogue(), b.dtype,
+        (a.windows, b.windows), cut,
+    )  # fmt: skip
+    scalars = [
+        count,
+        m,
+        n,
+        k,
+        0,
+        *a.strides[1:],
+        _batch_stride(b),
+        *b.strides[1:],
+        _batch_stride(out),
+        *out.strides[1:],
+    ]
+    if cut == "rows":
+        groups = simt.grouped_groups(simt_schedule, m, n, count, minimum)
+    else:
+        groups = simt.groups(simt_schedule, m, n, count, 1, minimum)
+    launch(kernel, [a, b, out, offs], scalars, groups, work)
+
+
 # ---- vector: OpenCL on CPUs -------------------------------------------------------------------------------------------
 
 
@@ -226,6 +312,21 @@ def _epilogue_strides(epilogue: Epilogue, operands: Sequence[Tensor]) -> list[An
 def _ordered(kernel: Any, named: Sequence[tuple[str, Any]]) -> list[Any]:
     """Scalars in launch order: 64-bit ones first."""
     return [v for t, v in named if t in ("i64", "f64")] + [v for t, v in named if t not in ("i64", "f64")]
+
+
+def _panels(b: Tensor, s: vector.Schedule, compute: str) -> tuple[Tensor, Any]:
+    """b [B, K, N] packed for the vector kernels, and the stride of its batch there."""
+    layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "g"
+    (_, k, n), units = b.sizes, target().compute_units
+    panels = cdiv(n, s.nr)
+    shared = is_zero(_batch_stride(b))
+    copies = 1 if shared else b.sizes[0]
+    with packed(b, (copies, panels, k, s.nr), compute, f"panels_{layout}_{b.dtype}_{s}") as p:
+        launch(
+            build(vector.pack_b, b.dtype, layout, s), [b, p], [_batch_stride(b), 0, b.strides[1], b.strides[2], 1, k, n],
+            (minimum(panels, 4 * units), 1 if bucket(k) < 8 else units, copies),
+        )  # fmt: skip
+    return p.view((copies, panels, k * s.nr)), 0 if shared else panels * k * s.nr
 
 
 def _vector_product(
@@ -266,17 +367,7 @@ def _vector_product(
     if compute == "f32" and "g" not in a_layout + b_layout:
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout}"
         s = _tuned(key, (m, n, k, batch), s, lambda: vector.candidates(compute))
-    panels = cdiv(n, s.nr)
-    shared = is_zero(_batch_stride(b))
-    copies = 1 if shared else b.sizes[0]
-    with packed(b, (copies, panels, k, s.nr), compute, f"panels_{b_layout}_{b.dtype}_{s}") as p:
-        pack = build(vector.pack_b, b.dtype, b_layout, s)
-        launch(
-            pack, [b, p], _ordered(None, [("i64", bb), ("i64", 0), ("i64", b.strides[1]), ("i64", b.strides[2]), ("u32", 1), ("u32", k), ("u32", n)]),
-            (minimum(panels, 4 * units), 1 if bucket(k) < 8 else units, copies),
-        )  # fmt: skip
-    pb = 0 if shared else panels * k * s.nr
-    p = p.view((copies, panels, k * s.nr))
+    p, pb = _panels(b, s, compute)
     # Few tiles and a long reduction: split it among the compute units.
     if floating and bucket(m) <= 6 and bucket(n) <= 7 and bucket(k) >= 11:
         splits = 2 * units

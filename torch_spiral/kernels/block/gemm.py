@@ -169,14 +169,19 @@ def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> li
 
 def gemm(
     target: Target, s: Schedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, precision: str, split: bool,
-    epilogue: Epilogue, described: bool = False, stored: bool = False,
+    epilogue: Epilogue, described: bool = False, stored: bool = False, grouped: str = "",
 ) -> Kernel:  # fmt: skip
-    """Buffers: a, b, epilogue operands, c. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
+    """Buffers: a, b, epilogue operands, c, with grouped offs. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
     batches, splits), or with s.persistent, of one batch, programs(). split: c is partial sums, one matrix (stride cs) for each
     run of `span` of the reduction.
 
     described: the operands are read through tensor descriptors, by the copy engine, which takes no registers for addresses;
-    layouts are "n" or "t", and starts, batch strides and strides multiples of 16 bytes. stored: c is written so too."""
+    layouts are "n" or "t", and starts, batch strides and strides multiples of 16 bytes. stored: c is written so too.
+
+    grouped: the items of the batch are groups, that the ends in offs (int32) cut out of one matrix: of the rows of a and of c ("rows",
+    grid: grouped_groups), or of the reduction ("k"); their number is the last scalar (i32). Ends beyond the matrix or before their
+    predecessor are moved there."""
+    assert not grouped or not (split or described or stored or s.persistent)
     compute = compute_dtype(a)
     acc = TYPES[compute]
     e = EpilogueText(target, epilogue, compute)
@@ -202,8 +207,12 @@ def gemm(
         f"rb = column + tl.arange(0, {s.n})",
         f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
     ]
+    rows = "m"
+    if grouped == "rows":
+        rows = "row_end"
+        place = [f"column = tl.program_id(0) % tiles_n * {s.n}", f"ra = row + tl.arange(0, {s.m})", *place[-2:]]
     finish = [
-        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        f"inside = (ra[:, None] < {rows}) & (rb[None, :] < n)",
         "ra = ra.to(tl.int64)",
         "rb = rb.to(tl.int64)",
         *e.text().split("\n"),
@@ -218,12 +227,37 @@ def gemm(
         ]
     lines = [f"{x} = {x}.to(tl.pointer_type({FLOAT8_TYPES[d]}))" for x, d in (("a", a), ("b", b)) if narrow]
     lines += [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
-    if s.persistent:
+    if grouped == "rows":
+        lines += [
+            "z, row, row_end = groups, 0, 0",
+            "first, begin = 0, 0",
+            "wanted = tl.program_id(0) // tiles_n",
+            "for g in range(0, groups):",
+            "    last = tl.minimum(tl.maximum(tl.load(offs + g), begin), m)",
+            f"    count = tl.cdiv(last - begin, {s.m})",
+            "    found = (wanted >= first) & (wanted < first + count)",
+            "    z = tl.where(found, g, z)",
+            f"    row = tl.where(found, begin + (wanted - first) * {s.m}, row)",
+            "    row_end = tl.where(found, last, row_end)",
+            "    first += count",
+            "    begin = last",
+            "if z >= groups:",
+            "    return",
+            "z = z.to(tl.int64)",
+        ]
+    elif s.persistent:
         lines.append("z = tl.full([], 0, tl.int64)")
     else:
         lines += ["z = (tl.program_id(0) // tiles).to(tl.int64)", "tile = tl.program_id(0) % tiles"]
     if split:
         lines += ["start = tl.program_id(1) * span", "end = tl.minimum(start + span, k)"]
+    elif grouped == "k":
+        lines += [
+            "start, end = 0, 0",
+            "for g in range(0, tl.program_id(0) // tiles + 1):",
+            "    start = end",
+            "    end = tl.minimum(tl.maximum(tl.load(offs + g), start), k)",
+        ]
     else:
         lines += ["start = 0", "end = k"]
     if described:
@@ -257,7 +291,9 @@ def gemm(
             *place,
             f"rk = tl.arange(0, {s.k})",
             # What is out of range is computed from the first row or column, and not stored.
-            f"ca = tl.max_contiguous(tl.multiple_of(tl.where(ra < m, ra, 0), {s.m}), {s.m})",
+            "ca = tl.where(ra < row_end, ra, row)"
+            if grouped == "rows"
+            else f"ca = tl.max_contiguous(tl.multiple_of(tl.where(ra < m, ra, 0), {s.m}), {s.m})",
             f"cb = tl.max_contiguous(tl.multiple_of(tl.where(rb < n, rb, 0), {s.n}), {s.n})",
             f"pa = a + z * ab + (ca[:, None] * {unit['am']} + (start + rk)[None, :] * {unit['ak']})",
             f"pb = b + z * bb + ((start + rk)[:, None] * {unit['bk']} + cb[None, :] * {unit['bn']})",
@@ -292,14 +328,21 @@ def gemm(
         lines += work
     body = "\n".join(line for line in lines if line.strip())
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, split)] + e.scalars
-    flags = "_split" * split + "_d" * described + "_st" * stored
+    scalars += [("groups", "i32")] if grouped else []
+    flags = "_split" * split + "_d" * described + "_st" * stored + (f"_by_{grouped}" if grouped else "")
     name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{flags}_{s}_{epilogue}"
-    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, s.stages, e.module)
+    offs = [("offs", "i32")] if grouped else []
+    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c), *offs], scalars, body, s.warps, s.stages, e.module)
 
 
 def groups(s: Schedule, m: Any, n: Any, batch: Any, count: Any = 1) -> tuple[Any, Any, Any]:
     """The grid of gemm()."""
     return (cdiv(m, s.m) * cdiv(n, s.n) * batch, count, 1)
+
+
+def grouped_groups(s: Schedule, m: Any, n: Any, count: Any) -> tuple[Any, Any, Any]:
+    """The grid of gemm() for `count` groups of rows: each may have a tile that is not full."""
+    return ((cdiv(m, s.m) + count) * cdiv(n, s.n), 1, 1)
 
 
 def programs(target: Target, s: Schedule) -> int:

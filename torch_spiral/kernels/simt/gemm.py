@@ -474,6 +474,7 @@ def gemm(
     epilogue: Epilogue = NO_EPILOGUE,
     b_dtype: str = "",
     windows: tuple[int, int] = (1, 1),
+    grouped: str = "",
 ) -> Kernel:
     """C = epilogue(A B), batched.
 
@@ -487,14 +488,17 @@ def gemm(
     dtype, b_dtype: storage of A and of B (default: the same); accumulation in f32 for f32, f16, bf16, else dtype.
     windows: bindings of A and B (WGSL buffers larger than max_binding).
 
-    Buffers: a, b, epilogue operands, c.
+    grouped: the items of the batch are groups, that the ends in the buffer offs (int32) cut out of one matrix: of the rows of A
+    and of C ("rows"), or of the reduction ("k"). Ends that lie beyond the matrix, or before their predecessor, are moved there.
+
+    Buffers: a, b, epilogue operands, c, with grouped offs.
     Scalars (u32): batch, m, n, k, a_batch, a_row, a_col, b_batch, b_row, b_col, c_batch, c_row, c_col, per epilogue
     operand its
     batch, row, col (all three, 0 where it does not vary), then the epilogue's factors (Epilogue.factors; 64-bit ones
     travel first);
     with split instead: c_batch, c_row, c_col, splits, k_span, c_split. vec_c asks the same alignment of operands "n"
     and "mn". All sizes are at least 1; for k = 0 fill instead.
-    Grid: groups(schedule, m, n, batch[, splits]).
+    Grid: groups(schedule, m, n, batch[, splits]), grouped_groups for groups of rows.
     """
     s, b_dtype = schedule, b_dtype or dtype
     acc = ACCUMULATOR[dtype]
@@ -507,6 +511,9 @@ def gemm(
     name = f"gemm_{dtype}_{b_dtype}_{out_dtype}_{a}{b}{c}_{flags}_{s.key}{epilogue_name(epilogue)}"
     if windows != (1, 1):
         name += f"_w{windows[0]}{windows[1]}"
+    if grouped:
+        assert not split and not (full_k and grouped == "k")
+        name += f"_by_{grouped}"
     if (vec_a and a == "s") or (vec_b and b == "s") or (vec_c and c == "s"):
         raise ValueError(f"{name}: vec4 access needs a unit stride")
     t = Text(target, name, s.threads)
@@ -516,6 +523,8 @@ def gemm(
     t.buffer("b", b_dtype, "r", 4 if vec_b else 1, windows[1])
     out = Output(t, out_dtype, acc, vec_c, c == "n", epilogue)
     out.declare_buffers()
+    if grouped:
+        t.buffer("offs", "i32")
     t.scalar("batch", "m", "n", "k", "a_batch", "a_row", "a_col", "b_batch", "b_row", "b_col")
     if split:
         t.scalar("c_batch", "c_row", "c_col", "splits", "k_span", "c_split")
@@ -533,24 +542,32 @@ def gemm(
     thread_layout(t, lanes_n, lanes_m, s.lanes)
     t.let("tiles_n", f"(n + {s.tile_n - 1}u) / {s.tile_n}u")
     t.let("tiles_m", f"(m + {s.tile_m - 1}u) / {s.tile_m}u")
-    t.let("tiles", "tiles_m * tiles_n * batch" + (" * splits" if split else ""))
+    if grouped == "rows":  # each group may have a tile that is not full
+        t.let("tiles", "(tiles_m + batch) * tiles_n")
+    else:
+        t.let("tiles", "tiles_m * tiles_n * batch" + (" * splits" if split else ""))
     # A loop also where each workgroup has one tile: without it NVIDIA's OpenCL compiler makes code that is 7 % slower.
     t.loop("tile", t.group, "tiles", t.groups)
     t.let("col0", f"(tile % tiles_n) * {s.tile_n}u")
-    t.let("row0", f"((tile / tiles_n) % tiles_m) * {s.tile_m}u")
+    rows_end = "m"
+    if grouped:
+        rows_end = _find_group(t, grouped, s.tile_m)
+        t.open("z < batch")
+    else:
+        t.let("row0", f"((tile / tiles_n) % tiles_m) * {s.tile_m}u")
     if split:
         t.let("zs", "tile / (tiles_n * tiles_m)")
         t.let("part", "zs % splits")
         t.let("z", "zs / splits")
         t.let("k_begin", "min(part * k_span, k)")
         t.let("k_end", "min(k_begin + k_span, k)")
-    else:
+    elif not grouped:
         t.let("z", "tile / (tiles_n * tiles_m)")
         t.let("k_begin", "0u")
         t.let("k_end", "k")
     t.base("a_base", "a", ("z", "a_batch"))
     t.base("b_base", "b", ("z", "b_batch"))
-    la.begin("a_base", "row0", "m", "a_row", "a_col", "k_begin")
+    la.begin("a_base", "row0", rows_end, "a_row", "a_col", "k_begin")
     lb.begin("b_base", "col0", "n", "b_col", "b_row", "k_begin")
     c_acc.declare()
     if s.prefetch:
@@ -593,10 +610,65 @@ def gemm(
         t.open()
         t.let("row", f"row0 + {(mm // 4) * lanes_m * 4 + mm % 4}u + ty * 4u")
         t.let("col", f"col0 + ({v * lanes_n}u + tx) * 4u")
-        out.store4("row", "col", f"c{mm}_{v}", "m", "n")
+        out.store4("row", "col", f"c{mm}_{v}", rows_end, "n")
         t.end()
-    t.end()
+    t.end(2 if grouped else 1)
     return t.finish()
+
+
+def _find_group(t: Text, grouped: str, tile_m: int) -> str:
+    """Declares, for a tile of a grouped product, its group z (batch where there is none), row0, k_begin and k_end; gives the end of
+    its rows. One invocation looks; the others read its result from shared memory, which tells a compiler that they agree."""
+    t.shared("place", "i32", 1)
+
+    def end(index: str, last: str) -> str:
+        return f"clamp({t.load('offs', 'offs_base', index)}, begin, {t.cast(last, 'i32')})"
+
+    t.base("offs_base", "offs")
+    t.barrier()
+    t.open("lid == 0u")
+    t.var("begin", t.cast("0", "i32"), "i32")
+    found = t.vector([t.cast(x, "i32") for x in ("batch", "0", "0", "0")], "i32")
+    t.add(f"place[0] = {found};")
+    if grouped == "rows":
+        t.let("wanted", t.cast("tile / tiles_n", "i32"), "i32")
+        t.var("first", t.cast("0", "i32"), "i32")
+        t.loop("g", "0u", "batch", "1u")
+        t.let("last", end("g", "m"), "i32")
+        t.let("count", f"(last - begin + {tile_m - 1}) / {tile_m}", "i32")
+        t.open("wanted >= first && wanted < first + count")
+        found = t.vector(
+            [t.cast("g", "i32"), f"begin + (wanted - first) * {tile_m}", "last", t.cast("k", "i32")], "i32"
+        )
+        t.add(f"place[0] = {found};", "break;")
+        t.end()
+        t.add("first += count;", "begin = last;")
+        t.end()
+    else:
+        t.let("g", "tile / (tiles_n * tiles_m)")
+        t.loop("i", "0u", "g", "1u")
+        t.add(f"begin = {end('i', 'k')};")
+        t.end()
+        found = t.vector([t.cast("g", "i32"), t.cast("0", "i32"), "begin", end("g", "k")], "i32")
+        t.add(f"place[0] = {found};")
+    t.end()
+    t.barrier()
+    t.let("z", t.cast("place[0].x", "u32"))
+    if grouped == "rows":
+        t.let("row0", t.cast("place[0].y", "u32"))
+        t.let("row_end", t.cast("place[0].z", "u32"))
+        t.let("k_begin", "0u")
+        t.let("k_end", "k")
+        return "row_end"
+    t.let("row0", f"((tile / tiles_n) % tiles_m) * {tile_m}u")
+    t.let("k_begin", t.cast("place[0].z", "u32"))
+    t.let("k_end", t.cast("place[0].w", "u32"))
+    return "m"
+
+
+def grouped_groups(schedule: Schedule, m, n, count, minimum=min):
+    """Grid of gemm() for `count` groups of rows."""
+    return (minimum((cdiv(m, schedule.tile_m) + count) * cdiv(n, schedule.tile_n), MAX_GROUPS), 1, 1)
 
 
 def split_reduce(

@@ -9,6 +9,7 @@ blocks wait in a private tile: C is written once, in its own dtype, and rounding
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,15 +270,16 @@ def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
 UNROLL_K = 4
 
 
-def micro(s: Schedule, b_step: str, kc: str, load: str = "", a_k: int = 0, a_row: int = 1) -> str:
-    """Accumulates c<r>_<v> over kc steps from the pointers a_, with strides a_k (0: mr, packed rows) and a_row, and b_ (advancing by b_step)."""
+def micro(
+    s: Schedule, b_step: str, kc: str, load: Callable[[int, int], str] | None = None, a_k: int = 0, a_row: int = 1
+) -> str:
+    """Accumulates c<r>_<v> over kc steps from the pointers a_, with strides a_k (0: mr, packed rows) and a_row, and b_ (advancing by b_step).
+    load(u, v): the text of vector v of B in step u from where b_ points to."""
     a_k = a_k or s.mr
-    load = load or f"load{s.w}(0, {{p}})"
+    load = load or (lambda u, v: f"load{s.w}(0, b_ + {u} * {b_step} + {v * s.w})")
     lines = []
     for u in range(UNROLL_K):
-        lines.append(
-            "{ " + " ".join(f"const V b{v} = {load.format(p=f'b_ + {u} * {b_step} + {v * s.w}')};" for v in range(s.nv))
-        )
+        lines.append("{ " + " ".join(f"const V b{v} = {load(u, v)};" for v in range(s.nv)))
         lines += [
             f"{{ const V a_{r} = (V)(a_[{u * a_k + r * a_row}]); "
             + " ".join(f"c{r}_{v} = FMA(a_{r}, b{v}, c{r}_{v});" for v in range(s.nv))
@@ -374,6 +376,7 @@ def gemm(
     epilogue: Epilogue = NO_EPILOGUE,
     split: bool = False,
     s: Schedule | None = None,
+    grouped: str = "",
 ) -> Kernel:
     """C[b, M, N] = epilogue(A[b, M, K] @ B[b, K, N]).
 
@@ -385,6 +388,9 @@ def gemm(
     Grid: (tasks along M, tasks along N, batch), any numbers >= 1: `gemm_groups`.
     split: group_id(0) is a range of K instead; C is a temporary of the compute dtype [num_groups(0), b, M, N] without epilogue
     (cm = N, cb = M * N), that `reduce_splits` finishes.
+    grouped: the items of the batch are groups, that the ends in a further buffer, offs (int32, last), cut out of one matrix: of the
+    rows of A and of C ("rows"), or of the reduction ("k", with B in place). Ends beyond the matrix or before their predecessor are
+    moved there.
     """
     compute = compute_dtype(a_dtype)
     s = s or schedule(compute)
@@ -395,7 +401,8 @@ def gemm(
     ptr = POINTEE[a_dtype]
     packed = b_layout == "packed"
     acc = "".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
-    loop_packed = micro(s, str(nr), "kc") if packed else micro(s, "bk", "kc", f"LDV_{b_dtype}({{p}})")
+    in_place = None if packed else (lambda u, v: f"LDV_{b_dtype}(b_ + {u} * bk + {v * w})")
+    loop_packed = micro(s, str(nr) if packed else "bk", "kc", in_place)
     loop_edge = micro(s, str(nr), "kc")
     bptr = POINTEE[compute if packed else b_dtype]
     panel = f"const __global {bptr}* Bk = B + " + (
@@ -432,10 +439,18 @@ def gemm(
   const uint ke = min(K, (uint)((ulong)((K + {s.kc - 1}u) / {s.kc}u) * (get_group_id(0) + 1) / get_num_groups(0) * {s.kc}u));
   const uint p0 = 0, p1 = MP; C += (ulong)get_group_id(0) * get_num_groups(2) * M * N;"""
     else:
-        tasks = """
-  const uint kb = 0, ke = K;
+        tasks = f"""
+  const uint kb = {"begin" if grouped == "k" else "0"}, ke = {"end" if grouped == "k" else "K"};
   const uint p0 = (ulong)MP * get_group_id(0) / get_num_groups(0), p1 = (ulong)MP * (get_group_id(0) + 1) / get_num_groups(0);"""
-    body = f"""
+    cut = ""
+    if grouped:
+        cut = f"""
+  int begin = 0, end = 0;
+  for (uint g = 0; g <= get_group_id(2); g++) {{ begin = end; end = clamp(offs[g], begin, (int){"ALL_M" if grouped == "rows" else "K"}); }}
+"""
+    if grouped == "rows":
+        cut += "  A += (long)begin * am; C += (long)begin * cm; const uint M = end - begin;\n"
+    body = f"""{cut}
   T Ab[{s.mc * s.kc + 16}]; T Ct[{s.mc * s.nc}]; {"" if packed else f"T Bb[{s.kc * nr}];"}
   const uint MP = (M + {mr - 1}u) / {mr}u, NP = (N + {nr - 1}u) / {nr}u;{tasks}
   const uint pn0 = (ulong)NP * get_group_id(1) / get_num_groups(1), pn1 = (ulong)NP * (get_group_id(1) + 1) / get_num_groups(1);
@@ -485,16 +500,18 @@ def gemm(
             c_layout,
             str(ep),
             "split" if split else "",
+            f"by_{grouped}" if grouped else "",
             str(s),
         )
         if x
     )
     scalars = [(x, "i64") for x in ("ab", "am", "ak", "bb", "bk", "cb", "cm", "cn")] + ep.strides + ep.factors(compute)
+    offs = [("offs", "i32", "r")] if grouped else []
     return finish(
         target,
         name,
-        [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers],
-        [*scalars, ("M", "u32"), ("N", "u32"), ("K", "u32")],
+        [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers, *offs],
+        [*scalars, ("ALL_M" if grouped == "rows" else "M", "u32"), ("N", "u32"), ("K", "u32")],
         module(compute, w, (a_dtype, b_dtype, out), ep) + macros + store_rows(ep, out, c_layout, w),
         body,
     )
