@@ -182,6 +182,7 @@ def conv(
     to_tile = " ".join(f"store{w}(c{r}_{v}, {v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
     from_tile = " ".join(f"c{r}_{v} += load{w}({v}, t_ + {r * nr});" for r in range(mr) for v in range(nv))
 
+    starts = " ".join(f"const __global T* x{v}_ = Xg + off[b * {nr}u + {v * w}u];" for v in range(nv))
     at = "out + (long)row * oc + "
     if contiguous:
         full = "\n".join(
@@ -214,7 +215,7 @@ def conv(
         f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}"
     )
     body = f"""
-  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}]; {"" if contiguous else f"long place[{PIXELS}];"}
+  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}]; bool runs[{PIXELS // nr}]; {"" if contiguous else f"long place[{PIXELS}];"}
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (N_ + {nr - 1}u) / {nr}u;
   const uint p0 = (ulong)MP * get_group_id(1) / get_num_groups(1), p1 = (ulong)MP * (get_group_id(1) + 1) / get_num_groups(1);
   const uint q0 = (ulong)NP * get_group_id(0) / get_num_groups(0), q1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
@@ -225,13 +226,19 @@ def conv(
   for (uint q = q0; q < q1; q += {PIXELS // nr}u) {{
     const uint qe = min(q + {PIXELS // nr}u, q1), cols = (qe - q) * {nr}u;
     for (uint j = 0; j < cols; j++) {{ const uint p = min(q * {nr}u + j, N_ - 1); off[j] = PIXEL(p); {place} }}
+    for (uint b = 0; b < qe - q; b++) {{  // panels whose vectors are consecutive pixels are read in place
+      runs[b] = true; for (uint j = b * {nr}u; j < (b + 1) * {nr}u; j++) if (j % {w}u && off[j] != off[j - 1] + 1) runs[b] = false;
+    }}
     for (uint p = p0; p < p1; p += {mc // mr}u) {{
       const uint pe = min(p + {mc // mr}u, p1);
-      uint k0 = 0;
+      uint k0 = 0, kx = 0, ky = 0, kz = 0, c_ = 0;  // taps are counted: four divisions each would be a twentieth of the time
       do {{
         const uint kn = min({kc}u, K - k0); const bool first = k0 == 0, last = k0 + kn >= K;
-        for (uint k = 0; k < kn; k++) ko[k] = TAP(k0 + k);
-        for (uint v = 0; v < cols; v += {w}u) {{
+        for (uint k = 0; k < kn; k++) {{
+          ko[k] = ((c_ * DP + kz * dd) * HP + ky * dh) * WP + kx * dw;
+          if (++kx == KW) {{ kx = 0; if (++ky == KH) {{ ky = 0; if (++kz == KD) {{ kz = 0; c_++; }} }} }}
+        }}
+        for (uint b = 0; b < qe - q; b++) if (!runs[b]) for (uint v = b * {nr}u; v < (b + 1) * {nr}u; v += {w}u) {{
           {CLASSIFY.format(v="v", w=w, iota=iota)}
           T* d = Bb + (v / {nr}u) * (kn * {nr}) + v % {nr}u;
           {gather}
@@ -239,9 +246,10 @@ def conv(
         for (uint b = 0; b < qe - q; b++) {{
           const uint n0 = (q + b) * {nr}u, n = min({nr}u, N_ - n0);
           for (uint i = p; i < pe; i++) {{
-            const __global T* a_ = P + ((ulong)k0 * MP + (ulong)i * kn) * {mr}; const T* b_ = Bb + b * (kn * {nr}); T* t_ = Ct + (b * {mc // mr}u + i - p) * {mr * nr};
+            const __global T* a_ = P + ((ulong)k0 * MP + (ulong)i * kn) * {mr}; T* t_ = Ct + (b * {mc // mr}u + i - p) * {mr * nr};
             {acc}
-            {micro(s, str(nr), "kn")}
+            if (runs[b]) {{ const uint* b_ = ko; {starts} {micro(s, "1", "kn", lambda u, v: f"load{w}(0, x{v}_ + b_[{u}])")} }}
+            else {{ const T* b_ = Bb + b * (kn * {nr}); {micro(s, str(nr), "kn")} }}
             if (!first) {{ {from_tile} }}
             if (!last) {{ {to_tile} }}
             else {{
