@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from torch_spiral.testing.devices import spiral_available
 
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
         kept.append(item)
     items[:] = kept
+
+
+def pytest_runtest_teardown() -> None:
+    """What a kernel reports late is this test's error, not the next one's."""
+    torch.get_device_module(DEVICE).synchronize()
 
 
 def pytest_xdist_node_collection_finished(node: object, ids: list[str]) -> None:
