@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_index import check, data
 
+from torch_spiral.ops import sort
+
 
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 64, 65, 1000, 5000])
 def test_lengths(device, n):
@@ -44,6 +46,37 @@ def test_selection(device):
     check(device, lambda x: x.median(), x)
     check(device, lambda x: torch.sort(x)[0], torch.tensor(3.0))
     check(device, lambda x: torch.sort(x)[0], torch.empty(0, 3))
+
+
+def check_topk(device, x, k, dim=-1, **kwargs):
+    """Values as the CPU's (NaN as the largest), indices where those values are, each once."""
+    values, indices = torch.topk(x.to(device), k, dim, **kwargs)
+    values, indices = values.cpu(), indices.cpu()
+    want = torch.topk(x, k, dim, **kwargs | {"sorted": True})[0]  # ours are in order whether asked or not
+    torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x.gather(dim, indices), want, rtol=0, atol=0, equal_nan=True)
+    assert (indices.sort(dim)[0].diff(dim=dim) > 0).all()
+
+
+# Pieces of a row, heaps of one element and of many, few elements that differ, rows that are not consecutive.
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 50), (3, 1025, 1), (2, 130, 8), (70, 257, 7), (1, 16, 1)])
+def test_topk_of_long_rows(device, monkeypatch, rows, n, k):
+    monkeypatch.setattr(sort, "SELECTING", 5)  # else a GPU sorts
+    torch.manual_seed(n)
+    x = torch.randn(rows, n).round(decimals=1)
+    x[0, 5:7] = math.nan
+    for largest in (False, True):
+        check_topk(device, x, k, largest=largest)
+    check_topk(device, x.t().contiguous(), k, 0)
+    check_topk(device, torch.arange(float(n)).expand(rows, n), k)
+    check_topk(device, x[:, None, 3:], min(k, n // 16), largest=False, sorted=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8, torch.int64])
+def test_topk_dtypes(device, dtype):
+    x = (torch.randn(2, 300) * 100).to(dtype)
+    check_topk(device, x, 3)
+    check_topk(device, x, 4, largest=False)
 
 
 @pytest.mark.parametrize("right", [False, True])

@@ -3,12 +3,14 @@
 Sorting is a stable merge sort on keys that are unsigned integers in the wanted order (NaN is the largest number): runs of RUN
 elements are sorted by insertion, then merged two by two; every merge is cut into pieces of equal length by binary search
 (merge path), so that all invocations have the same work whatever the data.
+
+The k first of long rows are selected instead: rows are cut into pieces, the best of each are kept in a heap, then merged two by two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,15 +70,9 @@ def sort_key(x: Any, dtype: str, descending: bool) -> Any:
     return k ^ ((1 << (64 if key == "u64" else 32)) - 1) if descending else k
 
 
-def _sort_runs(it: Item) -> None:
-    """Item (row, run): encodes RUN elements and sorts them by insertion."""
-    dtype, descending, rank = it.static
+def _row(it: Item, row: Any, rank: int) -> tuple[Any, Any]:
+    """(place of the first element of a row of x, stride of its elements); rank: dimensions of rows, whose sizes are scalars."""
     k = it.k
-    n = it["n"]
-    row, run = it.at
-    first = k.let(run * RUN)
-    last = k.let(ir.minimum(first + RUN, n))
-    base = k.let(row * n)
     coordinates, rest = [], row
     for d in reversed(range(rank)):
         if d:
@@ -86,12 +82,23 @@ def _sort_runs(it: Item) -> None:
         else:
             coordinates.append(rest)
     coordinates.reverse()
-    start = k.let(it.offset("x", (*coordinates, ir.const(0, "i32"))))
     stride = it.layouts["x"][-1]
+    return k.let(it.offset("x", (*coordinates, ir.const(0, "i32")))), 0 if stride is None else stride
+
+
+def _sort_runs(it: Item) -> None:
+    """Item (row, run): encodes RUN elements and sorts them by insertion."""
+    dtype, descending, rank = it.static
+    k = it.k
+    n = it["n"]
+    row, run = it.at
+    first = k.let(run * RUN)
+    last = k.let(ir.minimum(first + RUN, n))
+    base = k.let(row * n)
+    start, stride = _row(it, row, rank)
     keys, places = it.buffers["keys"], it.buffers["places"]
     with k.For(first, last) as i:
-        place = start if stride is None else start + (i if stride == 1 else i * stride)
-        key = k.let(sort_key(it.buffers["x"].load(place), dtype, descending))
+        key = k.let(sort_key(it.buffers["x"].load(start + i * stride), dtype, descending))
         j = k.var("i32", i)
         moving = k.var("bool", True)
         with k.While(lambda: ir.and_(ir.gt(j, first), moving)):
@@ -142,17 +149,22 @@ def _merge(it: Item) -> None:
         b.set(b + 1 - ir.cast(from_left, "i32"))
 
 
+def _rows(x: Tensor) -> tuple[Any, Tensor, dict[str, Any]]:
+    """(number of rows of x, x as kernels read its keys, sizes of the rows' dimensions as scalars)."""
+    outer = x.sizes[:-1]
+    source = x.with_dtype("u64") if x.dtype == "f64" else x
+    if not outer:
+        source = source.view((1, x.sizes[-1]), (0, x.strides[0]))
+    return product(outer), source, {f"size{d}": s for d, s in enumerate(outer)}
+
+
 def sorted_places(x: Tensor, descending: bool) -> Tensor:
     """[rows, n] i32: where in its row each element of the sorted rows (the last dimension) of x stood."""
     n = x.sizes[-1]
     outer = x.sizes[:-1]
-    rows = product(outer)
+    rows, source, names = _rows(x)
     key = key_dtype(x.dtype)
     pairs = [(empty((rows, n), key), empty((rows, n), "i32"))]
-    source = x.with_dtype("u64") if x.dtype == "f64" else x
-    if not outer:
-        source = source.view((1, n), (0, x.strides[0]))
-    names = {f"size{d}": s for d, s in enumerate(outer)}
     each(
         "sort_runs",
         _sort_runs,
@@ -189,6 +201,172 @@ def sorted_places(x: Tensor, descending: bool) -> Tensor:
     return current[1]
 
 
+# ---- selection of the first k --------------------------------------------------------------------------------------
+
+
+def _sink(it: Item, at: Callable[[Any], Any], size: Any, key: Any, place: Any) -> None:
+    """Puts (key, place) for the root of a heap of `size` elements, the largest key on top; at: where an element lies."""
+    k = it.k
+    keys, places = it.buffers["keys"], it.buffers["places"]
+    hole, child = k.var("i32", 0), k.var("i32", 1)
+    with k.While(lambda: child < size):
+        below = k.var(key.dtype, keys.load(at(child.as_node())))
+        with k.If(child + 1 < size):
+            right = k.let(keys.load(at(child + 1)))
+            with k.If(ir.gt(right, below)):
+                below.set(right)
+                child.set(child + 1)
+        with k.If(ir.gt(below, key)):
+            keys.store(at(hole.as_node()), below)
+            places.store(at(hole.as_node()), places.load(at(child.as_node())))
+            hole.set(child)
+            child.set(child * 2 + 1)
+        with k.Else():
+            child.set(size)
+    keys.store(at(hole.as_node()), key)
+    places.store(at(hole.as_node()), place)
+
+
+def _best_of_pieces(it: Item) -> None:
+    """Item (row, piece): the k smallest keys of a piece of a row, in order. Slot s of piece p of row r is [r, s, p]; each piece has at
+    least k elements."""
+    dtype, descending, rank, pieces, interleaved = it.static
+    k = it.k
+    n, count = it["n"], it["k"]
+    row, piece = it.at
+    start, stride = _row(it, row, rank)
+    if interleaved:  # neighbouring invocations read neighbouring elements
+        first, step, length = piece, pieces, k.let(ir.idiv(n - piece + (pieces - 1), pieces))
+    else:
+        whole = k.let(ir.idiv(n, pieces))
+        rest = k.let(n - whole * pieces)
+        first, step = k.let(whole * piece + ir.minimum(piece, rest)), 1
+        length = k.let(whole + ir.cast(piece < rest, "i32"))
+    base = k.let(row * count * pieces + piece)
+    keys, places = it.buffers["keys"], it.buffers["places"]
+
+    def at(slot: Any) -> Any:
+        return base + slot * pieces
+
+    def element(i: Any) -> tuple[Any, Any]:
+        place = k.let(first + i * step)
+        return k.let(sort_key(it.buffers["x"].load(start + place * stride), dtype, descending)), place
+
+    with k.For(ir.const(0, "i32"), count) as i:
+        key, place = element(i)
+        hole = k.var("i32", i)
+        rising = k.var("bool", True)
+        with k.While(lambda: ir.and_(ir.gt(hole, 0), rising)):
+            parent = k.let(ir.shr(hole - 1, 1))
+            above = k.let(keys.load(at(parent)))
+            with k.If(ir.lt(above, key)):
+                keys.store(at(hole.as_node()), above)
+                places.store(at(hole.as_node()), places.load(at(parent)))
+                hole.set(parent)
+            with k.Else():
+                rising.set(False)
+        keys.store(at(hole.as_node()), key)
+        places.store(at(hole.as_node()), place)
+    worst = k.var(key_dtype(dtype), keys.load(at(ir.const(0, "i32"))))
+
+    def take(i: Any) -> None:
+        key, place = element(i)
+        with k.If(ir.lt(key, worst)):
+            _sink(it, at, count, key, place)
+            worst.set(keys.load(at(ir.const(0, "i32"))))
+
+    i = k.var("i32", count)
+    with k.While(lambda: i + AT_ONCE <= length):
+        least = element(i.as_node())[0]
+        for j in range(1, AT_ONCE):
+            least = k.let(ir.minimum(least, element(i + j)[0]))
+        with k.If(ir.lt(least, worst)), k.For(i.as_node(), k.let(i + AT_ONCE)) as j:  # rarely so
+            take(j)
+        i.set(i + AT_ONCE)
+    with k.For(i.as_node(), length) as j:
+        take(j)
+    with k.For(ir.const(1, "i32"), count) as i:  # the root is the last of those that are left
+        last = k.let(count - i)
+        key, place = k.let(keys.load(at(last))), k.let(places.load(at(last)))
+        keys.store(at(last), keys.load(at(ir.const(0, "i32"))))
+        places.store(at(last), places.load(at(ir.const(0, "i32"))))
+        _sink(it, at, last, key, place)
+
+
+def _merge_best(it: Item) -> None:
+    """Item (row, pair): the k smallest of pieces 2 * pair and 2 * pair + 1, in order."""
+    (pieces,) = it.static
+    k = it.k
+    count = it["k"]
+    row, pair = it.at
+    left = k.let(row * count * pieces + pair * 2)
+    out = k.let(row * count * (pieces // 2) + pair)
+    keys, places = it.buffers["keys"], it.buffers["places"]
+    a, b = k.var("i32", left), k.var("i32", left + 1)
+    with k.For(ir.const(0, "i32"), count) as i:
+        x, y = k.let(keys.load(a.as_node())), k.let(keys.load(b.as_node()))
+        from_left = k.let(ir.le(x, y))
+        it.buffers["out_keys"].store(out + i * (pieces // 2), ir.where(from_left, x, y))
+        it.buffers["out_places"].store(
+            out + i * (pieces // 2), places.load(k.let(ir.where(from_left, a.as_node(), b.as_node())))
+        )
+        with k.If(from_left):
+            a.set(a + pieces)
+        with k.Else():
+            b.set(b + pieces)
+
+
+MOST_SELECTED = 7  # log2 of what k is below; the elements of a piece are at least 8 k
+AT_ONCE = 16  # elements that are looked at together
+SELECTING = 15  # log2 of the invocations without which a GPU sorts faster than it selects
+
+
+def _pieces(x: Tensor, count: Any) -> int:
+    """Into how many pieces (a power of two) rows are cut to select from; 0 where they are sorted instead."""
+    n = x.sizes[-1]
+    bits_k = bucket(count)
+    if is_one(n) or bits_k >= MOST_SELECTED or bucket(n) - bits_k < 4:
+        return 0
+    most = bucket(n) - bits_k - 4
+    rows = sum(bucket(s) for s in x.sizes[:-1])
+    vector = target().schedule_class == "vector"
+    wanted = (4 * target().compute_units - 1).bit_length() if vector else SELECTING
+    if not vector and rows + most < SELECTING:
+        return 0
+    return 1 << min(max(wanted - rows, 0), most)
+
+
+def best_places(x: Tensor, count: Any, descending: bool, pieces: int) -> Tensor:
+    """[rows, count] i32: where in its row each of the first elements of the sorted rows (the last dimension) of x stood."""
+    rows, source, names = _rows(x)
+    n, key = x.sizes[-1], key_dtype(x.dtype)
+    keys, places = empty((rows * count * pieces,), key), empty((rows * count * pieces,), "i32")
+    each(
+        "select",
+        _best_of_pieces,
+        (rows, pieces),
+        {"keys": keys, "places": places, "x": source},
+        {"n": n, "k": count, **names},
+        static=(x.dtype, descending, max(len(names), 1), pieces, target().schedule_class != "vector"),
+        modes={"keys": "rw", "places": "rw"},
+        cost=n // pieces * 4,
+    )
+    while pieces > 1:
+        half = pieces // 2
+        out_keys, out_places = empty((rows * count * half,), key), empty((rows * count * half,), "i32")
+        each(
+            "select_merge",
+            _merge_best,
+            (rows, half),
+            {"out_keys": out_keys, "out_places": out_places, "keys": keys, "places": places},
+            {"k": count},
+            static=(pieces,),
+            cost=count * 4,
+        )
+        keys, places, pieces = out_keys, out_places, half
+    return places
+
+
 def _pick_sorted(it: Item) -> None:
     place = it.load("places")
     if "out_indices" in it.buffers:
@@ -196,8 +374,8 @@ def _pick_sorted(it: Item) -> None:
     it.store("out", it.load("x", (*it.at[:-1], place)))
 
 
-def sort_into(x: Tensor, dim: int, descending: bool, values: Tensor, indices: Tensor) -> None:
-    """The first elements of sorted x along dim, as many as values and indices hold."""
+def sort_into(x: Tensor, dim: int, descending: bool, values: Tensor, indices: Tensor, selected: bool = False) -> None:
+    """The first elements of sorted x along dim, as many as values and indices hold; selected: in any order among equal ones."""
     x, values, indices = at_least_1d(x), at_least_1d(values), at_least_1d(indices)
     dim = dim % x.ndim
     order = [d for d in range(x.ndim) if d != dim] + [dim]
@@ -206,7 +384,12 @@ def sort_into(x: Tensor, dim: int, descending: bool, values: Tensor, indices: Te
         copied = empty(x.sizes, x.dtype)
         copy_to(copied, x)
         x = copied
-    places = sorted_places(x, descending).view(x.sizes)
+    count = values.sizes[-1]
+    pieces = _pieces(x, count) if selected else 0
+    if pieces:
+        places = best_places(x, count, descending, pieces).view((*x.sizes[:-1], count))
+    else:
+        places = sorted_places(x, descending).view(x.sizes)
     each(
         "sort_pick",
         _pick_sorted,
@@ -225,13 +408,13 @@ def sort(self: Tensor, dim: int, descending: bool, stable: bool, values: Tensor,
 
 @structured("topk")
 def topk(self: Tensor, k: Any, dim: int, largest: bool, sorted: bool, values: Tensor, indices: Tensor) -> None:
-    """The k largest (or smallest) elements along dim, in order whether asked or not."""
+    """The k largest (or smallest) elements along dim, in order whether asked or not; equal ones in any order."""
     if self.is_empty:
         return
-    sort_into(self, dim, largest, values, indices)
+    sort_into(self, dim, largest, values, indices, True)
 
 
-# ---- selection -----------------------------------------------------------------------------------------------------
+# ---- order statistics ----------------------------------------------------------------------------------------------
 
 
 def _finish(results: tuple[Any, Any], out_values: Any, out_indices: Any) -> Any:
