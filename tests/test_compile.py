@@ -391,6 +391,20 @@ def test_autocast(device):
         assert f(torch.randn(4, 16, device=device)).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(torch.spiral.device_count() < 2, reason="one device")
+def test_graphs_without_inputs_run_on_their_device_and_several_devices_are_refused():
+    make = torch.compile(lambda d: torch.full((3,), 2.0, device=d) * 3, backend="spiral")
+    for i in (0, 1, 0):
+        assert make(torch.device("spiral", i)).device.index == i
+
+    def across(x, y):
+        return (x + 1).to("spiral:1") * y
+
+    x, y = torch.ones(3, device="spiral:0"), torch.ones(3, device="spiral:1")
+    with pytest.warns(UserWarning, match="several devices"):
+        assert torch.compile(across, backend="spiral")(x, y).tolist() == [2, 2, 2]
+
+
 def test_tensors_on_the_cpu_are_refused():
     with pytest.raises(Exception, match=r'move them with \.to\("spiral"\)'):
         torch.compile(lambda x: x + 1, backend="spiral")(torch.randn(3))

@@ -66,7 +66,6 @@ class Wrapper(compat.PythonWrapperCodegen):
         self.fused_origins: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
         self.graphs: list[str] = []
-        self.device_index = 0
         super().__init__()
 
     @staticmethod
@@ -127,12 +126,14 @@ class Wrapper(compat.PythonWrapperCodegen):
             return super().make_allocation(name, device, dtype, shape, stride, allocation_shape)
         return f"{name} = empty({sizes}, {strides}, {dtype_name(dtype)!r})"
 
-    def codegen_device_guard_enter(self, device_idx: int, *args: Any, **kwargs: Any) -> None:
-        """None: a Graph runs where its operands are, and so do operators."""
-        self.device_index = device_idx
-
-    def codegen_device_guard_exit(self) -> None:
-        pass
+    @property
+    def device_index(self) -> int:
+        """The device of the graph."""
+        indices = V.graph.device_idxs
+        if len(indices) > 1:
+            names = ", ".join(f"spiral:{i}" for i in sorted(indices))
+            raise NotImplementedError(f"spiral's compiler has no graphs on several devices ({names})")
+        return next(iter(indices), 0)
 
     def generate(self, is_inference: bool) -> Any:
         # Buffers keep their own names: a plan gives temporaries the memory of earlier ones by itself, and a name that is used

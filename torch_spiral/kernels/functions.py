@@ -256,12 +256,14 @@ EXP32 = (1.0, 0.99999971, 0.49999149, 0.16667637, 0.04189802, 0.0082903)
 def _exp32(x: Node) -> Node:
     """exp in as few operations as vectors allow: within 2 units in the last place; results below 2**-125 may be flushed to 0."""
     x = where(ir.lt(x, -87.5), -87.5, where(ir.gt(x, 89.0), 89.0, x))  # comparisons, so that NaN passes
-    shifted = ir.fma(x, float(LOG2_E), 12582912.0)  # 1.5 * 2**23: the sum's low bits are the nearest integer
-    n = shifted - 12582912.0
+    # 1.5 * 2**23: the sum's low bits are the nearest integer. It is taken from the bits, since Vulkan's drivers may cancel
+    # a number that is added and subtracted again.
+    shifted = ir.bitcast(ir.fma(x, float(LOG2_E), 12582912.0), "i32")
+    n = ir.cast(shifted - 0x4B400000, "f32")
     hi, lo = split(LN2, "f32", 14, 2)
     r = ir.fma(n, -lo, ir.fma(n, -hi, x))
     # A factor of 2 moves from the power to the series, so that the power's exponent, from -127 to 127, is 0 where the result is.
-    power = ir.bitcast(ir.shl(ir.bitcast(shifted, "i32") + 126, 23), "f32")
+    power = ir.bitcast(ir.shl(shifted + 126, 23), "f32")
     return poly(r, [2.0 * c for c in EXP32]) * power
 
 
