@@ -381,7 +381,10 @@ def _vector_product(
         launch(finish, [partial, out, *operands], _ordered(None, named), (minimum(m, units), 1, batch))
         return
     kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue, False, s)
-    groups = vector.gemm_groups(s, m, n, batch, units)
+    if bucket(m) <= 7:
+        groups = vector.gemm_groups_wide(s, m, n, batch, units, minimum)
+    else:
+        groups = vector.gemm_groups(s, m, n, batch, units)
     launch(
         kernel,
         [a, p, out, *operands],

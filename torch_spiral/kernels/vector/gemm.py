@@ -518,14 +518,18 @@ def gemm(
 
 
 def gemm_groups(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
-    """Grid of `gemm`: whole rounds of the compute units along M, blocks of at most mc rows; for few rows, along N."""
+    """Grid of `gemm`: whole rounds of the compute units along M, blocks of at most mc rows."""
     rows = cdiv(m, s.mc * compute_units) * compute_units
     return rows, 1, batch
 
 
-def gemm_groups_wide(s: Schedule, m: Any, n: Any, batch: Any, compute_units: int) -> tuple[Any, Any, Any]:
-    """Grid of `gemm` for few rows: tasks along N only, at least two panels each where N allows."""
-    return 1, cdiv(n, 2 * s.nr * compute_units) * compute_units, batch
+def gemm_groups_wide(
+    s: Schedule, m: Any, n: Any, batch: Any, compute_units: int, minimum: Callable = min
+) -> tuple[Any, Any, Any]:
+    """Grid of `gemm` for few rows (minimum: of Syms, where sizes are): along N first, at least four panels a task. Their panels are too few
+    to come out even along M, and B is read once."""
+    columns = minimum(cdiv(n, 4 * s.nr), compute_units)
+    return cdiv(compute_units, columns), columns, batch
 
 
 def reduce_splits(
