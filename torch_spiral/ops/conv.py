@@ -369,10 +369,12 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
         return
     kernel = build(vector.conv_backward_weight, y.dtype, dw.dtype)
     k = channels * g.volume
+    # Along K first: tasks along M would each gather the same pixels.
+    tasks = minimum(cdiv(k, 2 * vector.conv_schedule(DTYPES[y.dtype].compute).nr), 2 * units)
     launch(
         kernel, [padded, y, dw],
         [c * product(extents), co * pixels, pixels, m, g.groups, n, *o, *g.taps, *extents, *g.stride, *g.dilation, k, channels],
-        (2 * units if bucket(x.sizes[1]) + g.volume.bit_length() > 6 else 1, units, g.groups),
+        (tasks, cdiv(2 * units, tasks), g.groups),
     )  # fmt: skip
 
 
