@@ -485,6 +485,48 @@ else:
         for got, want in zip((dq, dk, dv), wanted):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("left,right", [(1 << 29, 0), (7, 3)])
+    def test_attention_of_sequences(left, right):
+        """Sequences one after the other, one without keys and one without queries; the diagonal ends at the last key."""
+        heads, kv, head, scale = 4, 2, 24, 0.2
+        spans = torch.tensor([(0, 20, 0, 30), (20, 23, 30, 30), (23, 23, 30, 35), (23, 61, 35, 70)], dtype=torch.int32)
+        queries, keys = 61, 72  # two keys of no sequence
+        q, k, v = (torch.randn(t, h, head) for t, h in ((queries, heads), (keys, kv), (keys, kv)))
+        i, j = torch.arange(queries)[:, None], torch.arange(keys)
+        seen = torch.zeros(queries, keys, dtype=torch.bool)
+        for q0, q1, k0, k1 in spans.tolist():
+            inside = (i >= q0) & (i < q1) & (j >= k0) & (j < k1)
+            seen |= inside & (j <= i + k1 - q1 + right) & (j >= i + k1 - q1 - left)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        a, b, c = (x.transpose(0, 1) for x in leaves)
+        scores = (a @ b.repeat_interleave(2, 0).mT * scale).masked_fill(~seen, -torch.inf)
+        expected = (scores.softmax(-1).nan_to_num(0) @ c.repeat_interleave(2, 0)).transpose(0, 1)
+        g = torch.randn_like(expected)
+        wanted = [x.nan_to_num(0) for x in torch.autograd.grad(expected, leaves, g)]
+
+        def strides(*tensors):
+            return [n for x in tensors for n in (0, x.stride(1), x.stride(0))]
+
+        s, kind = attention.Schedule(16, 16, 4, 1), "window" if left < 100 else "full"
+        key = (s, "f32", 32, 32, False, "", True, "ieee")
+        tail = [heads, heads // kv, queries, keys, head, head, scale, 38, left, right]
+        out, lse = torch.zeros(queries, heads, head), torch.zeros(heads, queries)
+        over_queries = attention.groups(16, 38, 4 * heads)
+        run(
+            attention.forward(TARGET, *key, varlen=kind), [q, k, v, spans, out, lse], strides(q, k, v, out) + tail, over_queries
+        )  # fmt: skip
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, scores.logsumexp(-1).detach(), rtol=1e-4, atol=1e-5)
+        delta = (g * out).sum(-1).t().contiguous()
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        buffers = [q, k, v, g, spans, lse, delta]
+        kernel = attention.backward_query(TARGET, *key, False, varlen=kind)
+        run(kernel, [*buffers, dq], strides(q, k, v, g, dq) + tail, over_queries)
+        kernel = attention.backward_key(TARGET, *key, varlen=kind)
+        run(kernel, [*buffers, dk, dv], strides(q, k, v, g, dk, dv) + tail, attention.groups(16, 38, 4 * kv))
+        for got, want in zip((dq, dk, dv), wanted):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
     def test_conv():
         """Forward, with stride, padding, dilation and groups."""
         x, w, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 2), torch.randn(6)

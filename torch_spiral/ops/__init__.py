@@ -20,6 +20,7 @@ FAMILIES: tuple[str, ...] = (
     "factory",
     "sort",
     "attention",
+    "varlen",
     "rnn",
     "random",
     "pooling",

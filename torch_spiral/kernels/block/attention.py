@@ -3,6 +3,11 @@
 q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv] with unit stride along the last dimension; H is a multiple of Hk. causal:
 query i sees keys up to i. A mask [B, H, Tq, Tk] with any strides is boolean (true: attend) or added. Scores are kept times
 log2(e), so that exp2 is the only exponential. A row that sees nothing gives 0 and a logsumexp of -infinity.
+
+varlen: the batch are sequences that lie one after the other in tensors with one batch (batch strides are 0). spans [sequences, 4]
+(int32) says where each begins and ends, in q and in k. Row i of the queries sees keys from i + diagonal - left (with "window") to
+i + diagonal + right, where the last query of a sequence has its diagonal at the last key. queries and keys are those of all
+sequences together, longest those of the longest.
 """
 
 from __future__ import annotations
@@ -63,14 +68,17 @@ def candidates(dtype: str, head: int, rows: int) -> list[Schedule]:
     ]
 
 
-def _names(tensors: str, mask: str) -> list[tuple[str, str]]:
-    """Scalars: batch, head and row strides of each tensor, then sizes."""
+def _names(tensors: str, mask: str, varlen: str = "") -> list[tuple[str, str]]:
+    """Scalars: batch, head and row strides of each tensor, then sizes; with varlen longest, left and right after them."""
     names = [(f"{t}_{d}", "i64") for t in tensors.split() for d in "bht"]
     names += [(f"mask_{d}", "i64") for d in "bhqk"] * bool(mask)
-    return [*names, *((n, "i32") for n in ("heads", "share", "queries", "keys", "head", "head_v")), ("scale", "f32")]
+    return [*names, *((n, "i32") for n in ("heads", "share", "queries", "keys", "head", "head_v")), ("scale", "f32"),
+            *((n, "i32") for n in ("longest", "left", "right") if varlen)]  # fmt: skip
 
 
-def _score(mask: str, causal: bool, q: str, k: str, transposed: bool = False, edge: bool = True) -> list[str]:
+def _score(
+    mask: str, causal: bool, q: str, k: str, transposed: bool = False, edge: bool = True, varlen: str = ""
+) -> list[str]:
     """Lines that turn `s`, the product of queries `q` and keys `k` (vectors of indices), into masked scores times log2(e).
     edge: some keys of the tile are out of range or after a query."""
     qi, ki = (f"{q}[None, :]", f"{k}[:, None]") if transposed else (f"{q}[:, None]", f"{k}[None, :]")
@@ -83,7 +91,9 @@ def _score(mask: str, causal: bool, q: str, k: str, transposed: bool = False, ed
         else:
             lines.append(f"s += tl.load({at}, mask={inside}, other=0).to(tl.float32) * {LOG2E}")
     if edge:
-        lines.append(f"s = tl.where(({ki} < keys)" + (f" & ({ki} <= {qi})" if causal else "") + ", s, float('-inf'))")
+        seen = f" & ({ki} <= {qi}{' + diagonal + right' if varlen else ''})" if causal else ""
+        seen += f" & ({ki} >= {qi} + diagonal - left)" if varlen == "window" else ""
+        lines.append(f"s = tl.where(({ki} < keys){seen}, s, float('-inf'))")
     return lines
 
 
@@ -102,10 +112,27 @@ PLACE = [
 ]
 
 
-def _place(length: str, tile: int, heads: str = "heads", reverse: bool = False) -> list[str]:
-    """reverse: the last tiles, which see most keys, go first."""
+def _place(length: str, tile: int, heads: str = "heads", reverse: bool = False, varlen: str = "") -> list[str]:
+    """reverse: the last tiles, which see most keys, go first. varlen: from here on queries and keys are the ends of the sequence."""
     start = f"(tiles - 1 - tl.program_id(0) % tiles) * {tile}" if reverse else f"tl.program_id(0) % tiles * {tile}"
-    return [*(t.format(length=length, tile=tile, heads=heads) for t in PLACE), f"start = {start}"]
+    lines = [
+        *(t.format(length="longest" if varlen else length, tile=tile, heads=heads) for t in PLACE),
+        f"start = {start}",
+    ]
+    if not varlen:
+        return lines
+    return [
+        *lines,
+        "total = queries",
+        "first_query = tl.load(spans + b * 4)",
+        "queries = tl.load(spans + b * 4 + 1)",
+        "first_key = tl.load(spans + b * 4 + 2)",
+        "keys = tl.load(spans + b * 4 + 3)",
+        f"start += first_{'query' if length == 'queries' else 'key'}",
+        f"if start >= {length}:",
+        "    return",
+        "diagonal = keys - queries",
+    ]
 
 
 def _precision(dtype: str, precision: str) -> str:
@@ -117,26 +144,38 @@ def _dims(d: int, dv: int) -> list[str]:
     return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {LOG2E}"]
 
 
-def _queries(s: Schedule, d: int, dv: int, causal: bool) -> list[str]:
-    """A tile of queries, and where its keys and values begin."""
+def _queries(s: Schedule, d: int, dv: int, causal: bool, varlen: str) -> list[str]:
+    """A tile of queries, where its keys and values begin, its rows of [B, H, Tq], and the keys `begin` to `last` that it sees."""
+    if not causal:
+        last = "keys"
+    elif varlen:
+        last = f"tl.maximum(tl.minimum(tl.minimum(start + {s.queries}, queries) + diagonal + right, keys), first_key)"
+    else:
+        last = f"tl.minimum(start + {s.queries}, keys)"
     return [
-        *_place("queries", s.queries, reverse=causal),
+        *_place("queries", s.queries, reverse=causal, varlen=varlen),
         "hk = h // share",
+        f"last = {last}",
+        "begin = "
+        + ("tl.maximum(first_key, start + diagonal - left)" if varlen == "window" else "first_key" if varlen else "0"),
         f"rq = start + tl.arange(0, {s.queries})",
         *_dims(d, dv),
         "k_base = k + b * k_b + hk * k_h",
         "v_base = v + b * v_b + hk * v_h",
+        f"row = {'h * total' if varlen else 'bh.to(tl.int64) * queries'} + rq",
     ]
 
 
-def _buffers(dtype: str, tensors: str, mask: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
-    return [*((t, dtype) for t in tensors.split()), *([("mask", mask)] if mask else []), *more]
+def _buffers(dtype: str, tensors: str, mask: str, varlen: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    tables = [*([("mask", mask)] if mask else []), *([("spans", "i32")] if varlen else [])]
+    return [*((t, dtype) for t in tensors.split()), *tables, *more]
 
 
-def _name(kind: str, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str) -> str:
-    return (
-        f"attention{kind}_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{'_causal' if causal else ''}{precision}"
-    )
+def _name(
+    kind: str, dtype: str, head: int, head_v: int, exact: bool, mask: str, causal: bool, precision: str, varlen: str
+) -> str:
+    flags = f"{'_causal' if causal else ''}{f'_varlen{varlen}' if varlen else ''}{precision}"
+    return f"attention{kind}_{dtype}_{head}_{head_v}{'x' if exact else ''}_{mask}{flags}"
 
 
 def forward(
@@ -149,9 +188,11 @@ def forward(
     mask: str,
     causal: bool,
     precision: str,
+    varlen: str = "",
 ) -> Kernel:
-    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), out, lse
-    [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups()."""
+    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), out,
+    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups(). varlen goes with causal, without mask."""
+    assert not varlen or (causal and not mask)
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
@@ -160,7 +201,7 @@ def forward(
 
     # Where nothing is added to the scores, their scale is part of the exponential; it is made positive for that, and no row's
     # largest score is -infinity: tiles without a key that the row sees are left out, or come after others.
-    fold = not mask
+    fold = not mask and not varlen  # where a row may see nothing
 
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
@@ -170,7 +211,7 @@ def forward(
             *([f"x = j + tl.arange(0, {s.keys})"] if need_x else []),
             f"kt = tl.load(k_base + k_at{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
-            *_score(mask, causal, "rq", "x", edge=edge)[fold:],
+            *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen)[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
             *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
             f"p = tl.math.exp2(s{' * scale2' * fold} - {'m_new' if fold else 'm_safe'}[:, None])",
@@ -185,8 +226,14 @@ def forward(
         ]  # fmt: skip
         return ["    " + line for line in lines]
 
+    if varlen == "window":
+        full = "begin"
+    elif varlen:
+        full = f"begin + tl.maximum(tl.minimum(start + diagonal + right + 1, keys) - begin, 0) // {s.keys} * {s.keys}"
+    else:
+        full = f"{'tl.minimum(start, keys)' if causal else 'keys'} // {s.keys} * {s.keys}"
     lines = [
-        *_queries(s, d, dv, causal),
+        *_queries(s, d, dv, causal, varlen),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
         f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
         f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]",
@@ -197,22 +244,22 @@ def forward(
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
         f"l_i = tl.zeros([{s.queries}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
-        f"last = {f'tl.minimum(start + {s.queries}, keys)' if causal else 'keys'}",
-        f"full = {'tl.minimum(start, keys)' if causal else 'keys'} // {s.keys} * {s.keys}",
-        f"for j in range(0, full, {s.keys}):",
+        *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if varlen else []),
+        f"full = {full}",
+        f"for j in range(begin, full, {s.keys}):",
         *body(False),
         f"for j in range(full, last, {s.keys}):",
         *body(True),
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         "acc = acc / l_safe[:, None]",
-        f"tl.store(lse + bh.to(tl.int64) * queries + rq, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
+        f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
         "o_base = out + b * out_b + h * out_h",
         "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision)}_{s}"
-    buffers = _buffers(dtype, "q k v", mask, ("out", dtype), ("lse", "f32"))
-    return template(name, buffers, _names("q k v out", mask), "\n".join(lines), s.warps, s.stages)
+    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}_{s}"
+    buffers = _buffers(dtype, "q k v", mask, varlen, ("out", dtype), ("lse", "f32"))
+    return template(name, buffers, _names("q k v out", mask, varlen), "\n".join(lines), s.warps, s.stages)
 
 
 def delta(target: Target, dtype: str, head_v: int) -> Kernel:
@@ -250,33 +297,32 @@ def backward_query(
     causal: bool,
     precision: str,
     scores: bool,
+    varlen: str = "",
 ) -> Kernel:
     """dq, and with `scores` the gradient of the scores ds [B, H, Tq, Tk] (contiguous, float32). Buffers: q, k, v, g, (mask),
-    lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
+    (spans), lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     in_d = "" if exact and head == d else " & (rd[None, :] < head)"
     in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     lines = [
-        *_queries(s, d, dv, causal),
+        *_queries(s, d, dv, causal, varlen),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "in_q = rq[:, None] < queries",
         f"q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
         f"g_tile = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q{in_v}, other=0)",
-        "row = bh.to(tl.int64) * queries + rq",
         f"log = tl.load(lse + row, mask=rq < queries, other=0) * {LOG2E}",
         "log = tl.where(log == float('-inf'), 0.0, log)",
         "di = tl.load(delta + row, mask=rq < queries, other=0)",
         f"acc = tl.zeros([{s.queries}, {d}], tl.float32)",
-        f"last = {f'tl.minimum(start + {s.queries}, keys)' if causal else 'keys'}",
-        f"for j in range(0, last, {s.keys}):",
+        f"for j in range(begin, last, {s.keys}):",
         f"    x = j + tl.arange(0, {s.keys})",
         "    in_k = x[:, None] < keys",
         f"    kt = tl.load(k_base + x[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k{in_d}, other=0)",
         f"    vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
         f"    s = tl.dot(q_tile, tl.trans(kt){ip})",
-        *("    " + t for t in _score(mask, causal, "rq", "x")),
+        *("    " + t for t in _score(mask, causal, "rq", "x", varlen=varlen)),
         "    p = tl.math.exp2(s - log[:, None])",
         f"    dp = tl.dot(g_tile, tl.trans(vt){ip})",
         "    ds = p * (dp - di[:, None])",
@@ -286,10 +332,12 @@ def backward_query(
         "tl.store(dq + b * dq_b + h * dq_h + rq[:, None].to(tl.int64) * dq_t + rd[None, :], "
         f"acc.to({STORAGE[dtype]}), mask=in_q & (rd[None, :] < head))",
     ]  # fmt: skip
-    name = _name("_backward_query", dtype, head, head_v, exact, mask, causal, precision) + f"{'_ds' * scores}_{s}"
+    name = (
+        _name("_backward_query", dtype, head, head_v, exact, mask, causal, precision, varlen) + f"{'_ds' * scores}_{s}"
+    )
     more = [("ds_out", "f32")] if scores else []
-    buffers = _buffers(dtype, "q k v g", mask, ("lse", "f32"), ("delta", "f32"), ("dq", dtype), *more)
-    return template(name, buffers, _names("q k v g dq", mask), "\n".join(lines), s.warps, s.stages)
+    buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dq", dtype), *more)
+    return template(name, buffers, _names("q k v g dq", mask, varlen), "\n".join(lines), s.warps, s.stages)
 
 
 def backward_key(
@@ -302,18 +350,22 @@ def backward_key(
     mask: str,
     causal: bool,
     precision: str,
+    varlen: str = "",
 ) -> Kernel:
-    """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), lse, delta, dk, dv. Scalars:
+    """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), (spans), lse, delta, dk, dv. Scalars:
     _names("q k v g dk dv"). Grid: groups()."""
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     in_d = "" if exact and head == d else " & (rd[None, :] < head)"
     in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
-    first = f"(start // {s.queries}) * {s.queries}" if causal else "0"
+    first, end = f"(start // {s.queries}) * {s.queries}" if causal else "0", "queries"
+    if varlen:
+        first = "tl.maximum(start - diagonal - right, first_query)"
+        end = f"tl.minimum(start + {s.keys} - diagonal + left, queries)" if varlen == "window" else end
     lines = [
         "kv_heads = heads // share",
-        *(t.replace("h = ", "hk = ") if t.startswith("h = ") else t for t in _place("keys", s.keys, "kv_heads")),
+        *(t.replace("h = ", "hk = ") if t.startswith("h = ") else t for t in _place("keys", s.keys, "kv_heads", varlen=varlen)),
         f"rk = start + tl.arange(0, {s.keys})",
         *_dims(d, dv),
         "in_k = rk[:, None] < keys",
@@ -326,8 +378,8 @@ def backward_key(
         *(["    mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "    q_base = q + b * q_b + h * q_h",
         "    g_base = g + b * g_b + h * g_h",
-        "    rows = (b * heads + h) * queries",
-        f"    for j in range({first}, queries, {s.queries}):",
+        f"    rows = {'h * total' if varlen else '(b * heads + h) * queries'}",
+        f"    for j in range({first}, {end}, {s.queries}):",
         f"        x = j + tl.arange(0, {s.queries})",
         "        in_q = x[:, None] < queries",
         f"        q_tile = tl.load(q_base + x[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
@@ -336,7 +388,7 @@ def backward_key(
         "        log = tl.where(log == float('-inf'), 0.0, log)",
         "        di = tl.load(delta + rows + x, mask=x < queries, other=0)",
         f"        s = tl.dot(kt, tl.trans(q_tile){ip})",
-        *("        " + t for t in _score(mask, causal, "x", "rk", True)),
+        *("        " + t for t in _score(mask, causal, "x", "rk", True, varlen=varlen)),
         "        p = tl.math.exp2(s - log[None, :])",
         "        p = tl.where(x[None, :] < queries, p, 0.0)",
         f"        dv_acc = tl.dot(p{low}, g_tile, dv_acc{ip})",
@@ -349,9 +401,9 @@ def backward_key(
         "tl.store(dv + b * dv_b + hk * dv_h + rk[:, None].to(tl.int64) * dv_t + rv[None, :], "
         f"dv_acc.to({STORAGE[dtype]}), mask=in_k & (rv[None, :] < head_v))",
     ]  # fmt: skip
-    name = f"{_name('_backward_key', dtype, head, head_v, exact, mask, causal, precision)}_{s}"
-    buffers = _buffers(dtype, "q k v g", mask, ("lse", "f32"), ("delta", "f32"), ("dk", dtype), ("dv", dtype))
-    return template(name, buffers, _names("q k v g dk dv", mask), "\n".join(lines), s.warps, s.stages)
+    name = f"{_name('_backward_key', dtype, head, head_v, exact, mask, causal, precision, varlen)}_{s}"
+    buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dk", dtype), ("dv", dtype))
+    return template(name, buffers, _names("q k v g dk dv", mask, varlen), "\n".join(lines), s.warps, s.stages)
 
 
 def groups(tile: int, length: Any, heads: Any) -> tuple[Any, Any, Any]:

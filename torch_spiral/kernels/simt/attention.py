@@ -9,6 +9,11 @@ Storage f32, f16 or bf16; everything is computed in f32.
 score = scale * q.k + mask. Masked: an element whose score is -inf counts nothing; a row with no element gives 0 and
 logsumexp -inf.
 causal: query i sees keys up to i + causal_shift (0 for torch's is_causal; keys - queries for lower right alignment).
+
+varlen ("full", "window"): the batch are sequences that lie one after the other in tensors with one batch (batch strides are 0). The
+buffer spans [sequences, 4] (int32) says where each begins and ends, in q and in k. Query i sees keys from i + diagonal - left (with
+"window") to i + diagonal + right, where the last query of a sequence has its diagonal at its last key. queries and keys are those
+of all sequences together, longest those of the longest; left, right (i32) and longest (u32) take the place of causal_shift.
 """
 
 from __future__ import annotations
@@ -214,10 +219,14 @@ def _weighted(
     t.end()
 
 
-def _score(t: Text, mask: str, causal: bool, value: str, query: str, key: str, out: str) -> None:
-    """Declares f32 `out`: the score of (query, key), NEVER where it does not count."""
+def _score(
+    t: Text, mask: str, causal: bool, value: str, query: str, key: str, out: str, varlen: str = "", end: str = "queries"
+) -> None:
+    """Declares f32 `out`: the score of (query, key), NEVER where it does not count. end: of the queries."""
     t.var(out, f"{value} * scale", "f32")
-    conditions = [f"{key} >= key_end", f"{query} >= queries"]
+    conditions = [f"{key} >= key_end", f"{query} >= {end}"]
+    if varlen == "window":
+        conditions.append(f"{t.cast(key, 'i32')} < {t.cast(query, 'i32')} + diagonal - left")
     if causal:
         conditions.append(f"{t.cast(key, 'i32')} > {t.cast(query, 'i32')} + causal_shift")
     t.open(" || ".join(conditions))
@@ -247,9 +256,10 @@ def mask_load(t: Text, at: str) -> str:
 
 
 def _name(
-    kind: str, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, vec: bool, last: str = ""
-) -> str:
-    flags = ("_causal" if causal else "") + ("_vec" if vec else "") + last
+    kind: str, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, vec: bool, last: str = "",
+    varlen: str = "",
+) -> str:  # fmt: skip
+    flags = ("_causal" if causal else "") + (f"_varlen{varlen}" if varlen else "") + ("_vec" if vec else "") + last
     return f"{kind}_{dtype}_{head}_{head_v}_{mask or 'none'}{flags}_{s.key}"
 
 
@@ -258,13 +268,52 @@ def _declare(t: Text, names: list[str]) -> None:
         t.scalar(f"{n}_batch", f"{n}_head", f"{n}_row")
 
 
-def _common_scalars(t: Text, mask: str, causal: bool) -> None:
+def _common_scalars(t: Text, mask: str, causal: bool, varlen: str) -> None:
     t.scalar("batch", "heads", "group", "queries", "keys", "head", "head_v")
     if mask:
         t.scalar("mask_batch", "mask_head", "mask_row", "mask_col")
-    if causal:
+    if varlen:
+        t.scalar("left", "right", type="i32")
+        t.scalar("longest")
+    elif causal:
         t.scalar("causal_shift", type="i32")
     t.scalar("scale", type="f32")
+
+
+def _find_sequence(t: Text) -> None:
+    """Declares first_query, query_end, first_key, last_key, diagonal (i32) and causal_shift of sequence z. One invocation reads them;
+    the others take them from shared memory, which tells a compiler that they agree."""
+    t.shared("place", "i32", 1)
+    t.barrier()
+    t.open("lid == 0u")
+    t.base("spans_base", "spans")
+    found = t.vector([t.load("spans", "spans_base", f"z * 4u + {i}u") for i in range(4)], "i32")
+    t.add(f"place[0] = {found};")
+    t.end()
+    t.barrier()
+    for name, c in zip(("first_query", "query_end", "first_key", "last_key"), COMPONENTS, strict=True):
+        t.let(name, t.cast(f"place[0].{c}", "u32"))
+    t.let("diagonal", "place[0].w - place[0].y", "i32")
+    t.let("causal_shift", "diagonal + right", "i32")
+
+
+def _key_range(t: Text, s: Schedule, causal: bool, varlen: str, begin: str, last: str) -> None:
+    """Declares key_begin and key_end: the keys that the queries q0 .. q0 + block_q see, of `begin` to `last`."""
+    if not causal:
+        t.let("key_begin", begin)
+        t.let("key_end", last)
+        return
+    end = "query_end" if varlen else "queries"
+    visible = f"{t.cast(f'min(q0 + {s.block_q}u, {end})', 'i32')} + causal_shift"
+    if not varlen:
+        t.let("key_begin", begin)
+        t.let("key_end", f"min({last}, {t.cast(f'max({visible}, 0)', 'u32')})")
+        return
+    if varlen == "window":
+        lowest = f"max({t.cast('q0', 'i32')} + diagonal - left, 0)"
+        begin = f"max({begin}, {t.cast(lowest, 'u32')})"
+    t.let("key_begin", begin)
+    t.let("key_end", t.select("key_begin", f"min({last}, {t.cast(f'max({visible}, 0)', 'u32')})", "q0 < query_end"))
 
 
 def forward(
@@ -277,13 +326,14 @@ def forward(
     causal: bool = False,
     vec: bool = False,
     split: bool = False,
+    varlen: str = "",
 ) -> Kernel:
     """out = softmax(scale q k^T + mask) v and lse = logsumexp of the scores (f32, natural logarithm).
 
     head, head_v: head_class() of the sizes; the sizes themselves are scalars. mask: "" or the mask's storage dtype
     ("bool": true counts).
     vec: head sizes, strides and offsets of q, k, v divisible by 4. All have stride 1 along the head dimension.
-    Buffers: q, k, v, [mask], out, lse.
+    Buffers: q, k, v, [mask], [spans], out, lse. varlen goes with causal, without mask and split.
     Scalars (u32): batch, heads, group (= heads / kv_heads), queries, keys, head, head_v, [mask_batch, mask_head,
     mask_row, mask_col], [causal_shift (i32)], scale (f32), then batch, head, row strides of q, k, v, out each; with
     split: splits, key_span.
@@ -294,16 +344,19 @@ def forward(
     Grid: forward_groups().
     """
     s = schedule
-    name = _name("attention", s, dtype, head, head_v, mask, causal, vec, "_split" if split else "")
+    assert not varlen or (causal and not mask and not split)
+    name = _name("attention", s, dtype, head, head_v, mask, causal, vec, "_split" if split else "", varlen)
     t = Text(target, name, s.threads)
     width = 4 if vec else 1
     for n in "qkv":
         t.buffer(n, dtype, "r", width)
     if mask:
         t.buffer("mask", mask)
+    if varlen:
+        t.buffer("spans", "i32")
     t.buffer("out", "f32" if split else dtype, "w")
     t.buffer("lse", "f32", "w")
-    _common_scalars(t, mask, causal)
+    _common_scalars(t, mask, causal, varlen)
     _declare(t, ["q", "k", "v", "out"])
     if split:
         t.scalar("splits", "key_span")
@@ -321,27 +374,25 @@ def forward(
 
     t.let("tx", f"lid % {lanes_k}u")
     t.let("ty", f"lid / {lanes_k}u")
-    t.let("blocks", f"(queries + {s.block_q - 1}u) / {s.block_q}u")
+    t.let("blocks", f"({'longest' if varlen else 'queries'} + {s.block_q - 1}u) / {s.block_q}u")
     t.loop("tile", t.group, "blocks * heads * batch" + (" * splits" if split else ""), t.groups)
     if split:
         t.let("part", "(tile / blocks) % splits")
         t.let("bh", "tile / (blocks * splits)")
-        t.let("q0", f"(tile % blocks) * {s.block_q}u")
-        t.let("key_begin", "min(part * key_span, keys)")
-        t.let("key_last", "min(key_begin + key_span, keys)")
     else:
         t.let("bh", "tile / blocks")
-        # The longest blocks of a causal product first.
-        t.let("q0", f"(blocks - 1u - tile % blocks) * {s.block_q}u")
-        t.let("key_begin", "0u")
-        t.let("key_last", "keys")
     t.let("z", "bh / heads")
     t.let("h", "bh % heads")
-    if causal:
-        visible = f"{t.cast(f'min(q0 + {s.block_q}u, queries)', 'i32')} + causal_shift"
-        t.let("key_end", f"min(key_last, {t.cast(f'max({visible}, 0)', 'u32')})")
+    # The longest blocks of a causal product first.
+    block = "(tile % blocks)" if split else "(blocks - 1u - tile % blocks)"
+    if varlen:
+        _find_sequence(t)
+    t.let("q0", f"{'first_query + ' if varlen else ''}{block} * {s.block_q}u")
+    if split:
+        t.let("part_begin", "min(part * key_span, keys)")
+        _key_range(t, s, causal, varlen, "part_begin", "min(part_begin + key_span, keys)")
     else:
-        t.let("key_end", "key_last")
+        _key_range(t, s, causal, varlen, *(("first_key", "last_key") if varlen else ("0u", "keys")))
     t.base("q_base", "q", ("z", "q_batch"), ("h", "q_head"))
     t.base("k_base", "k", ("z", "k_batch"), ("(h / group)", "k_head"))
     t.base("v_base", "v", ("z", "v_batch"), ("(h / group)", "v_head"))
@@ -363,7 +414,7 @@ def forward(
         t.let("query", f"q0 + {row}")
         t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}")
+            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen)
         t.add(f"s{i}_0 = {t.vector([f'e{j}' for j in range(4)])};")
         t.add(f"partial[tx * {s.block_q}u + {row}] = max(max(e0, e1), max(e2, e3));")
         t.end()
@@ -438,7 +489,7 @@ def forward(
         t.let("total", f"l{i // 4}.{COMPONENTS[i % 4]}", "f32")
         zero, one = t_float(t, "0.0"), t_float(t, "1.0")
         t.let("inverse", t.select(f"{one} / total", zero, f"total == {zero}"), "f32")
-        t.open("query < queries")
+        t.open(f"query < {'query_end' if varlen else 'queries'}")
         for column in range(o.v):
             for j, c in enumerate(COMPONENTS):
                 t.let(f"col{column}_{j}", f"({column * lanes_k}u + tx) * 4u + {j}u")
@@ -452,7 +503,13 @@ def forward(
                 t.end()
         t.open("tx == 0u")
         inf = negative_infinity(t)
-        at = "((part * batch + z) * heads + h) * queries + query" if split else "bh * queries + query"
+        at = (
+            "((part * batch + z) * heads + h) * queries + query"
+            if split
+            else "h * queries + query"
+            if varlen
+            else "bh * queries + query"
+        )
         t.base("lse_base", "lse")
         t.store(
             "lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}")
@@ -554,18 +611,20 @@ def delta(target: Target, dtype: str) -> Kernel:
 
 
 def _backward(
-    t: Text, s: Schedule, dtype: str, mask: str, causal: bool, vec: bool, results: list[tuple[str, str]]
+    t: Text, s: Schedule, dtype: str, mask: str, causal: bool, vec: bool, results: list[tuple[str, str]], varlen: str
 ) -> None:
     """Buffers, scalars and shared memory of the backward kernels."""
     for n in ("q", "k", "v", "g"):
         t.buffer(n, dtype, "r", 4 if vec else 1)
     if mask:
         t.buffer("mask", mask)
+    if varlen:
+        t.buffer("spans", "i32")
     t.buffer("lse", "f32")
     t.buffer("delta", "f32")
     for n, d in results:
         t.buffer(n, d, "w")
-    _common_scalars(t, mask, causal)
+    _common_scalars(t, mask, causal, varlen)
     _declare(t, ["q", "k", "v", "g", *(n for n, _ in results if n != "ds")])
 
 
@@ -628,6 +687,7 @@ def backward_query(
     causal: bool = False,
     vec: bool = False,
     mask_grad: bool = False,
+    varlen: str = "",
 ) -> Kernel:
     """dq, and with mask_grad also the gradient of the score matrix ds (f32, contiguous (batch, heads, queries,
     keys)), for the mask;
@@ -635,26 +695,24 @@ def backward_query(
 
     g is the gradient of out; lse from forward(), delta from delta(). Deterministic. Arguments as in forward(); vec
     includes g.
-    Buffers: q, k, v, g, [mask], lse, delta, dq, [ds].
+    Buffers: q, k, v, g, [mask], [spans], lse, delta, dq, [ds].
     Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dq. Grid: forward_groups()."""
     s = schedule
-    name = _name("attention_dq", s, dtype, head, head_v, mask, causal, vec, "_ds" if mask_grad else "")
+    name = _name("attention_dq", s, dtype, head, head_v, mask, causal, vec, "_ds" if mask_grad else "", varlen)
     t = Text(target, name, s.threads)
-    _backward(t, s, dtype, mask, causal, vec, [("dq", dtype)] + ([("ds", "f32")] if mask_grad else []))
+    _backward(t, s, dtype, mask, causal, vec, [("dq", dtype)] + ([("ds", "f32")] if mask_grad else []), varlen)
     columns = padded(head, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, columns)
-    t.let("blocks", f"(queries + {s.block_q - 1}u) / {s.block_q}u")
+    t.let("blocks", f"({'longest' if varlen else 'queries'} + {s.block_q - 1}u) / {s.block_q}u")
     t.loop("tile", t.group, "blocks * heads * batch", t.groups)
     t.let("bh", "tile / blocks")
-    t.let("q0", f"(blocks - 1u - tile % blocks) * {s.block_q}u")
     t.let("z", "bh / heads")
     t.let("h", "bh % heads")
-    if causal:
-        visible = f"{t.cast(f'min(q0 + {s.block_q}u, queries)', 'i32')} + causal_shift"
-        t.let("key_end", f"min(keys, {t.cast(f'max({visible}, 0)', 'u32')})")
-    else:
-        t.let("key_end", "keys")
-    _bases(t, mask)
+    if varlen:
+        _find_sequence(t)
+    t.let("q0", f"{'first_query + ' if varlen else ''}(blocks - 1u - tile % blocks) * {s.block_q}u")
+    _key_range(t, s, causal, varlen, *(("first_key", "last_key") if varlen else ("0u", "keys")))
+    _bases(t, mask, varlen)
     t.base("dq_base", "dq", ("z", "dq_batch"), ("h", "dq_head"))
     if mask_grad:
         t.base("ds_base", "ds", ("bh", "queries * keys"))
@@ -665,7 +723,7 @@ def backward_query(
         t.let(f"lse{i}", t.load("lse", "lse_base", f"at{i}"), "f32")
         t.let(f"delta{i}", t.load("delta", "delta_base", f"at{i}"), "f32")
     scores = _Scores(t, s, vec)
-    t.loop("k0", "0u", "key_end", f"{s.block_k}u")
+    t.loop("k0", "key_begin", "key_end", f"{s.block_k}u")
     scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head")
     scores.product("p", "g", "v", "g_base", "v_base", "q0", "k0", "head_v")
     for i in range(s.thread_q):
@@ -673,7 +731,7 @@ def backward_query(
         t.let("query", f"q0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
         t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}")
+            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen)
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}"), "f32")
             t.let(
                 f"d{j}",
@@ -708,19 +766,20 @@ def backward_query(
     )
     t.barrier()
     t.end()
-    _store_rows(t, s, acc, "dq", "q0", "queries", "head", lanes, lanes_m, " * scale")
+    _store_rows(t, s, acc, "dq", "q0", "query_end" if varlen else "queries", "head", lanes, lanes_m, " * scale")
     t.barrier()
     t.end()
     return t.finish()
 
 
-def _bases(t: Text, mask: str) -> None:
+def _bases(t: Text, mask: str, varlen: str) -> None:
     t.base("q_base", "q", ("z", "q_batch"), ("h", "q_head"))
     t.base("k_base", "k", ("z", "k_batch"), ("(h / group)", "k_head"))
     t.base("v_base", "v", ("z", "v_batch"), ("(h / group)", "v_head"))
     t.base("g_base", "g", ("z", "g_batch"), ("h", "g_head"))
-    t.base("lse_base", "lse", ("bh", "queries"))
-    t.base("delta_base", "delta", ("bh", "queries"))
+    row = "h" if varlen else "bh"
+    t.base("lse_base", "lse", (row, "queries"))
+    t.base("delta_base", "delta", (row, "queries"))
     if mask:
         t.base("mask_base", "mask", ("z", "mask_batch"), ("h", "mask_head"))
 
@@ -734,32 +793,45 @@ def backward_key(
     mask: str = "",
     causal: bool = False,
     vec: bool = False,
+    varlen: str = "",
 ) -> Kernel:
     """dk and dv: a workgroup owns block_q keys of a kv head and walks over the queries of its query heads, block_k
     at a time, in order:
     deterministic, grouped heads summed.
 
-    Buffers: q, k, v, g, [mask], lse, delta, dk, dv.
+    Buffers: q, k, v, g, [mask], [spans], lse, delta, dk, dv.
     Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dk, dv. Grid:
     backward_key_groups()."""
     s = schedule
-    name = _name("attention_dkv", s, dtype, head, head_v, mask, causal, vec)
+    name = _name("attention_dkv", s, dtype, head, head_v, mask, causal, vec, varlen=varlen)
     t = Text(target, name, s.threads)
-    _backward(t, s, dtype, mask, causal, vec, [("dk", dtype), ("dv", dtype)])
+    _backward(t, s, dtype, mask, causal, vec, [("dk", dtype), ("dv", dtype)], varlen)
     columns_k, columns_v = padded(head, s.block_k // 4), padded(head_v, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, max(columns_k, columns_v))
-    t.let("blocks", f"(keys + {s.block_q - 1}u) / {s.block_q}u")
+    t.let("blocks", f"({'longest' if varlen else 'keys'} + {s.block_q - 1}u) / {s.block_q}u")
     t.let("kv_heads", "heads / group")
     t.loop("tile", t.group, "blocks * kv_heads * batch", t.groups)
     t.let("kv", "(tile / blocks) % kv_heads")
     t.let("z", "tile / (blocks * kv_heads)")
-    t.let("k0", f"(tile % blocks) * {s.block_q}u")
-    t.let("key_end", "keys")
+    if varlen:
+        _find_sequence(t)
+    t.let("k0", f"{'first_key + ' if varlen else ''}(tile % blocks) * {s.block_q}u")
+    t.let("key_end", "last_key" if varlen else "keys")
     dk = Accumulators(t, "o", s.thread_q, columns_k // lanes, "f32")
     dv = Accumulators(t, "u", s.thread_q, columns_v // lanes, "f32")
     dk.declare()
     dv.declare()
-    if causal:  # the first query that sees a key of this block
+    query_end = "queries"
+    if varlen:
+        first = f"max({t.cast('k0', 'i32')} - causal_shift, {t.cast('first_query', 'i32')})"
+        t.let("q_begin", t.cast(first, "u32"))
+        last = "query_end"
+        if varlen == "window":
+            highest = f"max({t.cast('k0', 'i32')} + {s.block_q} - diagonal + left, 0)"
+            last = f"min(query_end, {t.cast(highest, 'u32')})"
+        t.let("q_end", t.select("q_begin", last, "k0 < last_key"))
+        query_end = "q_end"
+    elif causal:  # the first query that sees a key of this block
         first = f"{t.cast('k0', 'i32')} - causal_shift"
         t.let("q_begin", f"({t.cast(f'max({first}, 0)', 'u32')} / {s.block_k}u) * {s.block_k}u")
     else:
@@ -767,8 +839,8 @@ def backward_key(
     scores = _Scores(t, s, vec)
     t.loop("h", "kv * group", "kv * group + group", "1u")
     t.let("bh", "z * heads + h")
-    _bases(t, mask)
-    t.loop("q0", "q_begin", "queries", f"{s.block_k}u")
+    _bases(t, mask, varlen)
+    t.loop("q0", "q_begin", query_end, f"{s.block_k}u")
     scores.product("s", "k", "q", "k_base", "q_base", "k0", "q0", "head", "keys", "queries")
     scores.product("p", "v", "g", "v_base", "g_base", "k0", "q0", "head_v", "keys", "queries")
     t.let("query", "q0 + tx * 4u")
@@ -780,7 +852,7 @@ def backward_key(
         t.open()
         t.let("key", f"k0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}")
+            _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}", varlen, query_end)
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}"), "f32")
             t.let(
                 f"d{j}",
@@ -794,19 +866,19 @@ def backward_key(
     args = (lanes, s.block_k, s.chunk, vec)
     _share(t, s, "s", lanes_m, pitch)
     _weighted(
-        t, dv, "weights", pitch, lanes_m, "g", "g_base", "q0", "queries", "head_v", columns_v, *args, "gg", s.unroll
+        t, dv, "weights", pitch, lanes_m, "g", "g_base", "q0", query_end, "head_v", columns_v, *args, "gg", s.unroll
     )
     t.barrier()
     _share(t, s, "p", lanes_m, pitch)
     _weighted(
-        t, dk, "weights", pitch, lanes_m, "q", "q_base", "q0", "queries", "head", columns_k, *args, "qq", s.unroll
+        t, dk, "weights", pitch, lanes_m, "q", "q_base", "q0", query_end, "head", columns_k, *args, "qq", s.unroll
     )
     t.barrier()
     t.end(2)
     t.base("dk_base", "dk", ("z", "dk_batch"), ("kv", "dk_head"))
     t.base("dv_base", "dv", ("z", "dv_batch"), ("kv", "dv_head"))
-    _store_rows(t, s, dk, "dk", "k0", "keys", "head", lanes, lanes_m, " * scale")
-    _store_rows(t, s, dv, "dv", "k0", "keys", "head_v", lanes, lanes_m, "")
+    _store_rows(t, s, dk, "dk", "k0", "key_end", "head", lanes, lanes_m, " * scale")
+    _store_rows(t, s, dv, "dv", "k0", "key_end", "head_v", lanes, lanes_m, "")
     t.end()
     return t.finish()
 

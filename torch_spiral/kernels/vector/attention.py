@@ -97,9 +97,10 @@ def _product(s: Schedule, a: str, panels: str, depth: str, out: str) -> str:
     )
 
 
-def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: str) -> str:
+def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: str, varlen: bool) -> str:
     """out[row][depth] = out * factor[row] + a[row][64] x rows[keys][depth], the first seen[i] keys for group i of rows; `out` has
-    tiles [group][panel][6][nr]."""
+    tiles [group][panel][6][nr]. varlen: without the first `skip` keys, which are of another sequence."""
+    first, count = ("skip", "seen[i] - skip") if varlen else ("0", "seen[i]")
     put = " ".join(
         f"store{s.w}("
         + (f"fma({old}, (V)({factor}[i * {s.mr} + {r}]), c{r}_{v})" if factor else f"{old} + c{r}_{v}")
@@ -110,9 +111,9 @@ def _accumulate(s: Schedule, a: str, rows: str, depth: str, out: str, factor: st
     )
     return (
         f"{{ const uint n_ = ({depth} + {s.nr - 1}u) / {s.nr}u; for (uint q = 0; q < n_; q++) for (uint i = 0; i < tiles; i++) {{ "
-        f"if (!seen[i]) continue; const T* a_ = {a} + i * {s.mr * BLOCK}; T* o_ = {out} + (i * n_ + q) * {s.mr * s.nr}; "
-        f"const __global T* b_ = {rows} + (ulong)q * keys * {s.nr}; {_accumulators(s)} "
-        f"{micro(s, str(s.nr), 'seen[i]', a_k=1, a_row=BLOCK)} {put} }} }}"
+        f"if (seen[i] <= {first}) continue; const T* a_ = {a} + i * {s.mr * BLOCK} + {first}; T* o_ = {out} + (i * n_ + q) * {s.mr * s.nr}; "
+        f"const __global T* b_ = {rows} + ((ulong)q * keys + {first}) * {s.nr}; {_accumulators(s)} "
+        f"{micro(s, str(s.nr), count, a_k=1, a_row=BLOCK)} {put} }} }}"
     )
 
 
@@ -134,7 +135,7 @@ def _transposed(s: Schedule, a: str, rows: str, depth: str, out: str, causal: bo
     )
 
 
-def _masking(mask: str | None, causal: bool, w: int) -> str:
+def _masking(mask: str | None, causal: bool, w: int, varlen: bool = False) -> str:
     """Statements that mask a row of scores S_[0..63]: query `row`, keys n0 + j, j < cols."""
     out = []
     if mask == "bool":
@@ -149,29 +150,56 @@ def _masking(mask: str | None, causal: bool, w: int) -> str:
         out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * mq;")
     if causal:  # key n0 + j <= row + diagonal
         out.append("for (int j = max(0, (int)row + diagonal - (int)n0 + 1); j < (int)cols; j++) S_[j] = -INFINITY;")
+    if varlen:
+        out.append(
+            "for (int j = 0; j < min(max((int)skip, (int)row + lowest - (int)n0), (int)cols); j++) S_[j] = -INFINITY;"
+        )
     out.append(f"for (uint j = cols; j < {BLOCK}u; j++) S_[j] = -INFINITY;")
     return " ".join(out)
 
 
-def _whole(mask: str | None, causal: bool) -> str:
+def _whole(mask: str | None, causal: bool, varlen: bool) -> str:
     """Condition under which no score of a row and block is masked."""
     if mask:
         return "false"
-    return f"cols == {BLOCK}u" + (f" && (int)n0 + {BLOCK - 1} <= (int)row + diagonal" if causal else "")
+    whole = f"cols == {BLOCK}u" + (f" && (int)n0 + {BLOCK - 1} <= (int)row + diagonal" if causal else "")
+    return whole + (" && !skip && (int)n0 >= (int)row + lowest" if varlen else "")
 
 
-def _see(s: Schedule, causal: bool) -> str:
+# Of sequence z: its first and last query and key, and the range of keys that a row sees, relative to it.
+SEQUENCE = """const uint qs = spans[z * 4], qe = spans[z * 4 + 1], ks = spans[z * 4 + 2], ke = spans[z * 4 + 3];
+  const int diagonal = (int)(ke - qe) + right, lowest = (int)(ke - qe) - left;"""
+
+
+def _see(s: Schedule, causal: bool, varlen: bool) -> str:
     """Statements that count the keys of the block that each group of rows sees."""
     count = (
         f"clamp((int)min(q0 + i * {s.mr}u + {s.mr - 1}u, last) + diagonal + 1 - (int)n0, 0, (int)keys)"
         if causal
         else "keys"
     )
-    return f"for (uint i = 0; i < tiles; i++) seen[i] = {count};"
+    if not varlen:
+        return f"for (uint i = 0; i < tiles; i++) seen[i] = {count};"
+    return f"""const uint skip = ks > n0 ? ks - n0 : 0;
+    for (uint i = 0; i < tiles; i++) seen[i] = min((uint){count}, ke - n0);"""
+
+
+def _blocks(varlen: bool) -> tuple[str, str]:
+    """The first key and the end of the keys over which a block of rows goes."""
+    return (f"(uint)max((int)ks, (int)q0 + lowest) / {BLOCK}u * {BLOCK}u", "ke") if varlen else ("0", "Tk")
+
+
+def _diagonals(causal: bool, varlen: bool) -> list[tuple[str, str]]:
+    return [("left", "i32"), ("right", "i32")] if varlen else [("diagonal", "i32")] if causal else []
 
 
 def attention_forward(
-    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+    target: Target,
+    dtype: str,
+    causal: bool = False,
+    mask: str | None = None,
+    width: int | None = None,
+    varlen: bool = False,
 ) -> Kernel:
     """O = softmax(scale * Q K^T + mask) V and its logsumexp (natural logarithm).
 
@@ -179,31 +207,44 @@ def attention_forward(
     mask: dtype of an additive mask, or "bool" (true: attend); strides may be 0. causal: key <= query + diagonal.
     Scalars: qb, qh, qt, ob, oh, ot, and with mask mb, mh, mq, mk (i64); H, group, Tq, Tk, D, Dv (u32), diagonal (i32, if causal), scale (f32).
     Grid: (cdiv(Tq, 48), B * H, 1).
+
+    varlen (with causal, without mask): the sequences of a batch lie one after the other in tensors with B = 1. A further buffer, spans
+    [sequences, 4] (int32), says where each begins and ends, in Q and in K. Query i sees keys from i + d - left to i + d + right, where
+    the last query of a sequence has its d at the last key; left and right (i32) take the place of diagonal. Tq and Tk are
+    those of all sequences together. Grid: (cdiv(the longest, 48), sequences * H, 1).
     """
+    assert not varlen or (causal and not mask)
     s = schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
+    first, end = _blocks(varlen)
+    if varlen:
+        place = f"""const uint z = bh / H; {SEQUENCE}
+  const uint q0 = qs + qi * {ROWS}u; if (q0 >= qe) return;
+  const uint last = qe - 1, rows = min({ROWS}u, qe - q0)"""
+    else:
+        place = f"const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0)"
     body = f"""
   T Qp[{ROWS * MAX_HEAD}]; T Op[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T top[{ROWS}]; T al[{ROWS}]; uint seen[{ROWS // mr}];
-  const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H;
+  const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = {"0" if varlen else "bh / H"}, h = bh % H;
   const uint qi = {"(x & 1) ? nq - 1 - x / 2 : x / 2" if causal else "x"};  // heavy and light tasks alternate
-  const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0), tiles = (rows + {mr - 1}u) / {mr}u;
+  {place}, tiles = (rows + {mr - 1}u) / {mr}u;
   const uint NPk = (Tk + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u, hk = b * (H / group) + h / group;
-  Q += (long)b * qb + (long)h * qh; O += (long)b * ob + (long)h * oh; L += (ulong)bh * Tq;
+  Q += (long)b * qb + (long)h * qh; O += (long)b * ob + (long)h * oh; L += (ulong){"h" if varlen else "bh"} * Tq;
   Kc += (ulong)hk * NPk * D * {nr}; Vr += (ulong)hk * Tk * NPv * {nr};
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
   {_pack("Qp", "Q", dtype, "qt", "D", "(scale * LOG2E)", mr)}
   for (uint j = 0; j < tiles * {mr}u * NPv * {nr}u; j++) Op[j] = 0;
   for (uint r = 0; r < {ROWS}u; r++) {{ M_[r] = -INFINITY; Z[r] = 0; al[r] = 0; }}
-  for (uint n0 = 0; n0 < Tk; n0 += {BLOCK}u) {{
+  for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
     const uint keys = min({BLOCK}u, Tk - n0);
     {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
-    {_see(s, causal)}
+    {_see(s, causal, varlen)}
     {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
     for (uint i = 0; i < tiles; i++) {{
       const uint cols = seen[i]; if (!cols) continue;
       for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r++) {{
         const uint row = min(q0 + r, last); T* S_ = S + r * {BLOCK};
-        if (!({_whole(mask, causal)})) {{ {_masking(mask, causal, w)} }}
+        if (!({_whole(mask, causal, varlen)})) {{ {_masking(mask, causal, w, varlen)} }}
         V x0 = load{w}(0, S_), x1 = load{w}(1, S_);
         UNROLL for (uint j = 2; j < {BLOCK // w}u; j += 2) {{ x0 = max(x0, load{w}(j, S_)); x1 = max(x1, load{w}(j + 1, S_)); }}
         const T m = max(M_[r], vmax(max(x0, x1))); top[r] = m == -INFINITY ? 0 : m;
@@ -219,7 +260,7 @@ def attention_forward(
       }}
       Z[r] = fma(Z[r], al[r], vsum(z0)); Z[r + 1] = fma(Z[r + 1], al[r + 1], vsum(z1));
     }}
-    {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", "Op", "al")}
+    {_accumulate(s, "S", f"Vr + (ulong)n0 * NPv * {nr}", "Dv", "Op", "al", varlen)}
   }}
   for (uint r = 0; r < rows; r++) {{
     const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
@@ -229,16 +270,26 @@ def attention_forward(
 """
     strides = ["qb", "qh", "qt", "ob", "oh", "ot"] + (["mb", "mh", "mq", "mk"] if mask else [])
     name = "_".join(
-        x for x in ("vector_attention", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}") if x
+        x
+        for x in (
+            "vector_attention",
+            dtype,
+            "causal" if causal else "",
+            "varlen" if varlen else "",
+            f"mask{mask}" if mask else "",
+            f"w{w}",
+        )
+        if x
     )
     return finish(
         target,
         name,
         [("Q", dtype, "r"), ("Kc", "f32", "r"), ("Vr", "f32", "r"), ("O", dtype, "w"), ("L", "f32", "w")]
-        + ([("mask", mask, "r")] if mask else []),
+        + ([("mask", mask, "r")] if mask else [])
+        + ([("spans", "i32", "r")] if varlen else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
-        + ([("diagonal", "i32")] if causal else [])
+        + _diagonals(causal, varlen)
         + [("scale", "f32")],
         _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w),
         body,
@@ -369,6 +420,7 @@ def attention_backward(
     keys: bool = True,
     mask_grad: bool = False,
     width: int | None = None,
+    varlen: bool = False,
 ) -> Kernel:
     """dQ (queries), and sums of dK and dV (keys), in one pass over the scores: five products, or three or four where less is wanted.
 
@@ -379,6 +431,7 @@ def attention_backward(
     tasks * B * Hk * `sums(Tk, head)` elements each), dS with mask_grad, mask where given.
     Scalars: strides (i64) qb, qh, qt of Q; gb, gh, gt of G; dqb, dqh, dqt of dQ if queries; with mask mb, mh, mq, mk; then as the forward.
     Grid: (tasks a head: any number, B * Hk, 1).
+    varlen: as in attention_forward; spans is the last buffer, the number of sequences (u32) the last scalar.
     """
     s = schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
@@ -397,17 +450,22 @@ def attention_backward(
         const T* a = X + r / {mr} * {mr} * NPd * {nr} + r % {mr} * {nr}; __global {POINTEE[dtype]}* d_ = dQ + (long)b * dqb + (long)h * dqh + (long)(q0 + r) * dqt;
         for (uint d = 0; d < D; d++) ST_{dtype}(d_ + d, a[d / {nr}u * {mr * nr} + d % {nr}u] * scale);
       }}"""
-        dq = _accumulate(s, "P", f"Kr + ((ulong)hx * Tk + n0) * NPd * {nr}", "D", "X", "")
+        dq = _accumulate(s, "P", f"Kr + ((ulong)hx * Tk + n0) * NPd * {nr}", "D", "X", "", varlen)
     if keys:
         at = f"(ulong)(n0 / {BLOCK}u) * {_block_rows(s) * nr}u"
         dk = _transposed(s, "S", "Gr", "Dv", f"Vs + {at} * NPv", causal) + _transposed(
             s, "P", "Qr", "D", f"Ks + {at} * NPd", causal
         )
     rows_of = _panels(s, "Qr", "Q_", dtype, "qt", "D") + _panels(s, "Gr", "G_", dtype, "gt", "Dv") if keys else ""
+    first, end = _blocks(varlen)
+    sequences, length, start, stop = "", "Tq", "", "Tq"
+    if varlen:
+        sequences = f"for (uint z = 0; z < sequences; z++) {{ {SEQUENCE} const uint last = qe - 1;"
+        length, start, stop = "qe - qs", "qs + ", "qe"
     body = f"""
   T Qp[{ROWS * MAX_HEAD}]; T Gp[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK + w}]; T P[{ROWS * BLOCK + w}]; uint seen[{ROWS // mr}];
   {f"T X[{ROWS * MAX_HEAD}];" if queries else ""} {f"T Qr[{ROWS * MAX_HEAD}]; T Gr[{ROWS * MAX_HEAD}];" if keys else ""}
-  const uint splits = get_num_groups(0), hx = get_group_id(1), hk = hx % (H / group), b = hx / (H / group), last = Tq - 1;
+  const uint splits = get_num_groups(0), hx = get_group_id(1), hk = hx % (H / group), b = hx / (H / group){"" if varlen else ", last = Tq - 1"};
   const uint NB = (Tk + {BLOCK - 1}u) / {BLOCK}u, Td = (Tq + {BLOCK - 1}u) / {BLOCK}u * {BLOCK}u;
   const uint NPk = (Tk + {nr - 1}u) / {nr}u, NPd = (D + {nr - 1}u) / {nr}u, NPv = (Dv + {nr - 1}u) / {nr}u;
   Kc += (ulong)hx * NPk * D * {nr}; Vc += (ulong)hx * NPk * Dv * {nr};
@@ -416,23 +474,24 @@ def attention_backward(
     const uint bh = b * H + h; const __global T* Dn = Dl + (ulong)bh * 2 * Td;
     const __global {POINTEE[dtype]}* Q_ = Q + (long)b * qb + (long)h * qh; const __global {POINTEE[dtype]}* G_ = G + (long)b * gb + (long)h * gh;
     {"const __global " + POINTEE[mask] + "* mask = mask_ + (long)b * mb + (long)h * mh;" if mask else ""}
-    for (uint t = 0; t * splits * {ROWS}u < Tq; t++) {{  // blocks are dealt to and fro: later ones see more keys
-      const uint q0 = (t * splits + ((t & 1) ? splits - 1 - get_group_id(0) : get_group_id(0))) * {ROWS}u; if (q0 >= Tq) continue;
-      const uint rows = min({ROWS}u, Tq - q0), tiles = (rows + {mr - 1}u) / {mr}u;
+    {sequences}
+    for (uint t = 0; t * splits * {ROWS}u < {length}; t++) {{  // blocks are dealt to and fro: later ones see more keys
+      const uint q0 = {start}(t * splits + ((t & 1) ? splits - 1 - get_group_id(0) : get_group_id(0))) * {ROWS}u; if (q0 >= {stop}) continue;
+      const uint rows = min({ROWS}u, {stop} - q0), tiles = (rows + {mr - 1}u) / {mr}u;
       {_pack("Qp", "Q_", dtype, "qt", "D", "(scale * LOG2E)", mr)} {_pack("Gp", "G_", dtype, "gt", "Dv", "1", mr)}
       {rows_of}
       {f"for (uint j = 0; j < tiles * {mr}u * NPd * {nr}u; j++) X[j] = 0;" if queries else ""}
-      for (uint n0 = 0; n0 < Tk; n0 += {BLOCK}u) {{
+      for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
         const uint keys = min({BLOCK}u, Tk - n0);
         {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
-        {_see(s, causal)}
+        {_see(s, causal, varlen)}
         {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
         {_product(s, "Gp", f"Vc + (ulong)(n0 / {nr}u) * Dv * {nr}", "Dv", "P")}
         for (uint i = 0; i < tiles; i++) {{
           const uint cols = seen[i]; if (!cols) continue;
           for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r++) {{
             const uint row = min(q0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
-            if (!({_whole(mask, causal)})) {{ {_masking(mask, causal, w)} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
+            if (!({_whole(mask, causal, varlen)})) {{ {_masking(mask, causal, w, varlen)} {"for (uint j = 0; j < skip; j++) P_[j] = 0;" if varlen else ""} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
             const V l = (V)(Dn[row]), delta = (V)(Dn[Td + row]);
             UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
               const V p = exp2v(load{w}(j, S_) - l); store{w}(p * (load{w}(j, P_) - delta), j, P_); {f"store{w}(p, j, S_);" if keys else ""}
@@ -445,6 +504,7 @@ def attention_backward(
       }}
       {store}
     }}
+    {"}" if varlen else ""}
   }}
 """
     strides = [p + e for p in ("q", "g", *(("dq",) if queries else ())) for e in ("b", "h", "t")]
@@ -454,6 +514,7 @@ def attention_backward(
         "dkv" if keys else "",
         dtype,
         "causal" if causal else "",
+        "varlen" if varlen else "",
         f"mask{mask}" if mask else "",
     )
     return finish(
@@ -463,11 +524,13 @@ def attention_backward(
         + ([("Kr", "f32", "r"), ("dQ", dtype, "w")] if queries else [])
         + ([("Ks", "f32", "rw"), ("Vs", "f32", "rw")] if keys else [])
         + ([("dS", "f32", "w")] if mask_grad else [])
-        + ([("mask_", mask, "r")] if mask else []),
+        + ([("mask_", mask, "r")] if mask else [])
+        + ([("spans", "i32", "r")] if varlen else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
-        + ([("diagonal", "i32")] if causal else [])
-        + [("scale", "f32")],
+        + _diagonals(causal, varlen)
+        + [("scale", "f32")]
+        + ([("sequences", "u32")] if varlen else []),
         _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
         body,
     )
