@@ -106,11 +106,12 @@ def pack_weights(target: Target, dtype: str, s: Schedule | None = None) -> Kerne
       {loads}
       {turn} {rest}
     }}
+    uint x = k % KW, y = k / KW % KH, z = k / (KW * KH) % KD, c = k / (KW * KH * KD);
     for (; k < k1; k++) {{
       __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * MP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {mr};
-      const uint x = k % KW, y = k / KW % KH, z = k / (KW * KH) % KD, c = k / (KW * KH * KD);
       const __global {POINTEE[dtype]}* q = W + (long)c * wc + (long)z * wd + (long)y * wh + (long)x * ww;
-      for (uint r = 0; r < {mr}u; r++) d[r] = LD_{dtype}(q + (long)min(m + r, M - 1) * wm);
+      UNROLL for (uint r = 0; r < {mr}u; r++) d[r] = LD_{dtype}(q + (long)min(m + r, M - 1) * wm);
+      if (++x == KW) {{ x = 0; if (++y == KH) {{ y = 0; if (++z == KD) {{ z = 0; c++; }} }} }}
     }}
   }}
 """
