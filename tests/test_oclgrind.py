@@ -105,7 +105,9 @@ CASES = {
     "cross_entropy": "F.cross_entropy(x, i[:5])",
     "nll": "F.nll_loss(im.log_softmax(1), i.repeat(10).view(2, 6, 5) % 3)",
     "mse": "F.mse_loss(x, x.flip(0).detach())",
-    "lstm": "torch.lstm_cell(x, (x[:, :4], x[:, :4]), x[:, :7].repeat(4, 1)[:16], x[:, :4].repeat(4, 1)[:16])",
+    # Constant weights: after clEnqueueCopyBuffer, with which a slice's gradient is written, the simulator takes the rest of the
+    # buffer for uninitialised.
+    "lstm": "torch.lstm_cell(x, (x[:, :4], x[:, :4]), x.detach().repeat(4, 1)[:16], x.detach()[:, :4].repeat(4, 1)[:16])",
     "fft": "torch.view_as_real(torch.fft.fft(v))",
     "cholesky": "torch.linalg.cholesky(s)",
     "lu": "torch.linalg.lu_factor(s)[0]",
@@ -120,14 +122,6 @@ CASES = {
 RANDOM = {
     "random": "(torch.randn(9, device=x.device), torch.randint(9, (7,), device=x.device))",
     "dropout": "F.dropout(x)",
-}
-# Where the simulator says what is not understood: PoCL, and the CPU, agree with each other on the results.
-UNSIMULATED = {
-    (
-        "simt",
-        "grid_sample",
-    ): "oclgrind takes the second compare-and-exchange of a place for one of uninitialised values",
-    ("vector", "histc"): "oclgrind computes other counts than PoCL and the CPU",
 }
 
 
@@ -190,8 +184,8 @@ class Simulator:
         vendors.mkdir()
         (vendors / "oclgrind.icd").write_text(f"{DRIVERS[0]}\n")
         self.schedule, self.log, self.errors = schedule, folder / "log", folder / "errors"
-        options = "-D__builtin_prefetch(x)=(void)0"  # the simulator knows no prefetches
-        simt = schedule == "simt"
+        # The simulator knows no prefetches, and takes the optimiser's `zext <n x i1>` for a sign extension.
+        options = "-O0 -D__builtin_prefetch(x)=(void)0"
         self.environment = dict(
             os.environ,
             SPIRAL_ENGINE="opencl",
@@ -201,8 +195,8 @@ class Simulator:
             OCL_ICD_VENDORS=str(vendors),
             OCLGRIND_DATA_RACES="1",
             OCLGRIND_LOG=str(self.log),
-            OCLGRIND_BUILD_OPTIONS=f"{options} -O0" if simt else options,
-            **({"OCLGRIND_UNINITIALIZED": "1"} if simt else {}),
+            OCLGRIND_BUILD_OPTIONS=options,
+            **({"OCLGRIND_UNINITIALIZED": "1"} if schedule == "simt" else {}),
         )
         self.process: subprocess.Popen[str] | None = None
 
@@ -244,8 +238,6 @@ def simulator(request: Any, tmp_path_factory: Any) -> Iterator[Simulator]:
 @simulated
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_reported(simulator: Simulator, case: str) -> None:
-    if reason := UNSIMULATED.get((simulator.schedule, case)):
-        pytest.skip(reason)
     said, reports = simulator.run(case)
     found = findings(reports)
     assert not found, found[:3000]

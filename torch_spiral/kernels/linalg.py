@@ -255,8 +255,11 @@ def lu(target: Target, dtype: str, pivoting: bool) -> Kernel:
             with k.For(j + 1, last) as c:
                 a[i, c] = a[i, c] - scaled * a[j, c]
         team.barrier()
-    with team.one(), k.If(live), k.If(ir.or_(ir.eq(first, 0), ir.eq(info[team.batch], 0))):
-        info[team.batch] = failed
+    with team.one(), k.If(live):
+        with k.If(ir.eq(first, 0)):
+            info[team.batch] = failed
+        with k.Else(), k.If(ir.eq(info[team.batch], 0)):
+            info[team.batch] = failed
     return team.finish()
 
 

@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from ..emit import BufferDecl, header
@@ -254,6 +255,9 @@ class Text:
 
     def loop(self, name: str, start: str, end: str, step: str) -> None:
         """Opens a loop with a u32 counter; closed by end()."""
+        if self.wgsl and self.target.software and re.fullmatch(r"\d+u", end):
+            # Mesa unrolls loops of a known length, and attention then takes four times as long to compile.
+            end += " * min(nwg.x, 1u)"
         declare = f"var {name}: u32 = {start}" if self.wgsl else f"uint {name} = {start}"
         self.add(f"for ({declare}; {name} < {end}; {name} += {step}) {{")
 
