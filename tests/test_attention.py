@@ -19,6 +19,7 @@ CASES = {
     "bias": (2, 4, 2, 33, 70, 24, 40, False, "bias", torch.float32),
     "wide": (1, 2, 1, 20, 65, 256, 72, True, None, torch.float32),
     "decode": (2, 4, 2, 1, 600, 64, 64, False, "bool", torch.float32),
+    "decode of a head": (1, 1, 1, 1, 600, 64, 40, False, "bool", torch.float32),
     "half": (1, 2, 2, 3, 5, 17, 17, False, None, torch.float16),
     "bfloat16": (1, 4, 1, 50, 50, 80, 80, True, None, torch.bfloat16),
 }

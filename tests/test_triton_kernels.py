@@ -485,6 +485,29 @@ else:
         for got, want in zip((dq, dk, dv), wanted):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("mask", ["", "bool"])
+    def test_attention_in_runs(mask):
+        """Few queries: the keys are dealt to several programs, and their results merged. A run without a visible key counts nothing."""
+        batch, heads, queries, keys, head, span = 2, 3, 2, 117, 24, 32
+        q, k, v = (torch.randn(batch, heads, t, head) for t in (queries, keys, keys))
+        m = torch.rand(batch, heads, queries, keys) > 0.3
+        m[0, 0, :, 32:64] = False
+        m[1, 1, 1] = False
+        scores = q @ k.mT * 0.3
+        scores = scores.masked_fill(~m, -torch.inf) if mask else scores
+        s, rows, runs = attention.Schedule(16, 16, 4, 1), batch * heads * queries, 4
+        masks, mask_strides = ([m], list(m.stride())) if mask else ([], [])
+        parts, part_lse = torch.zeros(runs, rows, head), torch.zeros(runs, rows)
+        kernel = attention.forward(TARGET, s, "f32", 32, 32, False, mask, False, "ieee", split=True)
+        strides = [n for x in (q, k, v) for n in x.stride()[:3]]
+        scalars = [*strides, 0, 0, 0, *mask_strides, heads, 1, queries, keys, head, head, 0.3, span, rows]
+        run(kernel, [q, k, v, *masks, parts, part_lse], scalars, (batch * heads, runs, 1))
+        out, lse = torch.zeros(batch, heads, queries, head), torch.zeros(batch, heads, queries)
+        scalars = [*out.stride()[:3], runs, rows, heads, queries, head]
+        run(attention.merge(TARGET, "f32", 32), [parts, part_lse, out, lse], scalars, (1, 1, 1))
+        torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0) @ v, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("left,right", [(1 << 29, 0), (7, 3)])
     def test_attention_of_sequences(left, right):
         """Sequences one after the other, one without keys and one without queries; the diagonal ends at the last key."""

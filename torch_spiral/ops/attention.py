@@ -48,9 +48,9 @@ def forward(
     q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], out [B, H, Tq, Dv], lse [B, H, Tq] contiguous; mask [B, H, Tq, Tk]
     (any strides), boolean (true: attend) or added. H is a multiple of Hk. causal: query i sees keys up to i."""
     if target().schedule_class == "vector":
-        _vector_forward(q, k, v, mask, causal, scale, rows, out, lse)
+        _vector_forward(q, k, v, mask, causal, scale, rows, splits, out, lse)
     elif target().schedule_class == "block":
-        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, out, lse)
+        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
     else:
         _simt_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
 
@@ -73,10 +73,15 @@ def backward(
         _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
 
 
-def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Any:
-    """Operations of a forward pass; of causal ones, half."""
+def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool, products: int = 1, products_v: int = 1) -> Any:
+    """Operations of so many products along the heads of q and of v, those of a forward pass by default; of causal ones, half."""
     batch, heads, queries, d = q.sizes
-    return lambda: batch * heads * queries * k.sizes[2] * (d + v.sizes[3]) * (1 if causal else 2)
+    each = products * d + products_v * v.sizes[3]
+    return lambda: batch * heads * queries * k.sizes[2] * each * (1 if causal else 2)
+
+
+# Products of the backward kernels: scores and their gradient, then dq; or dk and dv.
+OF_QUERIES, OF_KEYS, OF_BOTH = (2, 1), (2, 2), (3, 2)
 
 
 def _tuned(
@@ -123,13 +128,26 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Any) -> list[An
 
 
 def _vector_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, rows: int, out: Tensor, lse: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, rows: int, splits: int, out: Tensor, lse: Tensor
+) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
     key = (q.dtype, causal, mask.dtype if mask is not None else None)
     tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
-    if rows <= 2:  # packing would cost more than it saves
+    units = target().compute_units
+    if rows <= 2 and splits > 1 and not causal and (256 // splits << rows) < units:
+        # Fewer rows than compute units: each is cut, into runs of at least 256 keys.
+        keys, head_v, total = k.sizes[2], v.sizes[3], batch * heads * queries
+        span = maximum(cdiv(keys, cdiv(units, total)), 256)
+        runs = cdiv(keys, span)
+        parts, part_lse = empty((runs, total, head_v), "f32"), empty((runs, total), "f32")
+        kernel = build(vector.attention_decode, *key, None, True)
+        launch(
+            kernel, [q, k, v, parts, part_lse, *masks], [*_bht(q, k, v, out), *tail, span], (queries, batch * heads, runs),
+            _work(q, k, v, causal),
+        )  # fmt: skip
+        _merge(parts, part_lse, runs, out, lse)
+    elif rows <= 2:  # packing would cost more than it saves
         kernel = build(vector.attention_decode, *key)
         launch(kernel, [q, k, v, out, lse, *masks], [*_bht(q, k, v, out), *tail], (queries, batch * heads, 1))
     else:
@@ -171,11 +189,21 @@ def _vector_backward(
         sums = [empty((splits * each * vector.sums(keys, x.sizes[3]),), "f32") for x in (k, v)]
     buffers += [*sums, *([ds] if ds is not None else []), *masks]
     kernel = build(vector.attention_backward, *key, dq is not None, dk is not None, ds is not None)
-    launch(kernel, buffers, [*strides, *tail], (splits, each, 1))
+    products = OF_BOTH if dq is not None and dk is not None else OF_QUERIES if dq is not None else OF_KEYS
+    launch(kernel, buffers, [*strides, *tail], (splits, each, 1), _work(q, k, v, causal, *products))
     if dk is not None and dv is not None:
         kernel = build(vector.attention_backward_sum, q.dtype)
         scalars = [*_bht(dk, dv), splits, kv_heads, keys, k.sizes[3], v.sizes[3], scale]
         launch(kernel, [*sums, dk, dv], scalars, (cdiv(keys, vector.BLOCK), each, 1))
+
+
+def _merge(parts: Tensor, part_lse: Tensor, runs: Any, out: Tensor, lse: Tensor) -> None:
+    """out and lse from those of `runs` runs of the keys, by OpenCL or WGSL."""
+    batch, heads, queries, head_v = out.sizes
+    launch(
+        build(simt.merge, out.dtype), [parts, part_lse, out, lse], [runs, batch, heads, queries, head_v, *_bht(out)],
+        simt.merge_groups(batch, heads, queries, head_v, minimum),
+    )  # fmt: skip
 
 
 # ---- block: Triton ----------------------------------------------------------------------------------------------------
@@ -194,10 +222,24 @@ def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 def _block_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head: int, head_v: int, vec: int, rows: int,
-    out: Tensor, lse: Tensor,
+    splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
+    if splits > 1 and not causal:
+        keys, head_v_size, total = k.sizes[2], v.sizes[3], batch * heads * queries
+        span = maximum(cdiv(cdiv(keys, splits), s.keys), 2) * s.keys
+        runs = cdiv(keys, span)
+        parts, part_lse = empty((runs, total, head_v_size), "f32"), empty((runs, total), "f32")
+        kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), "", True)
+        scalars = [*_block_scalars(q, k, v, mask, scale, out), span, total]
+        groups = (block.groups(s.queries, queries, batch * heads)[0], runs, 1)
+        masks = [mask] if mask is not None else []
+        launch(kernel, [q, k, v, *masks, parts, part_lse], scalars, groups, _work(q, k, v, causal))
+        scalars = [*out.strides[:3], runs, total, heads, queries, head_v_size]
+        kernel = build(block.merge, q.dtype, head_v)
+        launch(kernel, [parts, part_lse, out, lse], scalars, (cdiv(total, block.MERGED), 1, 1))
+        return
     flags = "rows" + ("-exact" if vec == 2 else "")
     s = _tuned(
         flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows)
@@ -231,12 +273,14 @@ def _block_backward(
             [*buffers, dq, *([ds] if ds is not None else [])],
             _block_scalars(q, k, v, mask, scale, g, dq),
             groups,
+            _work(q, k, v, causal, *OF_QUERIES),
         )
     if dk is not None and dv is not None:
         s = block.backward_schedule(q.dtype, max(head, head_v), True)
         kernel = build(block.backward_key, s, *key)
         groups = block.groups(s.keys, k.sizes[2], batch * k.sizes[1])
-        launch(kernel, [*buffers, dk, dv], _block_scalars(q, k, v, mask, scale, g, dk, dv), groups)
+        scalars = _block_scalars(q, k, v, mask, scale, g, dk, dv)
+        launch(kernel, [*buffers, dk, dv], scalars, groups, _work(q, k, v, causal, *OF_KEYS))
 
 
 # ---- simt: GPUs -------------------------------------------------------------------------------------------------------
@@ -287,11 +331,9 @@ def _simt_forward(
         empty((parts, batch, heads, queries), "f32"),
     )
     groups = simt.forward_groups(s, batch, heads, queries, parts, minimum)
-    launch(build(simt.forward, *key, True), [q, k, v, *masks, partial, partial_lse], [*scalars, parts, span], groups)
-    launch(
-        build(simt.merge, q.dtype), [partial, partial_lse, out, lse], [parts, batch, heads, queries, head_v, *_bht(out)],
-        simt.merge_groups(batch, heads, queries, head_v, minimum),
-    )  # fmt: skip
+    buffers = [q, k, v, *masks, partial, partial_lse]
+    launch(build(simt.forward, *key, True), buffers, [*scalars, parts, span], groups, _work(q, k, v, causal))
+    _merge(partial, partial_lse, parts, out, lse)
 
 
 def _simt_backward(
@@ -315,10 +357,13 @@ def _simt_backward(
     if dq is not None:
         kernel = build(simt.backward_query, *key, ds is not None)
         groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
-        launch(kernel, [*buffers, dq, *([ds] if ds is not None else [])], [*scalars, *_bht(dq)], groups)
+        results = [dq, *([ds] if ds is not None else [])]
+        work = _work(q, k, v, causal, *OF_QUERIES)
+        launch(kernel, [*buffers, *results], [*scalars, *_bht(dq)], groups, work)
     if dk is not None and dv is not None:
         groups = simt.backward_key_groups(s, batch, kv_heads, keys, minimum)
-        launch(build(simt.backward_key, *key), [*buffers, dk, dv], [*scalars, *_bht(dk, dv)], groups)
+        work = _work(q, k, v, causal, *OF_KEYS)
+        launch(build(simt.backward_key, *key), [*buffers, dk, dv], [*scalars, *_bht(dk, dv)], groups, work)
 
 
 # ---- what torch.nn's inference fast path calls --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..kernels.kernel import Kernel, Target
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
 from ..lowering import Tensor, build, cdiv, composite, empty, launch, minimum, operator, target
-from .attention import _bht, _block_key, _block_scalars, _pack
+from .attention import OF_BOTH, OF_KEYS, OF_QUERIES, _bht, _block_key, _block_scalars, _pack
 from .common import contiguous
 
 ALL = 1 << 29  # a window that no sequence reaches the end of
@@ -74,10 +74,10 @@ def _one_batch(x: Tensor) -> Tensor:
     return x.view((1, h, t, d), (0, x.strides[1], x.strides[0], x.strides[2]))
 
 
-def _work(q: Tensor, v: Tensor, longest_k: Any, times: int = 2) -> Any:
-    """Operations of a forward pass (times 2) whose sequences are as long as the longest: an upper bound, what they are is on the device."""
+def _work(q: Tensor, v: Tensor, longest_k: Any, products: int = 1, products_v: int = 1) -> Any:
+    """Operations where all sequences are as long as the longest: an upper bound. How long they are only the device knows."""
     _, heads, queries, d = q.sizes
-    return lambda: times * heads * queries * longest_k * (d + v.sizes[3])
+    return lambda: 2 * heads * queries * longest_k * (products * d + products_v * v.sizes[3])
 
 
 @operator(
@@ -146,7 +146,7 @@ def varlen_backward(
         tail = [heads, heads // kv_heads, queries, keys, d, v.sizes[3], left, right, scale, sequences]
         launch(
             kernel, [q, g, _pack(k, "columns"), _pack(v, "columns"), delta, _pack(k, "rows"), dq, *sums, spans],
-            [*_bht(q, g, dq), *tail], (splits, kv_heads, 1), _work(q, v, longest_k, 5),
+            [*_bht(q, g, dq), *tail], (splits, kv_heads, 1), _work(q, v, longest_k, *OF_BOTH),
         )  # fmt: skip
         kernel = build(vector.attention_backward_sum, q.dtype)
         scalars = [*_bht(dk, dv), splits, kv_heads, keys, d, v.sizes[3], scale]
@@ -168,12 +168,18 @@ def varlen_backward(
             [*buffers, dq],
             scalars,
             groups,
-            _work(q, v, longest_k, 3),
+            _work(q, v, longest_k, *OF_QUERIES),
         )
         s = block.backward_schedule(q.dtype, max(head, head_v), True)
         scalars = [*_block_scalars(q, k, v, None, scale, g, dk, dv), longest_k, *window_of]
         groups = block.groups(s.keys, longest_k, sequences * kv_heads)
-        launch(build(block.backward_key, s, *key, kind), [*buffers, dk, dv], scalars, groups, _work(q, v, longest_k, 4))
+        launch(
+            build(block.backward_key, s, *key, kind),
+            [*buffers, dk, dv],
+            scalars,
+            groups,
+            _work(q, v, longest_k, *OF_KEYS),
+        )
         return
     launch(
         build(simt.delta, q.dtype), [g, out, delta], [1, heads, queries, v.sizes[3], *_bht(g, out)],
@@ -185,11 +191,17 @@ def varlen_backward(
     scalars = [*_simt_scalars(q, k, v, spans, left, right, longest_q, scale), *_bht(q, k, v, g, dq)]
     groups = simt.forward_groups(schedule, sequences, heads, longest_q, 1, minimum)
     launch(
-        build(simt.backward_query, *simt_key, False, kind), [*buffers, dq], scalars, groups, _work(q, v, longest_k, 3)
+        build(simt.backward_query, *simt_key, False, kind),
+        [*buffers, dq],
+        scalars,
+        groups,
+        _work(q, v, longest_k, *OF_QUERIES),
     )
     scalars = [*_simt_scalars(q, k, v, spans, left, right, longest_k, scale), *_bht(q, k, v, g, dk, dv)]
     groups = simt.backward_key_groups(schedule, sequences, kv_heads, longest_k, minimum)
-    launch(build(simt.backward_key, *simt_key, kind), [*buffers, dk, dv], scalars, groups, _work(q, v, longest_k, 4))
+    launch(
+        build(simt.backward_key, *simt_key, kind), [*buffers, dk, dv], scalars, groups, _work(q, v, longest_k, *OF_KEYS)
+    )
 
 
 # ---- the operators ----------------------------------------------------------------------------------------------------

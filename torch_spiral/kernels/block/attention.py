@@ -189,10 +189,15 @@ def forward(
     causal: bool,
     precision: str,
     varlen: str = "",
+    split: bool = False,
 ) -> Kernel:
     """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), out,
-    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups(). varlen goes with causal, without mask."""
+    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups(). varlen goes with causal, without mask.
+
+    split (few queries, many keys; not causal): program_id(1) is one of several runs of `span` keys, a multiple of the tile's. out
+    [runs, B, H, Tq, Dv] (float32) and lse [runs, B, H, Tq] are contiguous; merge() finishes. Further scalars: span, rows (B * H * Tq)."""
     assert not varlen or (causal and not mask)
+    assert not split or not causal
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
@@ -231,9 +236,16 @@ def forward(
     elif varlen:
         full = f"begin + tl.maximum(tl.minimum(start + diagonal + right + 1, keys) - begin, 0) // {s.keys} * {s.keys}"
     else:
-        full = f"{'tl.minimum(start, keys)' if causal else 'keys'} // {s.keys} * {s.keys}"
+        full = f"{'tl.minimum(start, keys)' if causal else 'last'} // {s.keys} * {s.keys}"
+    to, at = ("tl.float32", "row[:, None] * head_v") if split else (STORAGE[dtype], "rq[:, None].to(tl.int64) * out_t")
+    store = [
+        "o_base = out" + ("" if split else " + b * out_b + h * out_h"),
+        f"tl.store(o_base + {at} + rv[None, :], acc.to({to}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
+    ]
     lines = [
         *_queries(s, d, dv, causal, varlen),
+        *(["begin = tl.program_id(1) * span", "last = tl.minimum(begin + span, keys)"] if split else []),
+        *(["row += tl.program_id(1).to(tl.int64) * rows"] if split else []),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
         f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
         f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]",
@@ -244,7 +256,7 @@ def forward(
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
         f"l_i = tl.zeros([{s.queries}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
-        *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if varlen else []),
+        *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if varlen or split else []),
         f"full = {full}",
         f"for j in range(begin, full, {s.keys}):",
         *body(False),
@@ -253,13 +265,52 @@ def forward(
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         "acc = acc / l_safe[:, None]",
         f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
-        "o_base = out + b * out_b + h * out_h",
-        "tl.store(o_base + rq[:, None].to(tl.int64) * out_t + rv[None, :], "
-        f"acc.to({STORAGE[dtype]}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
+        *store,
     ]  # fmt: skip
-    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}_{s}"
-    buffers = _buffers(dtype, "q k v", mask, varlen, ("out", dtype), ("lse", "f32"))
-    return template(name, buffers, _names("q k v out", mask, varlen), "\n".join(lines), s.warps, s.stages)
+    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}{'_split' * split}_{s}"
+    buffers = _buffers(dtype, "q k v", mask, varlen, ("out", "f32" if split else dtype), ("lse", "f32"))
+    return template(
+        name,
+        buffers,
+        _names("q k v out", mask, varlen) + [("span", "i32"), ("rows", "i32")] * split,
+        "\n".join(lines),
+        s.warps,
+        s.stages,
+    )
+
+
+MERGED = 16  # rows of a program of merge
+
+
+def merge(target: Target, dtype: str, head_v: int) -> Kernel:
+    """Combines the runs of forward(split=True). Buffers: parts, part_lse, out, lse [B, H, Tq]. Scalars: strides of out, runs, rows
+    (B * H * Tq), heads, queries, head_v. Grid: (cdiv(rows, MERGED), 1, 1)."""
+    dv = power_of_two(head_v)
+    body = f"""
+        row = tl.program_id(0).to(tl.int64) * {MERGED} + tl.arange(0, {MERGED})
+        rv = tl.arange(0, {dv})
+        inside = row < rows
+        high = tl.full([{MERGED}], float("-inf"), tl.float32)
+        for i in range(0, runs):
+            high = tl.maximum(high, tl.load(part_lse + i * rows + row, mask=inside, other=float("-inf")))
+        safe = tl.where(high == float("-inf"), 0.0, high)
+        total = tl.zeros([{MERGED}], tl.float32)
+        acc = tl.zeros([{MERGED}, {dv}], tl.float32)
+        for i in range(0, runs):
+            weight = tl.exp(tl.load(part_lse + i * rows + row, mask=inside, other=float("-inf")) - safe)
+            total += weight
+            at = parts + (i * rows + row)[:, None] * head_v + rv[None, :]
+            acc += weight[:, None] * tl.load(at, mask=inside[:, None] & (rv[None, :] < head_v), other=0)
+        whole = tl.where(total == 0.0, 1.0, total)
+        tl.store(lse + row, high + tl.log(whole), mask=inside)
+        place = out + row // (heads * queries) * out_b + row // queries % heads * out_h + row % queries * out_t
+        tl.store(place[:, None] + rv[None, :], (acc / whole[:, None]).to({STORAGE[dtype]}), mask=inside[:, None] & (rv[None, :] < head_v))
+    """
+    scalars = [(f"out_{d}", "i64") for d in "bht"] + [
+        (n, "i32") for n in ("runs", "rows", "heads", "queries", "head_v")
+    ]
+    buffers = [("parts", "f32"), ("part_lse", "f32"), ("out", dtype), ("lse", "f32")]
+    return template(f"attention_merge_{dtype}_{head_v}", buffers, scalars, body, 4)
 
 
 def delta(target: Target, dtype: str, head_v: int) -> Kernel:

@@ -297,13 +297,21 @@ def attention_forward(
 
 
 def attention_decode(
-    target: Target, dtype: str, causal: bool = False, mask: str | None = None, width: int | None = None
+    target: Target,
+    dtype: str,
+    causal: bool = False,
+    mask: str | None = None,
+    width: int | None = None,
+    split: bool = False,
 ) -> Kernel:
     """attention_forward for few queries (decoding with a KV cache): K and V are read in place, once per query, without packing.
 
     K and V have any strides of B, H and T and unit stride along D. Buffers: Q, K, V, O, L, and mask where given.
     Scalars: strides (i64) qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, and with mask mb, mh, mq, mk; then as attention_forward.
     Grid: (Tq, B * H, 1).
+
+    split (few queries and heads for the compute units; not causal): group_id(2) is one of several runs of `span` keys. O [runs, B, H,
+    Tq, Dv] (f32) and L [runs, B, H, Tq] are contiguous; simt's merge() finishes. span (u32) is the last scalar. Grid: (Tq, B * H, runs).
     """
     w = schedule("f32", width or vector_width()).w
     n, ku = 256, 4  # keys of a chunk, keys at a time
@@ -325,17 +333,20 @@ def attention_decode(
         .replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)")
         .replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
     )
+    assert not (split and causal)
+    out = "f32" if split else dtype
     body = f"""
   T Qs[{MAX_HEAD}]; T Os[{MAX_HEAD}]; T S[{n}];
   const uint row = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H, hk = h / group;
-  Q += (long)b * qb + (long)h * qh + (long)row * qt; O += (long)b * ob + (long)h * oh + (long)row * ot;
+  Q += (long)b * qb + (long)h * qh + (long)row * qt; O += {"(((ulong)get_group_id(2) * get_num_groups(1) + bh) * Tq + row) * Dv" if split else "(long)b * ob + (long)h * oh + (long)row * ot"};
   Ki += (long)b * kb + (long)hk * kh; Vi += (long)b * vb + (long)hk * vh;
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
   for (uint d = 0; d < D; d++) Qs[d] = LD_{dtype}(Q + d) * (scale * LOG2E);
   for (uint d = 0; d < Dv; d++) Os[d] = 0;
   T m = -INFINITY, z = 0;
-  const uint keys = {"min(Tk, (uint)max(0, (int)row + diagonal + 1))" if causal else "Tk"};
-  for (uint n0 = 0; n0 < keys; n0 += {n}u) {{
+  const uint first = {"get_group_id(2) * span" if split else "0"};
+  const uint keys = {"min(Tk, (uint)max(0, (int)row + diagonal + 1))" if causal else "min(Tk, first + span)" if split else "Tk"};
+  for (uint n0 = first; n0 < keys; n0 += {n}u) {{
     const uint cols = min({n}u, keys - n0); T* S_ = S;
     for (uint t = 0; t < cols; t += {ku}u) {{
       {kptr} uint d = 0;
@@ -356,24 +367,32 @@ def attention_decode(
     }}
   }}
   const T inv = z == 0 ? 0 : 1 / z;
-  L[(ulong)bh * Tq + row] = m == -INFINITY ? -INFINITY : (m + log2(z)) * 0.69314718f;
-  for (uint d = 0; d < Dv; d++) ST_{dtype}(O + d, Os[d] * inv);
+  L[({"(ulong)get_group_id(2) * get_num_groups(1) + bh" if split else "(ulong)bh"}) * Tq + row] = m == -INFINITY ? -INFINITY : (m + log2(z)) * 0.69314718f;
+  for (uint d = 0; d < Dv; d++) ST_{out}(O + d, Os[d] * inv);
 """
     strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
     name = "_".join(
         x
-        for x in ("vector_attention_decode", dtype, "causal" if causal else "", f"mask{mask}" if mask else "", f"w{w}")
+        for x in (
+            "vector_attention_decode",
+            dtype,
+            "causal" if causal else "",
+            f"mask{mask}" if mask else "",
+            "split" if split else "",
+            f"w{w}",
+        )
         if x
     )
     return finish(
         target,
         name,
-        [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", dtype, "w"), ("L", "f32", "w")]
+        [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", out, "w"), ("L", "f32", "w")]
         + ([("mask", mask, "r")] if mask else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
         + ([("diagonal", "i32")] if causal else [])
-        + [("scale", "f32")],
+        + [("scale", "f32")]
+        + ([("span", "u32")] if split else []),
         _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
         body,
     )
