@@ -89,6 +89,9 @@ def test_search(device, right):
     rows = torch.randn(4, 9)
     check(device, lambda r, x: torch.searchsorted(r, x, sorter=r.argsort(), right=right), rows, torch.randn(4, 5))
     check(device, lambda x, t: torch.isin(x, t), x, torch.tensor([1.0, -3, 2]))
+    check(device, lambda x, t: torch.isin(x[0, 0], t), x, torch.tensor([1.0, -3, 2]))
+    check(device, lambda x: torch.isin(x, 1.0), x)
+    check(device, lambda x: torch.isin(1.0, x, invert=True), x)
 
 
 def test_unique(device):

@@ -769,6 +769,8 @@ def isin(elements: Tensor, test_elements: Tensor, invert: bool, out: Tensor) -> 
     """out = whether each element is among test_elements."""
     test = contiguous(test_elements)
     test = test.view((test.numel,))
+    if not out.ndim:
+        out, elements = out.view((1,), (0,)), elements.view((1,), (0,))
     operands = {"out": out, "x": elements, "test": test}
     each("isin", _isin, out.sizes, operands, {"n": test.sizes[0]}, static=(bool(invert),), cost=16)
 
