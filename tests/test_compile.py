@@ -477,6 +477,56 @@ def test_the_default_backend_in_a_new_process():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("shape", [(517, 1040), (8, 300, 33)], ids=str)
+def test_reductions_over_slow_dimensions(device, shape):
+    """Whole vectors and the rest, long and short; transposed and expanded operands; one loop and several."""
+
+    def f(x, m):
+        columns = tuple(range(x.ndim - 1))
+        return (
+            (x * (x - m)).sum(columns),
+            x.amax(columns),
+            (x > 1).any(0),
+            x.var(0),
+            x.softmax(0),
+            x.mT.sum(-1),
+            (x + m).sum(),
+        )
+
+    x = torch.randn(*shape)
+    for a, m in ((x[..., 1:], x[..., :1].expand_as(x[..., 1:])), (x.mT.contiguous().mT, x[..., :1])):
+        check(device, f, a, m, tolerance=3e-4)
+
+
+@pytest.mark.parametrize("shape", [(7, 100), (3, 1024)], ids=str)
+def test_rows_keep_what_later_loops_need(device, shape):
+    def f(x, w):
+        y = x.softmax(-1)
+        z = y * (w - (y * w).sum(-1, keepdim=True))
+        return y, z.tanh() / z.tanh().abs().sum(-1, keepdim=True), z.sum(-1)
+
+    x, w = torch.randn(2, *shape)
+    check(device, f, x, w)
+    check(device, f, x[:, 1:], w[:1].expand(shape[0], -1)[:, 1:])
+    if torch.spiral.get_device_properties(device).schedule_class == "vector" and shape[1] == 1024:
+        (group,) = explain(f, x.to(device), w.to(device)).groups
+        assert "shared0" in group.source and group.source.count("= exp_f32x16(") <= 5  # one loop of the row computes it
+
+
+def test_sums_of_everything_are_cut_for_all_cores(device):
+    def f(x, w):
+        return (x.softmax(-1) * w).sum()
+
+    x, w = torch.randn(2, 256, 600)
+    check(device, f, x, w, tolerance=1e-4)
+    groups = explain(f, x.to(device), w.to(device)).groups
+    assert len(groups) <= 3
+    if (
+        torch.spiral.get_device_properties(device).schedule_class == "vector"
+    ):  # rows of the softmax, then the sum of their sums
+        assert len(groups) == 2 and "256u" in groups[0].source
+
+
 # ---- kernel counts ------------------------------------------------------------------------------------------------------
 
 

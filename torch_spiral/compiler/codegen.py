@@ -380,6 +380,20 @@ def _dimensions(tree: Any, entries: Sequence[Any]) -> tuple[list[sympy.Expr], di
     return dims, {str(e.symbol()): affine(e) for e in entries}
 
 
+def pieces(device: torch.device, reduced: int, results: int, inner: bool) -> int:
+    """Into how many partial reductions one of `reduced` elements is cut where `results` of them leave units of the device idle;
+    a divisor of `reduced` where there is one of about that size, so that no piece needs a mask. inner: along the fast dimension."""
+    target = Target.of(device.index)
+    if target.schedule_class == "vector":
+        tasks, busy, least = results if inner else results // 1024, 4 * target.compute_units, nest.TASK_ELEMENTS
+    else:
+        tasks, busy, least = results if inner else results // 64, 8 * target.compute_units, 4096
+    wanted = min(busy // max(tasks, 1), reduced * results // least, reduced // 32)
+    if wanted < 2:
+        return 1
+    return next((n for n in range(wanted, 2 * wanted) if reduced % n == 0), wanted)
+
+
 def summary(origins: str) -> str:
     """The nodes of a graph that a kernel stands for, in a line."""
     return origins.split("\n")[0].removeprefix("# Topologically Sorted ").strip("# ")
@@ -392,7 +406,7 @@ class Scheduling(compat.SIMDScheduling):
 
     @classmethod
     def get_backend_features(cls, device: torch.device) -> Any:
-        return compat.OrderedSet([compat.BackendFeature.REDUCE_TO_SINGLE_ELEMENT])
+        return compat.OrderedSet()
 
     @classmethod
     def get_tiling_and_scores(

@@ -19,6 +19,7 @@ from torch._dynamo.device_interface import DeviceInterface, get_interface_for_de
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._inductor import config, metrics, scheduler, utils
+from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.common import (
     CSE,
     BackendFeature,
@@ -69,6 +70,17 @@ def reorder_loops() -> None:
 
     scheduler.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
     scheduler.Scheduler.create_backend = create_backend
+
+
+def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> None:
+    """Has Inductor cut reductions on spiral into pieces(device, reduced elements, results, along the fast dimension) partial ones."""
+    upstream = InductorChoices.reduction_split_factor
+
+    def factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+        choose = pieces if device.type == "spiral" else upstream
+        return choose(device, reduction_numel_hint, numel_hint, inner_reduction)
+
+    InductorChoices.reduction_split_factor = staticmethod(factor)
 
 
 def keep_operators(names: list[str]) -> None:
@@ -307,6 +319,7 @@ __all__ = [
     "register_interface_for_device",
     "register_lowering",
     "reorder_loops",
+    "split_reductions",
     "symbol_is_type",
     "sympy_index_symbol",
     "sympy_subs",

@@ -45,7 +45,9 @@ class Interface(compat.DeviceInterface):
             from ..kernels.kernel import Target
 
             t = Target.of(spiral._get_device_index(device, optional=True) if device is not None else None)
-            return Properties(t.compute_units, t.engine, 1024, max(t.subgroup, 1))
+            # Inductor asks into how many pieces to cut a reduction only where there are fewer than 64 results a unit; a core wants more.
+            units = t.compute_units * (64 if t.schedule_class == "vector" else 1)
+            return Properties(units, t.engine, 1024, max(t.subgroup, 1))
 
     get_device_properties = staticmethod(Worker.get_device_properties)
 
@@ -101,7 +103,7 @@ class Overrides(compat.DeviceOpOverrides):
 @functools.cache
 def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
-    from .codegen import Scheduling
+    from .codegen import Scheduling, pieces
     from .ops import OPERATORS
     from .passes import Passes
     from .wrapper import Wrapper
@@ -111,6 +113,7 @@ def register() -> None:
     compat.register_device_op_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=Passes())
     compat.reorder_loops()
+    compat.split_reductions(pieces)
     compat.call_directly((_C.GraphCall,))
     _C.set_recorder(torch._dynamo.disable(lowering._record, reason="lowerings are not part of what is compiled"))
     compat.keep_operators(OPERATORS)

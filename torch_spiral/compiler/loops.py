@@ -16,8 +16,18 @@ from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target
 from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
+from ..kernels.nest.columns import for_columns, for_rows
 from ..kernels.nest.elementwise import whole_blocks
 from ..kernels.nest.operands import BLOCK_LANES, product, unravel
+
+SHORT = 32  # reduced elements whose totals fit registers anyway
+MIN_COLUMNS = 128  # of a task of "columns"
+KEPT_ELEMENTS = 8192  # of intermediate rows that one loop leaves for the next
+COSTLY = frozenset(
+    ("exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "erf", "pow", "sin", "cos", "sqrt", "rsqrt", "div")
+)
+TOTALS = 4096  # that stay in the first-level cache
+BLOCK_ROWS = 256  # summed one after the other
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel and what its launch must know: schedule, vector lanes, number of reduced dimensions."""
+    """A kernel and what its launch must know: schedule, vector lanes (of "columns", those of a task)."""
 
     kernel: Kernel
-    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "workgroup" | "invocation"
+    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "invocation"
     lanes: int
 
 
@@ -228,12 +238,92 @@ class _Reduction(_Evaluation, Rows):
         self.schedule = ("lanes_r" if along else "lanes_d") if vector else "invocation" if along else "workgroup"
         self.lanes = 1 if self._scalar_only() or not vector else lanes_for([t for _, t, _ in program.buffers])
         self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block
-        per_task = k.scalar("rows_per_task", "u32") if vector else None
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
         self.results = [e for s in program.stores for e in (s.index, s.value)]
         self._analyse()
-        self._emit_schedule(per_task)
+        if self._by_columns():
+            width = self._columns()
+            self.built = Built(k.finish((1, 1, 1)), "columns", width)
+            return
+        self._emit_schedule(k.scalar("rows_per_task", "u32") if vector else None)
         self.built = Built(k.finish((self.workgroup, 1, 1)), self.schedule, self.lanes)
+
+    def _by_columns(self) -> bool:
+        """Whether the rows' totals are kept in memory, so that what is reduced over a slow dimension is read in order."""
+        if self.schedule != "lanes_r" or self.loops != 1 or self.elementwise or self.lanes == 1:
+            return False
+        known = [size_of(n) for n in self.program.reduced]
+        columns = size_of(self.program.rows[0])
+        return (None in known or product(known) >= SHORT) and (columns is None or columns >= 2 * self.lanes)
+
+    def _columns(self) -> int:
+        """Every task reduces some columns; how many."""
+        k, groups = self.k, list(self.groups)
+        arrays = 2 * sum(len(m.dtypes) for m, _ in groups)
+        work = product([size_of(n) or 1 for n in self.program.rows])
+        width = min(work // (4 * self.target.compute_units), TOTALS // arrays)
+        width = max(width // self.lanes * self.lanes, MIN_COLUMNS)
+        columns = self.sizes[self.reduced]
+        blocks = k.let(ir.idiv(columns + (width - 1), width))
+        outer = k.let(ir.idiv(k.group_index(), blocks))
+        left = k.let(ir.cast((k.group_index() - outer * blocks) * width, "i32"))
+        right = k.let(ir.minimum(left + width, ir.cast(columns, "i32")))
+        others = unravel(k, self.sizes[self.reduced + 1 :], outer)
+        count = k.let(ir.cast(product(self.sizes[: self.reduced]), "i32"))
+        # Long sums are sums of blocks' sums, as everywhere.
+        totals, parts = ([[k.shared(t, width) for t in m.dtypes] for m, _ in groups] for _ in range(2))
+
+        def leaves(column: Node) -> dict[str, Any]:
+            return {f"x{d}": ir.cast(c, "i32") for d, c in enumerate([column, *others])}
+
+        def clear(arrays: list) -> None:
+            def body(column: Node) -> None:
+                for (m, _), components in zip(groups, arrays, strict=True):
+                    for array, start, t in zip(components, m.init, m.dtypes, strict=True):
+                        array[column - left] = ir.const(start, t)
+
+            for_columns(k, left, right, self.lanes, body)
+
+        def combine(arrays: list, column: Node, elements: Sequence[Sequence[Sequence[Any]]]) -> None:
+            """elements: per reduction, those that its total takes in."""
+            for (m, _), components, values in zip(groups, arrays, elements, strict=True):
+                total = tuple(array[column - left] for array in components)
+                for v in values:
+                    total = tuple(k.let(x) for x in m.combine(total, tuple(v)))
+                for array, x in zip(components, total, strict=True):
+                    array[column - left] = x
+
+        def add(rows: Sequence[Node], column: Node) -> None:
+            elements: list[list[Sequence[Any]]] = [[] for _ in groups]
+            for row in rows:
+                at = dict(enumerate(unravel(k, self.sizes[: self.reduced], ir.cast(row, "u32"))))
+                place = self._leaves_at(leaves(column), at, row)
+                values = self._emit([x for _, xs in groups for x in xs], place, {})
+                for (_, xs), taken in zip(groups, elements, strict=True):
+                    taken.append(values[: len(xs)])
+                    values = values[len(xs) :]
+            combine(parts, column, elements)
+
+        def finish(column: Node) -> None:
+            done = {
+                Node("red", t, *xs, attr=(m, i)): array[column - left]
+                for (m, xs), components in zip(groups, totals, strict=True)
+                for i, (t, array) in enumerate(zip(m.dtypes, components, strict=True))
+            }
+            self._stores(self.program.stores, leaves(column), done)
+
+        clear(totals)
+        with k.For(ir.const(0, "i32"), count, BLOCK_ROWS) as start:
+            clear(parts)
+            stop = k.let(ir.minimum(start + BLOCK_ROWS, count))
+            for_rows(k, start, stop, left, right, self.lanes, add)
+
+            def whole(column: Node) -> None:
+                combine(totals, column, [[[array[column - left] for array in components]] for components in parts])
+
+            for_columns(k, left, right, self.lanes, whole)
+        for_columns(k, left, right, self.lanes, finish)
+        return width
 
     def _workgroup(self) -> int:
         known = [size_of(n) for n in self.program.reduced]
@@ -258,9 +348,73 @@ class _Reduction(_Evaluation, Rows):
         self.elementwise = [i for i, s in enumerate(stores) if s.per_element]
         top = max((self.level[e] for i in self.elementwise for e in (stores[i].index, stores[i].value)), default=-1)
         self.loops = max(max(self.groups.values(), default=-1), top) + 1
+        self.rows_kept: dict[Node, Any] = {}
+        self.ahead: list[Node] = []
+        if self.schedule == "lanes_d" and self.loops > 1:
+            self._plan_loops()
 
-    def _leaves_at(self, at: dict[int, Any], position: Any) -> dict[str, Any]:
-        leaves = dict(self.row_leaves)
+    def _exprs(self, loop: int) -> list[Any]:
+        """What a loop evaluates."""
+        stores = self.program.stores
+        here = self.elementwise if loop == self.loops - 1 else []
+        return [x for (_, xs), at in self.groups.items() if at == loop for x in xs] + [
+            e for i in here for e in (stores[i].index, stores[i].value)
+        ]
+
+    def _plan_loops(self) -> None:
+        """What the loops of a row keep for later ones in memory that stays in the first-level cache (rows_kept), and which loads the
+        last loop makes for the rows to come (ahead)."""
+        loops: dict[Node, list[int]] = {}
+        users: dict[Node, set[Node]] = {}
+        ends: dict[Node, int] = {}  # the last loop that wants an expression itself
+        for loop in range(self.loops):
+            seen: set[Node] = set()
+            todo = self._exprs(loop)
+            ends.update((n, loop) for n in todo)
+            while todo:
+                n = todo.pop()
+                if n in seen or n.op == "red" or not self.varies[n]:
+                    continue
+                seen.add(n)
+                loops.setdefault(n, []).append(loop)
+                todo += n.args
+                for a in n.args:
+                    users.setdefault(a, set()).add(n)
+        several = {n for n, at in loops.items() if len(at) > 1}
+        length = size_of(self.program.reduced[0]) if self.reduced == 1 else None
+        costly: set[Node] = set()  # to compute once more, from what is kept
+        for n in ir.walk(*loops):
+            if n not in loops or (n.op not in COSTLY and not any(a in costly for a in n.args)):
+                continue
+            first = loops[n][0]
+            again = n in several and (  # not only for what is there already
+                ends.get(n, 0) > first or any(u not in several or loops[u][0] > first for u in users.get(n, ()))
+            )
+            room = KEPT_ELEMENTS - len(self.rows_kept) * (length or 0)
+            if again and length is not None and length <= room and n.dtype in ("f32", "f64"):
+                self.rows_kept[n] = (first, self.k.shared(n.dtype, length))
+            else:
+                costly.add(n)
+        if len(self.program.rows) == 1:
+            reads = {name for name, _, mode in self.program.buffers if mode == "r"}
+            for n in loops:
+                if n.op == "load" and len(n.args) == 1 and n.attr in reads and self._contiguous(n.args[0]):
+                    self.ahead.append(n)
+
+    @staticmethod
+    def _contiguous(index: Node) -> bool:
+        """Whether an index is x0 * a size + r0."""
+        leaves = {n.attr for n in ir.walk(index) if n.op == "leaf"}
+        terms = index.args if index.op == "add" else ()
+        return (
+            {"x0", "r0"} <= leaves
+            and any(t.op == "leaf" and t.attr == "r0" for t in terms)
+            and all(n.op in ("add", "mul", "leaf", "const") for n in ir.walk(index))
+        )
+
+    @staticmethod
+    def _leaves_at(row: dict[str, Any], at: dict[int, Any], position: Any) -> dict[str, Any]:
+        leaves = dict(row)
         for d, c in at.items():
             leaves[f"r{d}"] = ir.cast(c, "i32")
         leaves["position"] = ir.cast(position, "i32")
@@ -280,6 +434,7 @@ class _Reduction(_Evaluation, Rows):
             self._hoist(
                 [x for _, xs in now for x in xs] + [e for i in here for e in (stores[i].index, stores[i].value)]
             )
+            self.loop = loop
             results = self._loop(now, here, lanes_r, split)
             for (monoid, xs), values in zip(now, results, strict=True):
                 for i, (t, v) in enumerate(zip(monoid.dtypes, values, strict=True)):
@@ -297,18 +452,31 @@ class _Reduction(_Evaluation, Rows):
         self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
         kept: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        leaves = self._leaves_at(at, position)
+        leaves = self._leaves_at(self.row_leaves, at, position)
+        done = self.done
+        if self.rows_kept:
+            done = dict(done)
+            for n, (first, array) in self.rows_kept.items():
+                if self.loop == first:
+                    done[n] = self.k.let(self._emit([n], leaves, done)[0])
+                    array[position] = done[n]
+                elif self.loop > first:
+                    done[n] = array[position]
+        if self.ahead and self.loop == self.loops - 1 and position.lanes > 1:
+            later_row = {**leaves, "x0": leaves["x0"] + 2}
+            for n in self.ahead:
+                self.buffers[n.attr].prefetch(self._emit([n.args[0]], later_row, {})[0])
         if now:
-            values = self.evaluate([x for _, xs in now for x in xs], leaves)
+            values = self._emit([x for _, xs in now for x in xs], leaves, done)
             for (monoid, xs), acc in zip(now, accs, strict=True):
                 self._combine(monoid, acc, values[: len(xs)])
                 values = values[len(xs) :]
         chosen = [self.program.stores[i] for i in stores]
         if later is None or any(s.mode for s in chosen):
             if chosen:
-                self._stores(chosen, leaves, self.done)
+                self._stores(chosen, leaves, done)
             return
-        values = self._emit([e for s in chosen for e in (s.index, s.value)], leaves, self.done)
+        values = self._emit([e for s in chosen for e in (s.index, s.value)], leaves, done)
         later += [(s, self.k.let(i), self.k.let(v)) for s, i, v in zip(chosen, values[::2], values[1::2], strict=True)]
 
 

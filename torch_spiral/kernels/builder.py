@@ -303,22 +303,34 @@ class Buffer:
 
 class Shared:
     """An array in workgroup memory, of a compute dtype; its contents start undefined. bool is kept as u32: drivers have
-    been seen to lose neighbours' stores to arrays of bool."""
+    been seen to lose neighbours' stores to arrays of bool. An index with lanes (OpenCL) means consecutive elements."""
 
     def __init__(self, k: KernelBuilder, name: str, dtype: str, size: int) -> None:
         self._k, self.name, self.size = k, name, size
         self.dtype, self.boolean = ("u32", True) if dtype == "bool" else (dtype, False)
 
     def __getitem__(self, index: Any) -> Node:
-        value = self._k.emitter.tmp(self.dtype, f"{self.name}[{self._text(index)}]")
+        index = self._k.index(index)
+        text = (
+            f"vload{index.lanes}(0, {self.name} + {self._text(index)})"
+            if index.lanes > 1
+            else f"{self.name}[{self._text(index)}]"
+        )
+        value = self._k.emitter.tmp(self.dtype, text, index.lanes)
         return ir.ne(value, 0) if self.boolean else value
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        v = self._k.emitter.value(ir.cast(ir.as_node(value, self.dtype), self.dtype))
-        self._k.emitter.line(f"{self.name}[{self._text(index)}] = {v};")
+        index = self._k.index(index)
+        v = self._k.emitter.value(ir.cast(ir.as_node(value, self.dtype), self.dtype), index.lanes)
+        place = self._text(index)
+        self._k.emitter.line(
+            f"vstore{index.lanes}({v}, 0, {self.name} + {place});"
+            if index.lanes > 1
+            else f"{self.name}[{place}] = {v};"
+        )
 
-    def _text(self, index: Any) -> str:
-        return self._k.emitter.value(self._k.index(index))
+    def _text(self, index: Node) -> str:
+        return self._k.emitter.value(first_lane(index))
 
 
 class KernelBuilder:

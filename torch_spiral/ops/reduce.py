@@ -15,6 +15,7 @@ from ..kernels import ir, nest
 from ..kernels.builder import KernelBuilder
 from ..kernels.kernel import DTYPES, Target, compute_dtype
 from ..kernels.nest import Monoid
+from ..kernels.nest.columns import for_columns, for_rows
 from ..lowering import (
     Iter,
     Tensor,
@@ -235,28 +236,19 @@ def _column_kernels(
     right = k.let(ir.minimum(left + COLUMN_BLOCK, ir.cast(n, "i32")))
     base = k.let(ir.cast(split * n, "i32"))
 
-    def columns(rows: Sequence[Any], fresh: bool) -> None:
-        c = k.var("i32", left)
-        for width in (lanes, 1):
-            with k.While(lambda width=width: c + width <= right):  # type: ignore[misc]
-                at = c.as_node() + k.lanes(width)
-                if fresh:
-                    acc = tuple(ir.const(v, t) for v, t in zip(monoid.init, monoid.dtypes))
-                else:
-                    acc = tuple(ir.cast(b.load(base + at), t) for b, t in zip(totals, monoid.dtypes))
-                for row in rows:
-                    acc = tuple(k.let(v) for v in monoid.combine(acc, tuple(value(row, at))))
-                for b, v in zip(totals, acc):
-                    b.store(base + at, v)
-                c.set(c + width)
+    def clear(at: Any) -> None:
+        for b, v, t in zip(totals, monoid.init, monoid.dtypes):
+            b.store(base + at, ir.const(v, t))
 
-    columns([], True)
-    i = k.var("i32", start)
-    for together in (4, 1):
-        with k.While(lambda together=together: i + together <= stop):  # type: ignore[misc]
-            first = i.as_node()
-            columns([first + u for u in range(together)], False)
-            i.set(first + together)
+    def add(rows: Sequence[Any], at: Any) -> None:
+        acc = tuple(ir.cast(b.load(base + at), t) for b, t in zip(totals, monoid.dtypes))
+        for row in rows:
+            acc = tuple(k.let(v) for v in monoid.combine(acc, tuple(value(row, at))))
+        for b, v in zip(totals, acc):
+            b.store(base + at, v)
+
+    for_columns(k, left, right, lanes, clear)
+    for_rows(k, start, stop, left, right, lanes, add)
 
     def combine(r: Any, *args: Any) -> Any:
         parts, count, rest = args[: len(dtypes)], args[len(dtypes)], args[len(dtypes) + 1 :]
