@@ -210,3 +210,31 @@ def test_operations_of_attention_and_convolution(device):
     whole = 2 * 2 * 40 * 40 * 64
     assert whole in found and whole // 2 in found
     assert 2 * 6 * (2 * 10 * 10) * (8 * 9) in found
+
+
+@pytest.mark.parametrize(
+    "case,expected",
+    [("convolution", 4 * 6 * 120 * 72), ("depthwise", 4 * 8 * 120 * 9), ("attention", 4 * 20 * 20 * (16 + 12))],
+)
+def test_operations_of_backward(device, case, expected):
+    """Convolutions do as many for each gradient as forward; attention five products for two."""
+    x = torch.randn(2, 8, 10, 12, device=device).requires_grad_()
+    weight = torch.randn(*((8, 1) if case == "depthwise" else (6, 8)), 3, 3, device=device).requires_grad_()
+    q, k, v = (torch.randn(1, 2, 20, d, device=device).requires_grad_() for d in (16, 16, 12))
+    if case == "attention":
+        function, leaves = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), (q, k, v)
+        # The scores are computed for dq and again for dk and dv, but by the kernel that does both.
+        of_all = {4 * 20 * 20 * (3 * 16 + 2 * 12), 4 * 20 * 20 * (4 * 16 + 3 * 12)}
+    else:
+        groups = 8 if case == "depthwise" else 1
+        function, leaves = lambda: torch.nn.functional.conv2d(x, weight, padding=1, groups=groups), (x, weight)
+        of_all = {2 * expected}
+    with torch.spiral.telemetry() as forward:
+        out = function()
+        torch.spiral.synchronize(device)
+    g = torch.ones_like(out)
+    with torch.spiral.telemetry() as backward:
+        torch.autograd.grad(out, leaves, g)
+        torch.spiral.synchronize(device)
+    assert sum(launch.flops or 0 for launch in forward.launches) == expected
+    assert sum(launch.flops or 0 for launch in backward.launches) in of_all

@@ -345,7 +345,7 @@ def _depthwise(
         kernel, [padded, w, out, *operands],
         [first, g.volume, step_h, step_w, out.strides[0], out.strides[1], o[2], *operand_strides, co, co // g.groups, o[1], o[2],
          extents[1], extents[2], step[1], step[2], g.dilation[1], g.dilation[2]],
-        (minimum(co, 2 * target().compute_units), n, 1),
+        (minimum(co, 2 * target().compute_units), n, 1), lambda: 2 * n * co * product(o) * g.volume,
     )  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
         launch(
             kernel, [padded, y, dw],
             [co * pixels, pixels, o[2], n, co, m, o[1], o[2], extents[1], extents[2], g.stride[1], g.stride[2], g.dilation[1], g.dilation[2]],
-            (minimum(co, 2 * units), 1, 1),
+            (minimum(co, 2 * units), 1, 1), lambda: 2 * n * co * pixels * g.volume,
         )  # fmt: skip
         return
     kernel = build(vector.conv_backward_weight, y.dtype, dw.dtype)
@@ -374,7 +374,7 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
     launch(
         kernel, [padded, y, dw],
         [c * product(extents), co * pixels, pixels, m, g.groups, n, *o, *g.taps, *extents, *g.stride, *g.dilation, k, channels],
-        (tasks, cdiv(2 * units, tasks), g.groups),
+        (tasks, cdiv(2 * units, tasks), g.groups), lambda: 2 * m * k * pixels * n * g.groups,
     )  # fmt: skip
 
 
@@ -441,11 +441,13 @@ def _simt(
         return
     if depthwise and mode == "weight":
         kernel = build(simt.direct_weight, dtype, out.dtype, nd)
-        launch(kernel, [gathered, w, out], scalars, (minimum(m * n * g.groups, 65535), 1, 1))
+        groups = (minimum(m * n * g.groups, 65535), 1, 1)
+        launch(kernel, [gathered, w, out], scalars, groups, lambda: 2 * m * n * k * g.groups)
         return
     if depthwise:
         kernel = build(simt.direct, mode, dtype, out.dtype, nd, divided, epilogue)
-        launch(kernel, [gathered, w, *operands, out], scalars, simt.direct_groups(m, n, g.groups, minimum))
+        groups = simt.direct_groups(m, n, g.groups, minimum)
+        launch(kernel, [gathered, w, *operands, out], scalars, groups, lambda: 2 * m * n * k * g.groups)
         return
     last = _channels_last(gathered)
     columns_first = _channels_last(out) and mode != "weight"
@@ -514,9 +516,9 @@ def _block(
     splits = cdiv(k, span)
     compute = DTYPES[dtype].compute
     partial = empty((splits, g.groups, m, n), compute)
-    launch(
-        build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], block.groups(s, m, n, g.groups, splits)
-    )
+    groups = block.groups(s, m, n, g.groups, splits)
+    work = lambda: 2 * m * n * k * g.groups  # noqa: E731
+    launch(build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], groups, work)
     finish = build(block_gemm.reduce_splits, compute, out.dtype, "n", Epilogue())
     launch(finish, [partial, out], [m * n, n, g.groups * m * n, m, n, splits], block_gemm.reduce_groups(m, n, g.groups))
 
