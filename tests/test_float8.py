@@ -227,3 +227,22 @@ def test_scaled_mm_v2(device):
             SwizzleType.SWIZZLE_32_4_4,
             SwizzleType.NO_SWIZZLE,
         )
+
+
+def test_compiled(device):
+    """A compiled graph rounds to float8 where eager code does, in one kernel, and reads it back."""
+
+    def quantize(x, scale):
+        y = (x * scale).to(torch.float8_e4m3fn)
+        return y, y.float() / scale, y.view(torch.uint8).view(torch.float8_e5m2).half()
+
+    x, scale = torch.randn(5, 70), torch.tensor(3.0)
+    compiled = torch.compile(quantize, backend="spiral")
+    arguments = x.to(device), scale.to(device)
+    compiled(*arguments)
+    with torch.spiral.telemetry() as t:
+        results = compiled(*arguments)
+        torch.spiral.synchronize(device)
+    assert len(t.launches) == 1
+    for got, want in zip(results, quantize(x, scale)):
+        torch.testing.assert_close(got.cpu().float(), want.float(), rtol=0, atol=0, equal_nan=True)

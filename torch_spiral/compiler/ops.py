@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from ..kernels import ir
-from ..kernels.kernel import compute_dtype
+from ..kernels.kernel import FLOAT8, NARROW_FLOATS, compute_dtype
 from . import compat
 from .compat import V
 from .dtypes import DTYPES
@@ -263,6 +263,8 @@ class Overrides(compat.OpOverrides):
         if name in ("f16", "bf16"):
             x = ir.cast(x, "f32")
             return x if use_compute_types else ir.round_to(x, name)
+        if name in FLOAT8:
+            return ir.round_to(ir.cast(x, "f32"), name)
         if name in ("u8", "u16") and x.dtype in ir.FLOATS:
             return ir.cast(ir.cast(x, "i32"), name)
         return ir.cast(x, name)
@@ -270,14 +272,14 @@ class Overrides(compat.OpOverrides):
     @staticmethod
     def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> ir.Node:
         x, to, source = node(x), dtype_name(dtype), dtype_name(src_dtype)
-        if source in ("f16", "bf16"):
+        if source in NARROW_FLOATS:
             bits: Any = ir.cast(ir.Node(f"{source}_encode", "u32", x), "i32")
         elif source in SMALL:
             bits = x
         else:
             bits = x
-        if to in ("f16", "bf16"):
-            return ir.Node(f"{to}_decode", "f32", ir.and_(ir.cast(bits, "u32"), 0xFFFF))
+        if to in NARROW_FLOATS:
+            return ir.Node(f"{to}_decode", "f32", ir.and_(ir.cast(bits, "u32"), 0xFF if to in FLOAT8 else 0xFFFF))
         if to in SMALL:
             return ir.round_to(ir.cast(bits, "i32"), to)
         return ir.bitcast(bits, to)
