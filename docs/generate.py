@@ -17,11 +17,9 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 
 
 def coverage() -> None:
-    from torch_spiral.testing import checks, report
+    from torch_spiral.testing import report
 
-    ours = checks.native_ops()
-    native = {name for name, item in checks.items().items() if getattr(item.info, "aten_name", name) in ours}
-    report.write(DOCS / "coverage.md", native)
+    report.write(DOCS / "coverage.md")
     print("wrote docs/coverage.md")
 
 

@@ -21,6 +21,10 @@ def _one_device_per_engine() -> dict[str, int]:
 ENGINES = _one_device_per_engine()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", help="i/n: the i-th of n parts of the tests")
+
+
 def pytest_report_header(config):
     lines = [
         f"spiral:{i}: {p.engine}, {p.name}" for i in ENGINES.values() for p in [torch.spiral.get_device_properties(i)]
@@ -43,7 +47,9 @@ ALWAYS_WHOLE = (
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    index, count = map(int, config.getoption("--shard").split("/"))
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == index]
     wgpu = ENGINES.get("wgpu")
     software = wgpu is not None and torch.spiral.get_device_properties(wgpu).type == "software"
     for item in items:

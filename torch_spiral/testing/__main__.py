@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    from torch_spiral.testing import coverage, differential, ledger, upstream
+    from torch_spiral.testing import coverage, devices, differential, ledger, upstream
 
     parser = argparse.ArgumentParser(prog="python -m torch_spiral.testing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -20,7 +20,11 @@ def main() -> int:
     )
     check = commands.add_parser("ledger", help="check tests/upstream/expectations.yaml")
     check.add_argument("--against", metavar="REVISION", help="refuse a ledger larger than at this git revision")
+    commands.add_parser("engines", help="the engines that have a device here")
     args = parser.parse_args()
+    if args.command == "engines":
+        print(*devices.engines())
+        return 0
     if args.command == "ledger":
         wrong = ledger.check(args.against)
         print("\n".join(wrong) or "the ledger is in order")
