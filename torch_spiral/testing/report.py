@@ -106,7 +106,8 @@ def _totals(found: Iterable[Result]) -> list[str]:
         if r.kind == "op":
             table[r.check, r.dtype].append(r)
     lines = [
-        "Passed of asked, for each check and dtype; where a run took at most some samples of each op, their number.",
+        "Passed of run, for each check and dtype; blank was not run, and rows of a few cells were run in part. Where a check took",
+        "at most some samples of an op, their number, and of how many ops where not of all.",
         "",
     ]
     lines += ["| check | " + " | ".join(DTYPES) + " |", "|---" * (len(DTYPES) + 1) + "|"]
@@ -149,8 +150,9 @@ def _share(asked: list[Result]) -> str:
     if not asked:
         return ""
     good = sum(r.good for r in asked)
-    limits = {r.limit for r in asked if r.limit is not None}
-    most = f", ≤ {max(limits)} samples" if limits else ""
+    limits = [r.limit for r in asked if r.limit is not None]
+    few = f"{min(limits)} to {max(limits)}" if len(set(limits)) > 1 else str(limits[0]) if limits else ""
+    most = f", ≤ {few} samples" + ("" if len(limits) == len(asked) else f" in {len(limits)}") if limits else ""
     return f"{good} / {len(asked)} ({100 * good / len(asked):.1f} %{most})"
 
 
