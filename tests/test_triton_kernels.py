@@ -48,6 +48,44 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         binary = compile_kernel(product, gpu, divisible)
         assert binary.shared >= 2 * 3 * 2 * 64 * 64 / 2  # the loads are pipelined
 
+    @pytest.mark.parametrize("gpu, memory", [(("cuda", 86, 32), 99 << 10), (("hip", "gfx942", 64), 64 << 10), (("hip", "gfx1100", 32), 64 << 10)])  # fmt: skip
+    def test_compiles_for_smaller_gpus(monkeypatch, gpu, memory):
+        """Consumer NVIDIA, AMD Instinct and Radeon: with as many stages as their shared memory holds."""
+        from triton.backends.compiler import GPUTarget
+
+        from torch_spiral.kernels import ir, nest
+        from torch_spiral.kernels.block import attention, conv, gemm
+        from torch_spiral.kernels.kernel import Target
+        from torch_spiral.kernels.triton_binary import compile_kernel
+        from torch_spiral.kernels.vector.gemm import Epilogue
+
+        monkeypatch.setenv("SPIRAL_CACHE", "0")
+        backend, arch, _ = gpu
+        target = Target(
+            language="triton", schedule_class="block", engine=backend, float64=True, compute_units=60, max_workgroup_memory=memory,
+            capability=arch if backend == "cuda" else 0,
+        )  # fmt: skip
+        fast = gemm.precision_of(target, "f32", True)
+        wide, single = (gemm.schedule(target, *t, 4096, 4096, 1) for t in (("bf16", ""), ("f32", fast)))
+        kernels = [
+            nest.rows(
+                target, "sums", [nest.Operand("out", "f32", ("0", "1"))], [nest.Operand("x", "f16", ("1", "s"))],
+                lambda r, x: r.sum(ir.exp(x)),
+            ).kernel,
+            gemm.gemm(target, wide, "bf16", "bf16", "bf16", "n", "t", "n", "", False, Epilogue(("gelu",))),
+            gemm.gemm(target, single, "f32", "f32", "f32", "n", "n", "n", fast, False, Epilogue()),
+            gemm.gemm(
+                target, gemm.schedule(target, "f64", "", 512, 512, 1), "f64", "f64", "f64", "n", "n", "n", "", False, Epilogue()
+            ),
+            conv.conv(target, conv.schedule("f32", 256, 8192), "forward", "f32", "f32", 2, False, True, "bf16x6", "", False),
+            attention.forward(target, attention.forward_schedule("bf16", 64, 10), "bf16", 64, 64, False, "", True, ""),
+        ]  # fmt: skip
+        for kernel in kernels:
+            binary = compile_kernel(kernel, GPUTarget(*gpu), (), memory)
+            assert binary.image[:4] == b"\x7fELF" and binary.shared <= memory, kernel.name
+        with pytest.raises(RuntimeError, match="bytes of shared memory; the device has 1024"):
+            compile_kernel(kernels[1], GPUTarget(*gpu), (), 1024)
+
     def test_transposed_products_spill_nothing(monkeypatch, tmp_path):
         """Through descriptors: 776 bytes a thread were spilled where addresses lay in registers. It fits the H200's memory."""
         import re

@@ -811,7 +811,8 @@ def _compiled(device: int, kernel: Kernel, divisible: tuple[tuple[int, int], ...
     if kernel.language == "triton":
         from .kernels.triton_binary import compile_kernel, gpu_target
 
-        binary = compile_kernel(kernel, gpu_target(_C.device_properties(device)), divisible)
+        properties = _C.device_properties(device)
+        binary = compile_kernel(kernel, gpu_target(properties), divisible, properties["max_workgroup_memory"])
         return _C.compile_kernel(
             device,
             {

@@ -75,7 +75,7 @@ struct Dialect {
   const char* engine;   // as in DeviceProperties::engine
   const char* label;    // in messages
   const char* vendor;
-  const char* libraries[2];
+  const char* libraries[3];
   bool hip;
   int max_threads, multiprocessors, shared_memory, integrated, capability_major, capability_minor;  // device attributes
   void* param_end;
@@ -84,18 +84,18 @@ struct Dialect {
 inline const Dialect kCuda = {
     "cuda", "CUDA", "NVIDIA",
 #ifdef _WIN32
-    {"nvcuda.dll", nullptr},
+    {"nvcuda.dll", nullptr, nullptr},
 #else
-    {"libcuda.so.1", "libcuda.so"},
+    {"libcuda.so.1", "libcuda.so", nullptr},
 #endif
     false, 1, 16, 97, 18, 75, 76, nullptr};
 
 inline const Dialect kHip = {
     "hip", "HIP", "AMD",
 #ifdef _WIN32
-    {"amdhip64_6.dll", "amdhip64.dll"},
+    {"amdhip64_7.dll", "amdhip64_6.dll", "amdhip64.dll"},
 #else
-    {"libamdhip64.so.6", "libamdhip64.so"},
+    {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"},
 #endif
     true, 56, 63, 74, 16, 23, 61, reinterpret_cast<void*>(3)};
 

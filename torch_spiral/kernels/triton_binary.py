@@ -57,21 +57,29 @@ def gpu_target(properties: Any) -> Any:
     return triton.runtime.driver.active.get_current_target()
 
 
-def compile_kernel(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...] = ()) -> Binary:
+def compile_kernel(
+    kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...] = (), memory: int | None = None
+) -> Binary:
     """The kernel's binary for a GPUTarget. divisible: (number of a parameter, what always divides it): addresses in bytes, and
-    sizes and strides."""
+    sizes and strides. memory: bytes of shared memory that a workgroup may have; loops take fewer stages where they need more."""
     import triton
 
-    parts = [FORMAT, triton.__version__, str(target), kernel.source, signature(kernel), divisible]
+    parts = [FORMAT, triton.__version__, str(target), kernel.source, signature(kernel), divisible, memory]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     found = _load(key)
     if found is None:
-        found = _compile(kernel, target, divisible)
+        given = options(kernel.source)
+        for stages in range(given["num_stages"], 0, -1):
+            found = _compile(kernel, target, divisible, {**given, "num_stages": stages})
+            if memory is None or found.shared <= memory:
+                break
+        else:
+            raise RuntimeError(f"{kernel.name} needs {found.shared} bytes of shared memory; the device has {memory}")
         _store(key, found)
     return found
 
 
-def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]) -> Binary:
+def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...], options: dict[str, int]) -> Binary:
     import triton
     from triton.compiler import ASTSource
 
@@ -79,7 +87,7 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
     types = dict(zip(main.arg_names, signature(kernel), strict=True))
     attributes = {(i,): [["tt.divisibility", by]] for i, by in divisible}
     try:
-        compiled = triton.compile(ASTSource(main, types, {}, attributes), target=target, options=options(kernel.source))
+        compiled = triton.compile(ASTSource(main, types, {}, attributes), target=target, options=options)
     except Exception as error:
         path = _keep_failed(kernel)
         raise RuntimeError(f"Triton does not compile kernel {kernel.name} (its source: {path}): {error}") from error
@@ -87,9 +95,8 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
     if getattr(metadata, "profile_scratch_size", 0) or metadata.num_ctas != 1:
         raise Unsupported(f"{kernel.name} needs memory for a profile, or clusters")
     image = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    return Binary(
-        image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, metadata.global_scratch_size
-    )
+    scratch = getattr(metadata, "global_scratch_size", 0)  # AMD's has none
+    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, scratch)
 
 
 def _keep_failed(kernel: Kernel) -> str:

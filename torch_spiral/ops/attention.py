@@ -30,7 +30,7 @@ from ..lowering import (
     structured,
     target,
 )
-from .contraction import allow_tf32
+from .contraction import dot_precision
 
 
 def _bht(*tensors: Tensor) -> list[Any]:
@@ -210,8 +210,7 @@ def _merge(parts: Tensor, part_lse: Tensor, runs: Any, out: Tensor, lse: Tensor)
 
 
 def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, vec: int) -> tuple:
-    precision = "" if q.dtype != "f32" else "tf32" if allow_tf32() else "bf16x6"
-    return q.dtype, head, head_v, vec == 2, mask.dtype if mask is not None else "", causal, precision
+    return q.dtype, head, head_v, vec == 2, mask.dtype if mask is not None else "", causal, dot_precision(q.dtype)
 
 
 def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, *tensors: Tensor) -> list[Any]:

@@ -243,7 +243,7 @@ def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -
     batch = 1 if is_one(count) else 1 << bucket(count)
     rows = (1 << bucket(m)) // batch if cut == "rows" else 1 << bucket(m)
     if t.schedule_class == "block":
-        precision = block.precision_of(a.dtype, allow_tf32())
+        precision = dot_precision(a.dtype)
         schedule = block.schedule(t, a.dtype, precision, max(rows, 1), 1 << bucket(n), batch)
         schedule = replace(schedule, persistent=False)
         kernel = build(
@@ -397,11 +397,11 @@ def _vector_product(
 # ---- block: Triton ------------------------------------------------------------------------------------------------------
 
 
-def allow_tf32() -> bool:
-    """PyTorch's switch for float32 products on tensor cores; it is in the key of the plans of Triton devices."""
+def dot_precision(dtype: str) -> str:
+    """How Triton's products of dtype are computed, by PyTorch's switch, which is in the key of the plans of Triton devices."""
     import torch
 
-    return bool(torch._C._get_cublas_allow_tf32())
+    return block.precision_of(target(), dtype, bool(torch._C._get_cublas_allow_tf32()))
 
 
 def _described(x: Tensor, layout: str) -> bool:
@@ -421,7 +421,7 @@ def _block_product(
     if narrow:
         precision = "fast" if fast else ""
     else:
-        precision = block.precision_of(a.dtype if a.dtype == b.dtype else compute, allow_tf32())
+        precision = dot_precision(a.dtype if a.dtype == b.dtype else compute)
     about = [1 << bucket(x) for x in (m, n, k, batch)]
     if (precision == "tf32" and about[0] >= 64 and about[1] >= 64) or narrow:
         # The tensor cores read tf32 and float8 along the reduction only.

@@ -41,7 +41,7 @@ from ..lowering import (
     target,
 )
 from .common import contiguous, copy_to
-from .contraction import allow_tf32, matrix
+from .contraction import dot_precision, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
 from .reduce import _sum, accumulator, reduce_rows
@@ -491,7 +491,7 @@ def _block(
     about_m = 1 << bucket(out.sizes[0] if weight else out.sizes[1]) if g.groups == 1 else 1
     pixels = sum(bucket(size) for size in (gathered.sizes[0], *gathered.sizes[2:]))
     s = block.schedule(dtype, about_m, 64 if weight else 4096)
-    precision = block_gemm.precision_of(dtype, allow_tf32())
+    precision = dot_precision(dtype)
     operands, taps_last = ([bias] if bias is not None else []), weight or not _channels_last(gathered)
     if mode == "forward" and g.groups == 1 and DTYPES[dtype].compute == "f32":
         flags = ("first" if taps_last else "last") + f"-{precision or 'half'}"

@@ -7,14 +7,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..kernels import ir
-from ..kernels.block import gemm as block_gemm
 from ..kernels.block import quantized as block
 from ..kernels.builder import KernelBuilder
 from ..kernels.kernel import Kernel, Target
 from ..kernels.nest import fold_groups
 from ..lowering import Tensor, bucket, build, cdiv, check, copy_bytes, empty, eq, is_one, launch, lowering, target
 from .common import broadcast, contiguous
-from .contraction import allow_tf32, int8_product, matrix, product
+from .contraction import dot_precision, int8_product, matrix, product
 
 WORKGROUP = 64
 
@@ -39,10 +38,6 @@ def int_mm(self: Tensor, mat2: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return x if is_one(x.strides[1]) else contiguous(x)
-
-
-def _precision(dtype: str) -> str:
-    return block_gemm.precision_of(dtype, allow_tf32())
 
 
 @lowering("_weight_int8pack_mm")
@@ -77,7 +72,7 @@ def weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
         return out
     x, w, scales = _rows(self), contiguous(mat2), contiguous(scales)
     s = block.schedule(x.dtype, 1 << bucket(m))
-    kernel = build(block.product, s, x.dtype, 8, scales.dtype, 0, _precision(x.dtype))
+    kernel = build(block.product, s, x.dtype, 8, scales.dtype, 0, dot_precision(x.dtype))
     launch(kernel, [x, w, scales, out], [x.strides[0], m, n, k], block.groups(s, m, n))
     return out
 
@@ -153,7 +148,7 @@ def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -
         return out
     x = _rows(self)
     s = block.schedule(x.dtype, 1 << bucket(m), group)
-    kernel = build(block.product, s, x.dtype, 4, scales.dtype, group, _precision(x.dtype))
+    kernel = build(block.product, s, x.dtype, 4, scales.dtype, group, dot_precision(x.dtype))
     launch(kernel, [x, w, scales, out], [x.strides[0], m, n, k], block.groups(s, m, n))
     return out
 

@@ -57,9 +57,11 @@ SKINNY = {
 }
 
 
-def precision_of(dtype: str, allow_tf32: bool) -> str:
-    """How products of `dtype` are computed."""
-    return ("tf32" if allow_tf32 else "bf16x6") if dtype == "f32" else ""
+def precision_of(target: Target, dtype: str, fast: bool) -> str:
+    """How products of `dtype` are computed. fast: PyTorch's "high" precision of float32; few of AMD's devices have tf32."""
+    if dtype != "f32":
+        return ""
+    return "bf16x6" if not fast else "bf16x3" if target.engine == "hip" else "tf32"
 
 
 # As Triton names the numbers of 8 bits that NVIDIA's tensor cores multiply.
@@ -85,7 +87,7 @@ def schedule(
     along the reduction."""
     compute = compute_dtype(dtype)
     size = {"i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, **dict.fromkeys(FLOAT8, 1)}.get(dtype)
-    if size is None:
+    if size is None or (compute == "f64" and target.engine == "hip"):  # Triton has no tl.dot of float64 for AMD
         return WHOLE[0]
     if m < 32:
         return SKINNY[size]
