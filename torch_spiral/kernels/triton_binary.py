@@ -69,12 +69,12 @@ def compile_kernel(
     found = _load(key)
     if found is None:
         given = options(kernel.source)
-        for stages in range(given["num_stages"], 0, -1):
-            found = _compile(kernel, target, divisible, {**given, "num_stages": stages})
-            if memory is None or found.shared <= memory:
-                break
-        else:
-            raise RuntimeError(f"{kernel.name} needs {found.shared} bytes of shared memory; the device has {memory}")
+        found = _compile(kernel, target, divisible, given)
+        while memory is not None and found.shared > memory:
+            if given["num_stages"] == 1:
+                raise RuntimeError(f"{kernel.name} needs {found.shared} bytes of shared memory; the device has {memory}")
+            given["num_stages"] -= 1
+            found = _compile(kernel, target, divisible, given)
         _store(key, found)
     return found
 

@@ -280,11 +280,11 @@ def _best_of_pieces(it: Item) -> None:
         least = element(i.as_node())[0]
         for j in range(1, AT_ONCE):
             least = k.let(ir.minimum(least, element(i + j)[0]))
-        with k.If(ir.lt(least, worst)), k.For(i.as_node(), k.let(i + AT_ONCE)) as j:  # rarely so
-            take(j)
+        with k.If(ir.lt(least, worst)), k.For(i.as_node(), k.let(i + AT_ONCE)) as at_j:  # rarely so
+            take(at_j)
         i.set(i + AT_ONCE)
-    with k.For(i.as_node(), length) as j:
-        take(j)
+    with k.For(i.as_node(), length) as at_j:
+        take(at_j)
     with k.For(ir.const(1, "i32"), count) as i:  # the root is the last of those that are left
         last = k.let(count - i)
         key, place = k.let(keys.load(at(last))), k.let(places.load(at(last)))
