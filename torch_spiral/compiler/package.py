@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -391,14 +392,16 @@ class Package:
         } | self._calls
 
     def _load_constants(self, described: Mapping[str, Any], data: bytes) -> dict[str, torch.Tensor]:
-        whole = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only copied from
+            whole = torch.frombuffer(data or b"\0", dtype=torch.uint8)
         storages: dict[tuple[int, bool], torch.Tensor] = {}
         out: dict[str, torch.Tensor] = {}
         for name, d in described.items():
             key = (d["start"], d["host"])
             if key not in storages:
-                part = whole[d["start"] : d["start"] + d["bytes"]].clone()
-                storages[key] = part if d["host"] else part.to(self._device)
+                part = whole[d["start"] : d["start"] + d["bytes"]]
+                storages[key] = part.clone() if d["host"] else part.to(self._device)
             out[name] = torch.empty(0, dtype=_constant(d["dtype"]), device=storages[key].device).set_(
                 storages[key].untyped_storage(), d["offset"], d["sizes"], d["strides"]
             )
