@@ -196,35 +196,78 @@ def cpu_overhead(device: torch.device) -> float:
     return _call_time(CPU, "inductor")
 
 
+# A process that times GPT-2's first call: of a model compiled with backend argv[2], or, where that is a path, of the package there.
 WARM_START = """
 import sys, time
 import torch
+from pathlib import Path
 from benchmarks.harness import model_zoo
-device = torch.device(sys.argv[1])
+device, how = torch.device(sys.argv[1]), sys.argv[2]
 zoo = model_zoo()
 spec = zoo.MODELS["gpt2"]
-module, inputs = spec.build("real").eval().to(device), zoo.to(spec.inputs("real", 1), device)
+inputs = zoo.to(spec.inputs("real", 1), device)
+packaged = Path(how).is_absolute()
+module = None if packaged else spec.build("real").eval().to(device)
+torch.accelerator.synchronize(device)
 start = time.perf_counter()
 with torch.no_grad():
-    spec.forward(torch.compile(module, backend="spiral"), inputs).cpu()
+    if packaged:
+        from torch_spiral.compiler import load
+        load(how, device)(inputs["input_ids"]).cpu()
+    else:
+        spec.forward(torch.compile(module, backend=how), inputs).cpu()
 print(time.perf_counter() - start)
 """
 
 
+def _second_start(device: torch.device, how: str, folder: str) -> float:
+    """Seconds of WARM_START in a second process, with what the first left on disk in folder."""
+    environment = dict(os.environ, SPIRAL_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
+    seconds = 0.0
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", WARM_START, str(device), how],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        seconds = float(done.stdout.split()[-1])
+    return seconds
+
+
 def warm_start(device: torch.device) -> float:
-    """Seconds of GPT-2's first compiled call in a second process, with what the first left on disk."""
+    """Seconds of GPT-2's first compiled call in a second process."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ, SPIRAL_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
-        seconds = 0.0
-        for _ in range(2):
-            done = subprocess.run(
-                [sys.executable, "-c", WARM_START, str(device)],
-                cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1])
-            seconds = float(done.stdout.split()[-1])
-        return seconds
+        return _second_start(device, "spiral", folder)
+
+
+def dynamo_start(device: torch.device) -> float:
+    """The same with Dynamo's backend "eager": tracing, guards, and a first eager call."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _second_start(device, "eager", folder)
+
+
+def package_start(device: torch.device) -> float:
+    """Seconds from a package of GPT-2 on disk, weights included, to its first result in a second process."""
+    from torch_spiral.compiler import package
+
+    zoo = model_zoo()
+    spec = zoo.MODELS["gpt2"]
+    ids = zoo.to(spec.inputs("real", 1), device)["input_ids"]
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = spec.build("real").eval()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "gpt2")
+        with torch.no_grad():
+            package(torch.export.export(Logits().to(device), (ids,)), path)
+        return _second_start(device, path, folder)
 
 
 def work(name: str, make: Make, **bars: float) -> Work:
@@ -259,6 +302,8 @@ ROWS: list[Work | Reading] = [
     Reading("call of that graph without Dynamo", graph_overhead, "µs", at_most=10),
     Reading("the same call, torch.compile on the CPU", cpu_overhead, "µs"),
     Reading("warm start of gpt2 from the disk cache", warm_start, "s", at_most=3),
+    Reading("the same with Dynamo's backend eager", dynamo_start, "s"),
+    Reading("start of gpt2 from a package", package_start, "s"),
 ]
 
 
