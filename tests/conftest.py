@@ -4,6 +4,9 @@ import os
 import zlib
 
 os.environ["SPIRAL_FALLBACK"] = "error"
+os.environ["SPIRAL_AUTOLOAD"] = (
+    "1"  # in processes of tests; a PyTorch built for CUDA does not load the device by itself
+)
 
 import pytest
 import torch

@@ -469,7 +469,6 @@ def test_a_kernel_that_does_not_compile_names_its_nodes_and_leaves_its_source(de
 def test_the_default_backend_in_a_new_process():
     code = """
         import torch
-        import torch_spiral
         f = torch.compile(lambda x: x.softmax(-1) * 2, fullgraph=True)
         x = torch.randn(4, 10)
         assert torch.allclose(f(x.to("spiral")).cpu(), x.softmax(-1) * 2, atol=1e-6)
@@ -747,7 +746,6 @@ def test_a_second_process_starts_without_compiling(device, tmp_path):
     """Neither Inductor nor the engine compiles again: both find what the first process left on disk, and add nothing."""
     code = f"""
         import torch
-        import torch_spiral  # which a PyTorch built for CUDA does not load by itself
         from torch import nn
         from torch._dynamo.utils import counters
         torch.manual_seed(0)

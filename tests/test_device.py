@@ -110,7 +110,9 @@ def test_autoload_leaves_torch_cuda_alone():
     code = (
         "import torch; torch.version.cuda = '13.0'; import torch_spiral_autoload, sys; torch_spiral_autoload.load(); "
     )
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    environment = {k: v for k, v in os.environ.items() if k != "SPIRAL_AUTOLOAD"} | {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"
+    }
     for wanted, expected in (("", False), ("SPIRAL_AUTOLOAD", True)):
         done = subprocess.run(
             [sys.executable, "-c", code + "print('torch_spiral' in sys.modules)"],
