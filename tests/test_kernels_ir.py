@@ -235,6 +235,8 @@ def test_storage_round_trip(target: Target, dtype: str) -> None:
             same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
         else:
             same = inside == want
+            if dtype == "f8e5m2":  # which has three NaNs of each sign
+                same |= ((inside & 0x7F) > 0x7C) & ((want & 0x7F) > 0x7C)
         assert same.all()
 
 

@@ -72,7 +72,9 @@ def compile_kernel(
         found = _compile(kernel, target, divisible, given)
         while memory is not None and found.shared > memory:
             if given["num_stages"] == 1:
-                raise RuntimeError(f"{kernel.name} needs {found.shared} bytes of shared memory; the device has {memory}")
+                raise RuntimeError(
+                    f"{kernel.name} needs {found.shared} bytes of shared memory; the device has {memory}"
+                )
             given["num_stages"] -= 1
             found = _compile(kernel, target, divisible, given)
         _store(key, found)
