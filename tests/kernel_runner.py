@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -208,3 +211,12 @@ def _run_wgsl(kernel: Kernel, raw: list[bytes], block: bytes, groups: tuple[int,
     compute.end()
     device.queue.submit([encoder.finish()])
     return [bytes(device.queue.read_buffer(b)) for b in buffers]
+
+
+def run_by_the_interpreter(file: str) -> None:
+    """A file of tests once more, in a process where Triton interprets: that is chosen before Triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

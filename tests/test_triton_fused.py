@@ -4,21 +4,16 @@ test_triton_kernels.py."""
 
 import os
 import subprocess
-import sys
 
 import pytest
+from kernel_runner import run_by_the_interpreter
 
 pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_by_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_by_the_interpreter(__file__)
 
     def test_loads_are_wide(monkeypatch, tmp_path):
         """A sum of a matrix and a row, and a normalised row, compiled to machine code of sm_90."""

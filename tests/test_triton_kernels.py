@@ -3,21 +3,16 @@ Triton is imported. What only a GPU's compiler does (types, layouts) is checked 
 
 import os
 import subprocess
-import sys
 
 import pytest
+from kernel_runner import run_by_the_interpreter
 
 pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_by_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_by_the_interpreter(__file__)
 
     def test_compiles_for_a_gpu(monkeypatch):
         """A row kernel and a product, to machine code of sm_90."""
