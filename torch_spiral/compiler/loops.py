@@ -431,9 +431,7 @@ class _Reduction(_Evaluation, Rows):
         for loop in range(self.loops):
             now = [g for g, at in self.groups.items() if at == loop]
             here = self.elementwise if loop == self.loops - 1 else []
-            self._hoist(
-                [x for _, xs in now for x in xs] + [e for i in here for e in (stores[i].index, stores[i].value)]
-            )
+            self._hoist(self._exprs(loop))
             self.loop = loop
             results = self._loop(now, here, lanes_r, split)
             for (monoid, xs), values in zip(now, results, strict=True):
