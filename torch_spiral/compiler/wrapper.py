@@ -105,8 +105,8 @@ class Wrapper(compat.PythonWrapperCodegen):
         lines = [
             f"{name} = spiral.Fused(Kernel(",
             f"    name={kernel.name!r}, {rest},",
-            '    source="""',
-            *kernel.source.strip("\n").split("\n"),
+            '    source="""\\',
+            *kernel.source.strip("\n").replace("\\", "\\\\").split("\n"),
             f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r}, nodes={nodes!r})',
             "",
         ]
