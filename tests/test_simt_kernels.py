@@ -509,6 +509,55 @@ def test_pointwise_on_gpus(gpu, n):
     assert (got[n:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "i8"])
+def test_four_elements_in_one_access(gpu, dtype):
+    """Aligned and misaligned operands, a last group that is cut, and neighbours of the result that stay as they are."""
+    operands = [nest.Operand("o", dtype)], [nest.Operand("x", dtype), nest.Operand("y", "f32")]
+    built = nest.pointwise(gpu, "f", *operands, lambda x, y: ir.cast(x, "f32") * 2.0 + y, 1)
+    assert built.unit == 4 and ("vec4" if gpu.language == "wgsl" else "float4") in built.kernel.source
+    numpy = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i8": np.int8}[dtype]
+    values = np.random.default_rng(0).integers(-9, 9, (2, 5000))
+
+    def stored(v):
+        return (v.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else v.astype(numpy)
+
+    for n, offsets in ((1, (0, 0, 0)), (1030, (0, 0, 0)), (1031, (8, 4, 12)), (1030, (1, 2, 3)), (7, (4, 4, 1))):
+        x, y = stored(values[0]), values[1].astype(np.float32)
+        out = np.full(5000, 7, numpy)
+        got = run(built.kernel, [out, x, y], built.scalars([n]), built.groups([n]), offsets=list(offsets))[0]
+        a, b, c = offsets
+        want = out.copy()
+        want[a : a + n] = stored(values[0, b : b + n] * 2 + values[1, c : c + n])
+        np.testing.assert_array_equal(got, want)
+
+
+def test_four_elements_of_rows(gpu):
+    """Rows of a slice and a row that is added to all: by fours where sizes and strides divide by four."""
+    operands = (
+        [nest.Operand("o", "f32", ("1", "s"))],
+        [
+            nest.Operand("x", "f32", ("1", "s")),
+            nest.Operand("w", "f32", ("1", "0")),
+            nest.Operand("c", "f32", ("0", "s")),
+        ],
+    )
+    built = nest.pointwise(
+        gpu, "rows", *operands, lambda at, x, w, c: x * w + c + ir.cast(at.coordinates[0], "f32"), 2, context=True
+    )
+    rng = np.random.default_rng(0)
+    for columns, rows, stride, first in ((64, 5, 72, 0), (64, 5, 70, 0), (66, 3, 68, 4), (8, 3, 8, 1)):
+        x = rng.standard_normal(first + rows * stride).astype(np.float32)
+        w, c = rng.standard_normal(columns).astype(np.float32), rng.standard_normal(rows * 2).astype(np.float32)
+        strides = [(1, columns), (1, stride), (1, 0), (0, 2)]
+        out = np.zeros((rows, columns), np.float32)
+        got = run(
+            built.kernel, [out, x, w, c], built.scalars([columns, rows], strides), built.groups([columns, rows]),
+            offsets=[0, first, 0, 0],
+        )[0]  # fmt: skip
+        want = x[first:].reshape(rows, stride)[:, :columns] * w + c[::2, None] + np.arange(columns, dtype=np.float32)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("d", [0, 1, 300, 1024, 4096, 4500])
 def test_rows_on_gpus(gpu, d):
     """Rows that fit into registers and rows that don't, in the place of their input."""

@@ -268,6 +268,23 @@ class Buffer:
             k.lang.scatter(k.emitter, self.decl, index, values)
         k.forget_loads()
 
+    def load4(self, index: Any) -> list[Node]:
+        """The four elements from index on in one access, where misaligned(index) is 0. Declared with `four`."""
+        k = self._k
+        return k.lang.load4(k.emitter, self.decl, k.index_text(k.index(index)))
+
+    def store4(self, index: Any, values: list[Any]) -> None:
+        """Stores four values, cast to the buffer's dtype, as load4 loads them."""
+        k = self._k
+        nodes = [node for v in values for node in self._convert(v)]
+        k.lang.store4(k.emitter, self.decl, k.index_text(k.index(index)), nodes)
+        k.forget_loads()
+
+    def misaligned(self, index: Any = 0) -> Node:
+        """The place of an element in its group of four that load4 and store4 access, 0 to 3 (u32)."""
+        k = self._k
+        return k.emitter.tmp("u32", k.lang.misaligned(self.decl, k.index_text(k.index(index))))
+
     def _convert(self, value: Any) -> list[Node]:
         if DTYPES[self.dtype].is_pair:
             if not isinstance(value, Complex):
@@ -361,10 +378,13 @@ class KernelBuilder:
 
     # ---- arguments ----------------------------------------------------------------------------------------------
 
-    def buffer(self, name: str, dtype: str, mode: str = "r", windows: int = 1) -> Buffer:
+    def buffer(self, name: str, dtype: str, mode: str = "r", windows: int = 1, four: bool = False) -> Buffer:
         """The next buffer argument. dtype: storage dtype. mode: "r", "w", "rw", or "a" (atomics, and loads and stores).
-        windows: bindings it takes, where it is larger than target.max_binding (WGSL)."""
-        decl = BufferDecl(_safe(name), dtype, mode, windows if self.target.language == "wgsl" else 1)
+        windows: bindings it takes, where it is larger than target.max_binding (WGSL). four: load4 and store4 access it
+        too; of dtypes and modes that fourfold() tells."""
+        wgsl, size = self.target.language == "wgsl", DTYPES[dtype].size
+        vector = 4 if four and wgsl and (size == 4 or (size == 2 and mode == "r")) else 1
+        decl = BufferDecl(_safe(name), dtype, mode, windows if wgsl else 1, vector)
         self.buffers.append(decl)
         return Buffer(self, decl)
 
@@ -655,6 +675,11 @@ class KernelBuilder:
         )  # fmt: skip
         body = "\n".join([*local, *self.emitter.lines])
         return dataclasses.replace(kernel, source=prefix + body + "\n" + suffix)
+
+
+def fourfold(dtype: str, mode: str = "r", windows: int = 1) -> bool:
+    """Whether Buffer.load4 and store4 can access such a buffer."""
+    return DTYPES[dtype].size <= 4 and not DTYPES[dtype].is_pair and mode != "a" and windows == 1
 
 
 def lane_stride(node: Node) -> int | None:

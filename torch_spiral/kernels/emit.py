@@ -18,8 +18,7 @@ MODES = ("r", "w", "rw", "a")
 class BufferDecl:
     """A buffer argument. mode: "r" read, "w" written, "rw" both, "a" updated by atomics (and read or written).
 
-    vector: 4 makes a WGSL binding an array of four elements (f32: vec4<f32>, f16 and bf16: vec2<u32>), for
-    templates."""
+    vector: 4 makes a WGSL binding an array of four elements (f32: vec4<f32>, f16 and bf16: vec2<u32>)."""
 
     name: str
     dtype: str
@@ -111,6 +110,18 @@ class Language:
         raise NotImplementedError
 
     def scatter(self, k: Emitter, b: BufferDecl, index: Node, values: list[Node]) -> None:
+        raise NotImplementedError
+
+    def load4(self, k: Emitter, b: BufferDecl, index: str) -> list[Node]:
+        """The four elements from index on, which misaligned() finds at 0, as four scalars."""
+        raise NotImplementedError
+
+    def store4(self, k: Emitter, b: BufferDecl, index: str, values: list[Node]) -> None:
+        """Stores four compute-dtype values from index on, which misaligned() finds at 0."""
+        raise NotImplementedError
+
+    def misaligned(self, b: BufferDecl, index: str) -> str:
+        """Text of the place of an element in its group of four, 0 to 3 (u32)."""
         raise NotImplementedError
 
 

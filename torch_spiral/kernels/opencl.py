@@ -262,6 +262,34 @@ class OpenCL(Language):
                 parts = [Node("tmp", "bool", attr=f"({p.attr} & 1)") for p in parts]
             self.store(k, b, f"{i}.s{lane:x}", parts, 1)
 
+    def load4(self, k: Emitter, b: BufferDecl, index: str) -> list[Node]:
+        d, place = DTYPES[b.dtype], f"{b.name} + {index}"
+        raw, type_ = k.fresh(), POINTEE[b.dtype]
+        if b.dtype == "f16":
+            k.line(f"const float4 {raw} = vloada_half4(0, {place});")
+        else:
+            k.line(f"const {type_}4 {raw} = *(__global const {type_}4*)({place});")
+        parts = [f"{raw}.s{i}" for i in range(4)]
+        if b.dtype in FLOAT8:
+            return [Node(f"{b.dtype}_decode", "f32", k.tmp("u32", p)) for p in parts]
+        text = {"bf16": "as_float((uint){} << 16)", "bool": "{} != 0"}.get(b.dtype, "{}")
+        return [k.tmp(d.compute, text.format(p)) for p in parts]
+
+    def store4(self, k: Emitter, b: BufferDecl, index: str, values: list[Node]) -> None:
+        place, type_ = f"{b.name} + {index}", POINTEE[b.dtype]
+        if b.dtype == "bf16" or b.dtype in FLOAT8:
+            values = [Node(f"{b.dtype}_encode", "u32", v) for v in values]
+        v = [k.value(x) for x in values]
+        if b.dtype == "f16":
+            k.line(f"vstorea_half4_rte((float4)({', '.join(v)}), 0, {place});")
+            return
+        if DTYPES[b.dtype].size < 4:
+            v = [f"({type_})({x} != 0)" if b.dtype == "bool" else f"({type_}){x}" for x in v]
+        k.line(f"*(__global {type_}4*)({place}) = ({type_}4)({', '.join(v)});")
+
+    def misaligned(self, b: BufferDecl, index: str) -> str:
+        return f"(uint)((ulong)({b.name} + {index}) / {DTYPES[b.dtype].size}u) & 3u"
+
     barrier = "barrier(CLK_LOCAL_MEM_FENCE);"
     memory_barrier = "barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE);"
     loop = "for (;;)"

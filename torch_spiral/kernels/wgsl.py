@@ -273,6 +273,8 @@ class Wgsl(Language):
 
     def _read(self, k: Emitter, b: BufferDecl, position: str) -> str:
         """Text of an array element, by value."""
+        if b.vector == 4:
+            return self._component(b, position)
         if b.windows == 1:
             return f"atomicLoad(&{b.name}[{position}])" if is_atomic(b) else f"{b.name}[{position}]"
         element = self.element(k.target, b)
@@ -285,11 +287,20 @@ class Wgsl(Language):
             f"{k.helper(f'{b.name}_read', self.function(f'{b.name}_read', element, [('u32', 'i')], body))}({position})"
         )
 
+    @staticmethod
+    def _component(b: BufferDecl, position: str) -> str:
+        """A word of a binding of vectors; position in words."""
+        words = DTYPES[b.dtype].size
+        return f"{b.name}[({position}) >> {words // 2}u][({position}) & {words - 1}u]"
+
     def window(self, target: Target, b: BufferDecl) -> int:
         """Array elements in one window."""
         return target.max_binding // max(4, DTYPES[b.dtype].size)
 
     def _write(self, k: Emitter, b: BufferDecl, position: str, text: str) -> None:
+        if b.vector == 4:
+            k.line(f"{self._component(b, position)} = {text};")
+            return
         if b.windows == 1:
             k.line(
                 f"atomicStore(&{b.name}[{position}], {text});" if is_atomic(b) else f"{b.name}[{position}] = {text};"
@@ -345,7 +356,7 @@ class Wgsl(Language):
                 if b.dtype == "c32":
                     low, high = k.tmp("u32", f"{raw_} & 0xffffu"), k.tmp("u32", f"{raw_} >> 16u")
                     return [self.decode("f16", low), self.decode("f16", high)]
-                same = element in (d.compute, f"atomic<{d.compute}>")
+                same = b.vector == 4 or element in (d.compute, f"atomic<{d.compute}>")
                 return [k.tmp(d.compute, raw_ if same else f"bitcast<{d.compute}>({raw_})")]
             if self.element(k.target, b).endswith("64>"):  # a native 64-bit atomic
                 return [k.tmp(d.compute, f"bitcast<f64>({raw_})" if d.compute == "f64" else raw_)]
@@ -409,7 +420,7 @@ class Wgsl(Language):
                 text = f"{lo} | ({hi} << 16u)"
             else:
                 text = k.value(values[0])
-                if element not in (d.compute, f"atomic<{d.compute}>"):
+                if b.vector == 1 and element not in (d.compute, f"atomic<{d.compute}>"):
                     text = f"bitcast<u32>({text})"
             self._write(k, b, at, text)
             return
@@ -429,6 +440,39 @@ class Wgsl(Language):
                 self._write(k, b, f"{len(words)}u * {at} + {i}u", w)
         else:
             self._write(k, b, at, f"vec{len(words)}<u32>({', '.join(words)})")
+
+    def load4(self, k: Emitter, b: BufferDecl, index: str) -> list[Node]:
+        d = DTYPES[b.dtype]
+        if d.size == 4:
+            raw = k.fresh()
+            k.line(f"let {raw} = {b.name}[({self.place(b, index)}) >> 2u];")
+            return [k.tmp(d.compute, f"{raw}.{c}") for c in "xyzw"]
+        at, per, bits = k.fresh(), 4 // d.size, 8 * d.size
+        k.line(f"let {at} = ({self.place(b, index)}) >> {per // 2}u;")
+        if b.vector == 4:
+            raw = k.fresh()
+            k.line(f"let {raw} = {b.name}[{at} >> 1u];")
+            words = [f"{raw}.x", f"{raw}.y"]
+        else:
+            words = [k.value(k.tmp("u32", self._read(k, b, f"{at} + {w}u"))) for w in range(d.size)]
+        parts = [k.tmp("u32", f"extractBits({words[i // per]}, {i % per * bits}u, {bits}u)") for i in range(4)]
+        return [self.decode(b.dtype, p) for p in parts]
+
+    def store4(self, k: Emitter, b: BufferDecl, index: str, values: list[Node]) -> None:
+        d = DTYPES[b.dtype]
+        if d.size == 4:
+            value = f"vec4<{d.compute}>({', '.join(k.value(v) for v in values)})"
+            k.line(f"{b.name}[({self.place(b, index)}) >> 2u] = {value};")
+            return
+        at, per, bits = k.fresh(), 4 // d.size, 8 * d.size
+        k.line(f"let {at} = ({self.place(b, index)}) >> {per // 2}u;")
+        codes = [k.value(self.encode(b.dtype, v)) for v in values]
+        for w in range(d.size):
+            parts = [f"({c} << {i * bits}u)" if i else c for i, c in enumerate(codes[w * per : (w + 1) * per])]
+            k.line(f"atomicStore(&{b.name}[{at} + {w}u], {' | '.join(parts)});")
+
+    def misaligned(self, b: BufferDecl, index: str) -> str:
+        return f"({self.place(b, index)}) & 3u"
 
     def immediate(self, target: Target, params_size: int) -> bool:
         return params_size <= target.max_params

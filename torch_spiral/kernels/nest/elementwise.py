@@ -18,6 +18,7 @@ from .operands import (
     TILE_ROWS,
     Declarations,
     Operand,
+    accessed_by_four,
     cdiv,
     fold_groups,
     lanes_for,
@@ -128,8 +129,11 @@ class Pointwise(Declarations):
         self.each = (
             1 if self.schedule != "simt" or target.schedule_class == "block" or target.software else SIMT_ELEMENTS
         )
-        unit = self.each if self.word_out is None else 4 // DTYPES[self.word_out.dtype].size
-        k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{unit if unit > 1 else ''}")
+        if self.each > 1 and all(accessed_by_four(o) or (o in self.ins and o.strides[0] == "0") for o in operands):
+            self.fours = frozenset(o.name for o in operands if accessed_by_four(o))
+        unit = self.each if self.word_out is None or self.fours else 4 // DTYPES[self.word_out.dtype].size
+        by = f"{unit if unit > 1 else ''}{'aligned' if self.fours else ''}"
+        k = KernelBuilder(target, f"{name}_{key}_{ndim}d_{self.schedule}{by}")
         self.declare(k, self.outs, self.ins, buffers, ndim)
         per_task = k.scalar("rows_per_task", "u32") if self.schedule == "vector" else None
         values = [k.scalar(f"value{i}", t) for i, t in enumerate(scalars)]
@@ -186,6 +190,11 @@ class Pointwise(Declarations):
         store: Callable[[Operand, Any], None],
     ) -> None:
         loaded = [self.bufs[o.name].load(index(o)) for o in self.ins]
+        for o, v in zip(self.outs, self._values(loaded, coordinates, position), strict=True):
+            store(o, v)
+
+    def _values(self, loaded: Sequence[Any], coordinates: Sequence[Any], position: Any) -> Sequence[Any]:
+        """What fn makes of an element of every input, for every output."""
         args = [*loaded, *self.values]
         if self.with_context:
             args.insert(0, Context(self.k, tuple(coordinates), position))
@@ -194,8 +203,7 @@ class Pointwise(Declarations):
         results = result if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(self.outs):
             raise ValueError(f"{self.k.name}: {len(results)} results for {len(self.outs)} outputs")
-        for o, v in zip(self.outs, results, strict=False):
-            store(o, v)
+        return results
 
     # ---- schedules ------------------------------------------------------------------------------------------------
 
@@ -277,10 +285,14 @@ class Pointwise(Declarations):
                 position = k.let(ir.cast((outer * self.sizes[1] + r) * self.sizes[0], "i32"))
                 self._span(column, stop, position, [ir.cast(c, "i32") for c in coordinates], self._bases(coordinates))
 
+    def _coordinates(self, i: Node) -> list[Node]:
+        """Of an element, where they are asked for."""
+        need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
+        return unravel(self.k, self.sizes, i) if need else []
+
     def _element(self, i: Node, store: Callable[[Operand, Any], None] | None = None) -> None:
         """One element of the whole nest, i: u32 place in the iteration order."""
-        need = self.with_context or any(o.strides != "dense" for o in [*self.outs, *self.ins])
-        coordinates = unravel(self.k, self.sizes, i) if need else []
+        coordinates = self._coordinates(i)
         position = ir.cast(i, "i32")
 
         def index(o: Operand) -> Node:
@@ -318,18 +330,72 @@ class Pointwise(Declarations):
         """Where element i of the iteration order lies in an operand."""
         return ir.cast(i, "i32") if o.strides == "dense" else self.offset(o, unravel(self.k, self.sizes, i), 0)
 
+    def _aligned(self) -> Node:
+        """Whether every group of four elements in the iteration order is one of four neighbours, and aligned, in every
+        operand of `fours`. The same for all invocations."""
+        operands = [o for o in [*self.outs, *self.ins] if o.name in self.fours]
+        off: Any = ir.const(0, "u32")
+        for o in operands:
+            off = ir.or_(off, self.bufs[o.name].misaligned())
+        if self.ndim > 1 and any(o.strides != "dense" for o in [*self.outs, *self.ins]):
+            off = ir.or_(off, ir.and_(self.sizes[0], 3))
+            for (name, d), stride in self.strides.items():
+                if d and name in self.fours:
+                    off = ir.or_(off, ir.and_(ir.cast(stride, "u32"), 3))
+        return ir.eq(off, 0)
+
+    def _four(self, i: Node, n: Node) -> None:
+        """Elements i .. i + 3 (u32) by one access of each operand of `fours`; one by one where n cuts them."""
+        k = self.k
+        with k.If(ir.and_(ir.lt(i, n), ir.le(ir.const(4, "u32"), n - i))):
+            coordinates = self._coordinates(i)
+            position = ir.cast(i, "i32")
+            index = {
+                o.name: position if o.strides == "dense" else k.let(self.offset(o, coordinates, 0))
+                for o in [*self.outs, *self.ins]
+            }
+            loaded = [
+                b.load4(index[b.name]) if b.name in self.fours else [b.load(index[b.name])] * 4
+                for b in (self.bufs[o.name] for o in self.ins)
+            ]
+            results = []
+            for u in range(4):
+                at = [ir.cast(c, "i32") for c in coordinates]
+                at[:1] = [c + u for c in at[:1]]
+                results.append([k.let(v) for v in self._values([x[u] for x in loaded], at, position + u)])
+            for o, values in zip(self.outs, zip(*results, strict=True), strict=True):
+                self.bufs[o.name].store4(index[o.name], list(values))
+        with k.Else(), k.For(i, n) as e:
+            self._element(e)
+
     def _simt(self, workgroup: int) -> None:
         k = self.k
         n = k.let(product(self.sizes))
         i = k.global_id(workgroup)
+        if self.fours:
+            with k.If(self._aligned()):
+                self._four(k.let(i * 4), n)
+            with k.Else():
+                self._one_by_one(i, n, workgroup)
+        else:
+            self._one_by_one(i, n, workgroup)
+
+    def _one_by_one(self, i: Node, n: Node, workgroup: int) -> None:
+        """Elements of any layout, by invocation i."""
         if self.word_out is None and self.each == 1:
-            with k.If(i < n):
+            with self.k.If(i < n):
                 self._element(i)
-            return
-        if self.word_out is None:
+        elif self.word_out is None:
             self._several(n, workgroup)
-            return
-        out = self.word_out
+        else:
+            words = DTYPES[self.word_out.dtype].size if self.fours else 1
+            for w in range(words):
+                self._word(self.k.let(i * words + w), n)
+
+    def _word(self, i: Node, n: Node) -> None:
+        """The elements of the i-th word of the output that is narrower than one."""
+        k, out = self.k, self.word_out
+        assert out is not None
         per, bits = 4 // DTYPES[out.dtype].size, 8 * DTYPES[out.dtype].size
         offset = k.raw("u32", f"{out.name}_offset")
         word = k.let(ir.idiv(offset, per) + i)

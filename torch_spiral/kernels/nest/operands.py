@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import ir
-from ..builder import KernelBuilder
+from ..builder import KernelBuilder, fourfold
 from ..ir import Node
 from ..kernel import DTYPES, Target
 
@@ -91,18 +91,26 @@ def unravel(k: KernelBuilder, sizes: Sequence[Node], flat: Node) -> list[Node]:
     return [*at, flat] if sizes else []
 
 
+def accessed_by_four(o: Operand) -> bool:
+    """Whether four neighbours in dimension 0 are one load on GPUs."""
+    return (o.strides == "dense" or o.strides[0] == "1") and fourfold(o.dtype, windows=o.windows)
+
+
 class Declarations:
     """What pointwise and row kernels declare alike: operands and further buffers, sizes, and strides that are neither 0
     nor 1."""
+
+    fours: frozenset[str] = frozenset()  # operands that are accessed four elements at a time, where they are aligned
 
     def declare(
         self, k: KernelBuilder, outs: Sequence[Operand], ins: Sequence[Operand], buffers: Sequence[tuple], ndim: int
     ) -> None:
         self.k, self.ndim = k, ndim
         operands = [*outs, *ins]
-        self.bufs = {
-            o.name: k.buffer(o.name, o.dtype, "w" if i < len(outs) else "r", o.windows) for i, o in enumerate(operands)
-        }
+        self.bufs = {}
+        for i, o in enumerate(operands):
+            more = {"four": True} if o.name in self.fours else {}
+            self.bufs[o.name] = k.buffer(o.name, o.dtype, "w" if i < len(outs) else "r", o.windows, **more)
         self.extra = tuple(k.buffer(*b) for b in buffers)
         self.sizes = [k.scalar(f"size{d}", "u32") for d in range(ndim)]
         self.strides: dict[tuple[str, int], Node] = {}
