@@ -7,17 +7,18 @@ check[site](index, size[, mask]), an index that is reported and clamped when it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import ir
-from ..kernels.builder import KernelBuilder
+from ..kernels.builder import KernelBuilder, fourfold
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Kernel, Target
-from ..kernels.nest import SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
+from ..kernels.nest import SIMT_ELEMENTS, SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
 from ..kernels.nest.columns import for_columns, for_rows
-from ..kernels.nest.elementwise import whole_blocks
+from ..kernels.nest.elementwise import a_workgroup_apart, four_neighbours, whole_blocks
 from ..kernels.nest.operands import BLOCK_LANES, product, unravel
 
 SHORT = 32  # reduced elements whose totals fit registers anyway
@@ -28,6 +29,7 @@ COSTLY = frozenset(
 )
 TOTALS = 4096  # that stay in the first-level cache
 BLOCK_ROWS = 256  # summed one after the other
+LONG = 400  # nodes of expressions that a GPU computes for one element at a time, for the sake of registers
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel and what its launch must know: schedule, vector lanes (of "columns", those of a task)."""
+    """A kernel and what its launch must know: schedule, vector lanes (of "columns", those of a task; of "elements", those of
+    an invocation)."""
 
     kernel: Kernel
     schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "invocation"
@@ -76,19 +79,73 @@ def size_of(n: Node) -> int | None:
     return n.attr if n.op == "const" else None
 
 
+def progression(index: Node, leaf: str) -> tuple[int | None, int]:
+    """(step, divisor) of an index: how much it grows from one value of a leaf to the next, None if not known; and what
+    divides it where the leaf is 0 (0: it is 0)."""
+    if index.op == "const":
+        return 0, abs(int(index.attr))
+    if index.op == "leaf":
+        return (1, 0) if index.attr == leaf else (0, 1)
+    if index.op == "cast" and {index.dtype, index.args[0].dtype} <= {"i32", "u32"}:
+        return progression(index.args[0], leaf)
+    parts = [progression(a, leaf) for a in index.args]
+    steps = [step for step, _ in parts]
+    if index.op in ("add", "sub") and None not in steps:
+        (a, m), (b, n) = parts
+        assert a is not None and b is not None
+        return (a + b if index.op == "add" else a - b), math.gcd(m, n)
+    for one, other, (step, divisor) in zip(index.args, reversed(index.args), parts, strict=False):
+        if index.op == "mul" and other.op == "const" and step is not None and one is not other:
+            return step * other.attr, divisor * abs(other.attr)
+    return (0, 1) if all(step == 0 for step in steps) else (None, 1)
+
+
 class _Evaluation:
     """Emits expressions of a Program."""
 
     k: KernelBuilder
     program: Program
     target: Target
+    fours: frozenset[str] = frozenset()  # buffers that are accessed four elements at a time, where they are aligned
+    loads4: tuple[Node, ...] = ()  # the loads of those, in order
 
     def _begin(self, program: Program, target: Target) -> None:
         self.program, self.target = program, target
         self.k = KernelBuilder(target, program.name)
-        self.buffers = {n: self.k.buffer(n, t, m, program.windows.get(n, 1)) for n, t, m in program.buffers}
+        self.buffers = {}
+        for n, t, m in program.buffers:
+            more = {"four": True} if n in self.fours else {}
+            self.buffers[n] = self.k.buffer(n, t, m, program.windows.get(n, 1), **more)
         self.scalar_nodes = {n: self.k.scalar(n, t) for n, t in program.scalars}
         self.site_nodes = [self.k.scalar(f"site{i}", "u32") for i in range(program.sites)]
+
+    def _find_fours(self, leaf: str, size: Node | None) -> None:
+        """Finds what is accessed by four along a coordinate, where four neighbours begin at a multiple of four: fours and
+        loads4. size: of the coordinate, where others follow it. Nothing, where a store is not among it."""
+        program = self.program
+        if (size is not None and (size_of(size) or 1) % 4) or self._scalar_only():
+            return
+
+        def by_four(buffer: str, index: Node) -> bool:
+            dtype, mode = kinds[buffer]
+            step, divisor = progression(index, leaf)
+            return step == 1 and divisor % 4 == 0 and fourfold(dtype, mode, program.windows.get(buffer, 1))
+
+        kinds = {n: (t, m) for n, t, m in program.buffers}
+        stores = [s for s in program.stores if s.per_element or not program.reduced]
+        if not all(by_four(s.buffer, s.index) for s in stores):
+            return
+        loads = [n for n in ir.walk(*(n for s in program.stores for n in (s.index, s.value))) if n.op == "load"]
+        self.loads4 = tuple(n for n in loads if len(n.args) == 1 and by_four(n.attr, n.args[0]))
+        self.fours = frozenset([*(s.buffer for s in stores), *(n.attr for n in self.loads4)])
+
+    def _load4(self, loads: Sequence[Node], leaves: dict[str, Any]) -> list[dict[Node, Any]]:
+        """The values of loads by four, element by element. leaves: coordinates of the first."""
+        known: list[dict[Node, Any]] = [{} for _ in range(4)]
+        for n in loads:
+            for values, v in zip(known, self.buffers[n.attr].load4(self._emit(n.args, leaves, {})[0]), strict=True):
+                values[n] = v
+        return known
 
     def _size(self, n: Node) -> Node:
         """A size, with scalars in place."""
@@ -163,6 +220,12 @@ class _Evaluation:
 
 class _Pointwise(_Evaluation):
     def __init__(self, program: Program, target: Target) -> None:
+        self.program, self.each = program, 1
+        if target.schedule_class == "simt" and not target.software and program.rows and not self._scalar_only():
+            nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
+            if len(nodes) <= LONG:
+                self.each = SIMT_ELEMENTS
+                self._find_fours("x0", program.rows[0] if len(program.rows) > 1 else None)
         self._begin(program, target)
         k = self.k
         vector = target.schedule_class == "vector"
@@ -184,13 +247,53 @@ class _Pointwise(_Evaluation):
             if block:
                 whole_blocks(k, n, workgroup, self._element)
             else:
-                i = k.global_id(workgroup)
-                with k.If(i < n):
-                    self._element(i)
-            self.built = Built(k.finish((workgroup, 1, 1)), "elements", 1)
+                self._simt(n, workgroup)
+            self.built = Built(k.finish((workgroup, 1, 1)), "elements", self.each)
+
+    def _simt(self, n: Node, workgroup: int) -> None:
+        k = self.k
+        if self.each == 1:
+            i = k.global_id(workgroup)
+            with k.If(i < n):
+                self._element(i)
+            return
+        if not self.fours:
+            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element)
+            return
+        off: Any = ir.const(0, "u32")
+        for name in sorted(self.fours):
+            off = ir.or_(off, self.buffers[name].misaligned())
+        with k.If(ir.eq(off, 0)):
+            four_neighbours(k, k.let(k.global_id(workgroup) * 4), n, self._four, self._element)
+        with k.Else():
+            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element)
 
     def _element(self, i: Node) -> None:
         self._stores(self.program.stores, self._leaves(unravel(self.k, self.sizes, i)), {})
+
+    def _read(self, i: Node) -> Callable[[], None]:
+        """Computes element i; what stores it."""
+        stores = self.program.stores
+        leaves = self._leaves(unravel(self.k, self.sizes, i))
+        values = [self.k.let(v) for v in self._emit([e for s in stores for e in (s.index, s.value)], leaves, {})]
+
+        def finish() -> None:
+            for s, index, value in zip(stores, values[::2], values[1::2], strict=True):
+                self._store(s, index, value)
+
+        return finish
+
+    def _four(self, i: Node) -> None:
+        """Elements i .. i + 3."""
+        k, stores = self.k, self.program.stores
+        first = self._leaves(unravel(k, self.sizes, i))
+        values = []
+        for u, known in enumerate(self._load4(self.loads4, first)):
+            leaves = {**first, "x0": first["x0"] + u}
+            values.append([k.let(v) for v in self._emit([s.value for s in stores], leaves, known)])
+        indices = [k.let(v) for v in self._emit([s.index for s in stores], first, {})]
+        for s, index, four in zip(stores, indices, zip(*values, strict=True), strict=True):
+            self.buffers[s.buffer].store4(index, list(four))
 
     @staticmethod
     def _leaves(coordinates: Sequence[Any]) -> dict[str, Any]:

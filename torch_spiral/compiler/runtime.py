@@ -62,7 +62,9 @@ class Fused:
         n = product(rows)
         if self.schedule == "lanes_d":
             return (cdiv(n, self._per_task(rows, reduced)), 1, 1)
-        if self.schedule in ("invocation", "elements"):
+        if self.schedule == "elements":
+            n = cdiv(n, self.kernel.workgroup[0] * self.lanes)
+        elif self.schedule == "invocation":
             n = cdiv(n, self.kernel.workgroup[0])
         return fold_groups(low.target(), n)
 

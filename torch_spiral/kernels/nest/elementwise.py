@@ -96,6 +96,39 @@ def whole_blocks(k: KernelBuilder, n: Node, lanes: int, element: Callable[[Node]
         element(i)
 
 
+def a_workgroup_apart(
+    k: KernelBuilder,
+    n: Node,
+    workgroup: int,
+    each: int,
+    read: Callable[[Node], Callable[[], None]],
+    element: Callable[[Node], None],
+) -> None:
+    """Elements below n (u32), `each` of an invocation: all read before the first is written, since a store may touch what a
+    later load reads, as far as a compiler knows. read(e) computes element e and gives what stores it; element(e) does
+    both."""
+    span = workgroup * each
+    first = k.let(k.group_index() * span)
+    i = k.let(first + k.local_id())
+    with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
+        for store in [read(k.let(i + j * workgroup) if j else i) for j in range(each)]:
+            store()
+    with k.Else(), k.For(ir.const(0, "u32"), ir.const(each, "u32")) as turn:
+        e = k.let(i + turn * workgroup)
+        with k.If(e < n):
+            element(e)
+
+
+def four_neighbours(
+    k: KernelBuilder, i: Node, n: Node, four: Callable[[Node], None], element: Callable[[Node], None]
+) -> None:
+    """four(i) for elements i .. i + 3 below n (u32), or element(e) for those that there are."""
+    with k.If(ir.and_(ir.lt(i, n), ir.le(ir.const(4, "u32"), n - i))):
+        four(i)
+    with k.Else(), k.For(i, n) as e:
+        element(e)
+
+
 class Pointwise(Declarations):
     def __init__(
         self,
@@ -303,28 +336,20 @@ class Pointwise(Declarations):
 
         self.body(index, [ir.cast(c, "i32") for c in coordinates], position, store or plain)
 
-    def _several(self, n: Any, workgroup: int) -> None:
-        """Elements a workgroup apart, all read before the first is written: a store may touch what a later load reads,
-        as far as a compiler knows."""
-        k = self.k
-        span = workgroup * self.each
-        first = k.let(k.group_index() * span)
-        i = k.let(first + k.local_id())
-        with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
-            stores: list[tuple[Operand, Any, Any]] = []
-            for j in range(self.each):
-                e = k.let(i + j * workgroup) if j else i
+    def _read(self, e: Node) -> Callable[[], None]:
+        """Computes element e; what stores it."""
+        stores: list[tuple[Operand, Any, Any]] = []
 
-                def store(o: Operand, v: Any, e: Node = e) -> None:
-                    stores.append((o, k.let(self._place(o, e)), k.let(v)))
+        def store(o: Operand, v: Any) -> None:
+            stores.append((o, self.k.let(self._place(o, e)), self.k.let(v)))
 
-                self._element(e, store)
+        self._element(e, store)
+
+        def finish() -> None:
             for o, index, value in stores:
                 self.bufs[o.name].store(index, value)
-        with k.Else(), k.For(ir.const(0, "u32"), ir.const(self.each, "u32")) as turn:
-            e = k.let(i + turn * workgroup)
-            with k.If(e < n):
-                self._element(e)
+
+        return finish
 
     def _place(self, o: Operand, i: Node) -> Node:
         """Where element i of the iteration order lies in an operand."""
@@ -344,29 +369,26 @@ class Pointwise(Declarations):
                     off = ir.or_(off, ir.and_(ir.cast(stride, "u32"), 3))
         return ir.eq(off, 0)
 
-    def _four(self, i: Node, n: Node) -> None:
-        """Elements i .. i + 3 (u32) by one access of each operand of `fours`; one by one where n cuts them."""
+    def _four(self, i: Node) -> None:
+        """Elements i .. i + 3 (u32) by one access of each operand of `fours`."""
         k = self.k
-        with k.If(ir.and_(ir.lt(i, n), ir.le(ir.const(4, "u32"), n - i))):
-            coordinates = self._coordinates(i)
-            position = ir.cast(i, "i32")
-            index = {
-                o.name: position if o.strides == "dense" else k.let(self.offset(o, coordinates, 0))
-                for o in [*self.outs, *self.ins]
-            }
-            loaded = [
-                b.load4(index[b.name]) if b.name in self.fours else [b.load(index[b.name])] * 4
-                for b in (self.bufs[o.name] for o in self.ins)
-            ]
-            results = []
-            for u in range(4):
-                at = [ir.cast(c, "i32") for c in coordinates]
-                at[:1] = [c + u for c in at[:1]]
-                results.append([k.let(v) for v in self._values([x[u] for x in loaded], at, position + u)])
-            for o, values in zip(self.outs, zip(*results, strict=True), strict=True):
-                self.bufs[o.name].store4(index[o.name], list(values))
-        with k.Else(), k.For(i, n) as e:
-            self._element(e)
+        coordinates = self._coordinates(i)
+        position = ir.cast(i, "i32")
+        index = {
+            o.name: position if o.strides == "dense" else k.let(self.offset(o, coordinates, 0))
+            for o in [*self.outs, *self.ins]
+        }
+        loaded = [
+            b.load4(index[b.name]) if b.name in self.fours else [b.load(index[b.name])] * 4
+            for b in (self.bufs[o.name] for o in self.ins)
+        ]
+        results = []
+        for u in range(4):
+            at = [ir.cast(c, "i32") for c in coordinates]
+            at[:1] = [c + u for c in at[:1]]
+            results.append([k.let(v) for v in self._values([x[u] for x in loaded], at, position + u)])
+        for o, values in zip(self.outs, zip(*results, strict=True), strict=True):
+            self.bufs[o.name].store4(index[o.name], list(values))
 
     def _simt(self, workgroup: int) -> None:
         k = self.k
@@ -374,7 +396,7 @@ class Pointwise(Declarations):
         i = k.global_id(workgroup)
         if self.fours:
             with k.If(self._aligned()):
-                self._four(k.let(i * 4), n)
+                four_neighbours(k, k.let(i * 4), n, self._four, self._element)
             with k.Else():
                 self._one_by_one(i, n, workgroup)
         else:
@@ -386,7 +408,7 @@ class Pointwise(Declarations):
             with self.k.If(i < n):
                 self._element(i)
         elif self.word_out is None:
-            self._several(n, workgroup)
+            a_workgroup_apart(self.k, n, workgroup, self.each, self._read, self._element)
         else:
             words = DTYPES[self.word_out.dtype].size if self.fours else 1
             for w in range(words):
