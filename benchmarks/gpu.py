@@ -85,11 +85,11 @@ def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torc
         from benchmarks.harness import time_work
 
         def copy(where: torch.device) -> Step:
-            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
+            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
             return lambda: y.copy_(x)
 
         def ours(where: torch.device) -> Step:
-            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
+            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
             return lambda: fn(x, y)
 
         pair = {"copy": Contender(copy(CUDA), CUDA), "ours": Contender(ours(device), device)}

@@ -384,11 +384,13 @@ def pieces(device: torch.device, reduced: int, results: int, inner: bool) -> int
     """Into how many partial reductions one of `reduced` elements is cut where `results` of them leave units of the device idle;
     a divisor of `reduced` where there is one of about that size, so that no piece needs a mask. inner: along the fast dimension."""
     target = Target.of(device.index)
-    if target.schedule_class == "vector":
+    vector = target.schedule_class == "vector"
+    if vector:
         tasks, busy, least = results if inner else results // 1024, 4 * target.compute_units, nest.TASK_ELEMENTS
     else:
         tasks, busy, least = results if inner else results // 64, 8 * target.compute_units, 4096
-    wanted = min(busy // max(tasks, 1), reduced * results // least, reduced // 32)
+    # A row that one workgroup reads in a few steps is not worth two kernels.
+    wanted = min(busy // max(tasks, 1), reduced * results // least, reduced // (4096 if inner and not vector else 32))
     if wanted < 2:
         return 1
     return next((n for n in range(wanted, 2 * wanted) if reduced % n == 0), wanted)

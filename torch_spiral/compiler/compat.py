@@ -26,6 +26,7 @@ from torch._inductor.codegen.common import (
     CSEVariable,
     DeviceOpOverrides,
     OpOverrides,
+    get_device_op_overrides,
     get_scheduling_for_device,
     register_backend_for_device,
     register_device_op_overrides,
@@ -55,6 +56,12 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils._sympy.value_ranges import ValueRanges
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def register_overrides(device: str, overrides: DeviceOpOverrides) -> None:
+    """Registers text for a device beside upstream's: Inductor registers its own devices only if it finds none (2.11), so first."""
+    get_device_op_overrides("cpu")
+    register_device_op_overrides(device, overrides)
 
 
 def reorder_loops() -> None:
@@ -315,7 +322,7 @@ __all__ = [
     "parts_of_compilation",
     "plain_inference",
     "register_backend_for_device",
-    "register_device_op_overrides",
+    "register_overrides",
     "register_interface_for_device",
     "register_lowering",
     "reorder_loops",

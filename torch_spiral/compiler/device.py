@@ -110,7 +110,7 @@ def register() -> None:
 
     for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
         compat.register_interface_for_device(name, Interface)
-    compat.register_device_op_overrides("spiral", Overrides())
+    compat.register_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=Passes())
     compat.reorder_loops()
     compat.split_reductions(pieces)

@@ -85,14 +85,14 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
     import triton
     from triton.compiler import ASTSource
 
-    main = function(kernel.source, kernel.name)
-    types = dict(zip(main.arg_names, signature(kernel), strict=True))
     attributes = {(i,): [["tt.divisibility", by]] for i, by in divisible}
     try:
+        main = function(kernel.source, kernel.name)
+        types = dict(zip(main.arg_names, signature(kernel), strict=True))
         compiled = triton.compile(ASTSource(main, types, {}, attributes), target=target, options=options)
     except Exception as error:
         path = _keep_failed(kernel)
-        raise RuntimeError(f"Triton does not compile kernel {kernel.name} (its source: {path}): {error}") from error
+        raise RuntimeError(f"kernel {kernel.name} does not compile: {error}\nSource: {path}") from error
     metadata = compiled.metadata
     if getattr(metadata, "profile_scratch_size", 0) or metadata.num_ctas != 1:
         raise Unsupported(f"{kernel.name} needs memory for a profile, or clusters")
