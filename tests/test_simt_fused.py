@@ -8,7 +8,7 @@ from kernel_runner import run, targets
 
 from torch_spiral.compiler.loops import Program, Store, build, progression
 from torch_spiral.compiler.runtime import Fused
-from torch_spiral.kernels import ir
+from torch_spiral.kernels import ir, nest
 from torch_spiral.kernels.ir import Node
 
 TARGETS = {k: dataclasses.replace(t, compute_units=132) for k, t in targets().items() if k in ("opencl-simt", "wgsl")}
@@ -139,3 +139,29 @@ def test_scatter_adds_stay_single(gpu):
     (got, *_), built = launch(gpu, program, [np.zeros(7, np.float32), x, at])
     assert not wide(built)
     np.testing.assert_array_equal(got, np.bincount(at))
+
+
+def red(monoid, *values, part=0):
+    return Node("red", monoid.dtypes[part], *values, attr=(monoid, part))
+
+
+@pytest.mark.parametrize("rows, d, first", [(4, 64, 0), (5, 333, 3), (3, 5000, 1), (2, 3, 0)])
+def test_rows(gpu, rows, d, first):
+    """A row normalised with a weight for every element; its largest element beside it. Rows that begin anywhere."""
+    index = X0 * const(d) + R0
+    x, w = load("b2", index), load("b3", R0)
+    total = red(nest.SUM("f32"), x * x)
+    program = Program(
+        "fused", [("b0", "f32", "rw"), ("b1", "f32", "rw"), ("b2", "f32", "r"), ("b3", "f32", "r")], [], sizes(rows), sizes(d),
+        [Store("b0", index, x * ir.rsqrt(total) * w, None, True), Store("b1", X0, red(nest.MAX("f32"), x), None, False)],
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal(rows * d + 4).astype(np.float32), rng.standard_normal(d).astype(np.float32)
+    arrays = [np.full(rows * d + 4, 7, np.float32), np.zeros(rows, np.float32), x, w]
+    (got, largest, *_), built = launch(gpu, program, arrays, [first, 0, first, 0])
+    assert built.schedule == "workgroup" and wide(built)
+    view = x[first : first + rows * d].reshape(rows, d)
+    want = view / np.sqrt((view.astype(np.float64) ** 2).sum(1, keepdims=True)) * w
+    np.testing.assert_allclose(got[first : first + rows * d].reshape(rows, d), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(largest, view.max(1))
+    assert (np.delete(got, np.s_[first : first + rows * d]) == 7).all()

@@ -531,6 +531,18 @@ def test_four_elements_in_one_access(gpu, dtype):
         np.testing.assert_array_equal(got, want)
 
 
+def test_exp_on_gpus(gpu):
+    """By the hardware's exp2: overflow, underflow, infinities, NaN."""
+    built = nest.pointwise(gpu, "exp", [nest.Operand("o", "f32")], [nest.Operand("x", "f32")], ir.exp, 1)
+    x = np.concatenate([np.linspace(-86, 88.7, 4001), [0, 89, 1e30, np.inf, -104, -1e30, -np.inf, np.nan]])
+    x = x.astype(np.float32)
+    got = run(built.kernel, [np.zeros_like(x), x], built.scalars([x.size]), built.groups([x.size]))[0]
+    with np.errstate(over="ignore"):
+        want = np.exp(x.astype(np.float64)).astype(np.float32)
+    # lavapipe's fma rounds the product
+    np.testing.assert_allclose(got, want, rtol=5e-6 if gpu.language == "wgsl" else 5e-7, atol=1e-38)
+
+
 def test_four_elements_of_rows(gpu):
     """Rows of a slice and a row that is added to all: by fours where sizes and strides divide by four."""
     operands = (
@@ -558,7 +570,7 @@ def test_four_elements_of_rows(gpu):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("d", [0, 1, 300, 1024, 4096, 4500])
+@pytest.mark.parametrize("d", [0, 1, 300, 1023, 4096, 4501])
 def test_rows_on_gpus(gpu, d):
     """Rows that fit into registers and rows that don't, in the place of their input."""
 
@@ -575,6 +587,52 @@ def test_rows_on_gpus(gpu, d):
     if d:
         e = np.exp(x - x.max(1, keepdims=True))
         np.testing.assert_allclose(got, e / e.sum(1, keepdims=True) * w, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 7, 333, 5001])
+def test_rows_that_begin_anywhere(gpu, d):
+    """Groups of four after a row's first elements, in registers and not; infinities and NaN."""
+
+    def log_softmax(r, x):
+        largest, total = r.reduce(nest.LOGSUMEXP(), x, ir.const(1.0, "f32"))
+        return x - largest - ir.log(total)
+
+    layout = ("1", "s")
+    built = nest.rows(
+        gpu, "log_softmax", [nest.Operand("o", "f32", layout)], [nest.Operand("x", "f32", layout)], log_softmax
+    )
+    rows, rng = 5, np.random.default_rng(0)
+    x = rng.standard_normal(rows * d + 8).astype(np.float32)
+    for first in (1, 2):  # the result's rows begin as the operand's do, and not
+        view = x[first : first + rows * d].reshape(rows, d)
+        view[3, d // 2], view[4, d - 1] = -np.inf, np.nan
+        out = np.full(rows * d + 8, 7, np.float32)
+        scalars = built.scalars([d, rows], [(1, d), (1, d)])
+        got = run(built.kernel, [out, x], scalars, built.groups([d, rows]), offsets=[2, first])[0]
+        wide = view.astype(np.float64)
+        with np.errstate(all="ignore"):
+            wide -= wide.max(1, keepdims=True)
+            want = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+        if d > 1:
+            np.testing.assert_allclose(got[2 : 2 + rows * d].reshape(rows, d), want, rtol=2e-5, atol=1e-5)
+        assert (np.delete(got, np.s_[2 : 2 + rows * d]) == 7).all()
+
+
+@pytest.mark.parametrize("d", [2, 1030])
+def test_narrow_rows_on_gpus(gpu, d):
+    """float16 rows, and the place of the largest element."""
+    layout = ("1", "s")
+    outs = [nest.Operand("o", "f16", layout), nest.Operand("at", "i32", ("0", "1"))]
+    built = nest.rows(
+        gpu, "shifted", outs, [nest.Operand("x", "f16", layout)],
+        lambda r, x: (x * 2.0 - r.sum(x), r.reduce(nest.ARGMAX(), x, r.index)[1]),
+    )  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((3, d)).astype(np.float16)
+    arrays = [np.zeros((3, d), np.float16), np.zeros(3, np.int32), x]
+    got, at, _ = run(built.kernel, arrays, built.scalars([d, 3], [(1, d), (0, 1), (1, d)]), built.groups([d, 3]))
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(got, wide * 2 - wide.sum(1, keepdims=True), rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(at, x.argmax(1))
 
 
 @pytest.mark.parametrize("m", [1, 3, 131, 700])

@@ -119,9 +119,9 @@ class _Evaluation:
         self.scalar_nodes = {n: self.k.scalar(n, t) for n, t in program.scalars}
         self.site_nodes = [self.k.scalar(f"site{i}", "u32") for i in range(program.sites)]
 
-    def _find_fours(self, leaf: str, size: Node | None) -> None:
-        """Finds what is accessed by four along a coordinate, where four neighbours begin at a multiple of four: fours and
-        loads4. size: of the coordinate, where others follow it. Nothing, where a store is not among it."""
+    def _by_four(self, leaf: str, size: Node | None = None, anywhere: bool = False) -> None:
+        """Finds what is accessed by four along a coordinate: fours and loads4; nothing, where a store is not among it. Four
+        neighbours begin at a multiple of four, of a coordinate of this size where others follow it, or anywhere."""
         program = self.program
         if (size is not None and (size_of(size) or 1) % 4) or self._scalar_only():
             return
@@ -129,7 +129,8 @@ class _Evaluation:
         def by_four(buffer: str, index: Node) -> bool:
             dtype, mode = kinds[buffer]
             step, divisor = progression(index, leaf)
-            return step == 1 and divisor % 4 == 0 and fourfold(dtype, mode, program.windows.get(buffer, 1))
+            known = (anywhere or divisor % 4 == 0) and all(n.op != "red" for n in ir.walk(index))
+            return step == 1 and known and fourfold(dtype, mode, program.windows.get(buffer, 1))
 
         kinds = {n: (t, m) for n, t, m in program.buffers}
         stores = [s for s in program.stores if s.per_element or not program.reduced]
@@ -139,11 +140,11 @@ class _Evaluation:
         self.loads4 = tuple(n for n in loads if len(n.args) == 1 and by_four(n.attr, n.args[0]))
         self.fours = frozenset([*(s.buffer for s in stores), *(n.attr for n in self.loads4)])
 
-    def _load4(self, loads: Sequence[Node], leaves: dict[str, Any]) -> list[dict[Node, Any]]:
+    def _load4(self, loads: Sequence[Node], leaves: dict[str, Any], done: dict[Node, Any]) -> list[dict[Node, Any]]:
         """The values of loads by four, element by element. leaves: coordinates of the first."""
         known: list[dict[Node, Any]] = [{} for _ in range(4)]
         for n in loads:
-            for values, v in zip(known, self.buffers[n.attr].load4(self._emit(n.args, leaves, {})[0]), strict=True):
+            for values, v in zip(known, self.buffers[n.attr].load4(self._emit(n.args, leaves, done)[0]), strict=True):
                 values[n] = v
         return known
 
@@ -225,7 +226,7 @@ class _Pointwise(_Evaluation):
             nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
             if len(nodes) <= LONG:
                 self.each = SIMT_ELEMENTS
-                self._find_fours("x0", program.rows[0] if len(program.rows) > 1 else None)
+                self._by_four("x0", program.rows[0] if len(program.rows) > 1 else None)
         self._begin(program, target)
         k = self.k
         vector = target.schedule_class == "vector"
@@ -288,7 +289,7 @@ class _Pointwise(_Evaluation):
         k, stores = self.k, self.program.stores
         first = self._leaves(unravel(k, self.sizes, i))
         values = []
-        for u, known in enumerate(self._load4(self.loads4, first)):
+        for u, known in enumerate(self._load4(self.loads4, first, {})):
             leaves = {**first, "x0": first["x0"] + u}
             values.append([k.let(v) for v in self._emit([s.value for s in stores], leaves, known)])
         indices = [k.let(v) for v in self._emit([s.index for s in stores], first, {})]
@@ -329,16 +330,20 @@ class _Reduction(_Evaluation, Rows):
     """Row loops of nest.rows over a Program: levels, accumulators and trees are those of nest.rows."""
 
     def __init__(self, program: Program, target: Target) -> None:
-        self._begin(program, target)
-        k = self.k
+        self.program, self.target = program, target
         self.split, self.block = False, target.schedule_class == "block"
-        self.bufs = self.buffers
         self.kept = []
+        self.kept_fours = []
         self.reduced = len(program.reduced)
         self.ndim = self.reduced + len(program.rows)
         vector = target.schedule_class == "vector"
         along = program.along_rows and bool(program.rows)
         self.schedule = ("lanes_r" if along else "lanes_d") if vector else "invocation" if along else "workgroup"
+        if self._on_gpu() and self.reduced == 1:
+            self._by_four("r0", anywhere=True)
+        self._begin(program, target)
+        k = self.k
+        self.bufs = self.buffers
         self.lanes = 1 if self._scalar_only() or not vector else lanes_for([t for _, t, _ in program.buffers])
         self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
@@ -526,10 +531,32 @@ class _Reduction(_Evaluation, Rows):
     def evaluate(self, exprs: Sequence[Any], leaf: Any) -> list[Any]:
         return self._emit(exprs, leaf, self.done)
 
+    def _misaligned(self, first: Any) -> list[Node]:
+        leaves = self._leaves_at(self.row_leaves, {0: first}, first)
+        accesses = dict.fromkeys((n.attr, n.args[0]) for n in self.loads4)
+        accesses.update(dict.fromkeys((s.buffer, s.index) for s in self.program.stores if s.per_element))
+        return [self.buffers[name].misaligned(self._emit([index], leaves, {})[0]) for name, index in accesses]
+
+    def _loop_exprs(self, now: list, stores: Sequence[int]) -> list[Any]:
+        chosen = [self.program.stores[i] for i in stores]
+        return [x for _, xs in now for x in xs] + [e for s in chosen for e in (s.index, s.value)]
+
+    def _load_fours(self, exprs: Sequence[Any], t: Node) -> list[dict[Any, Any]]:
+        used: set[Node] = set()
+        todo = list(exprs)
+        while todo:
+            n = todo.pop()
+            if n not in used and n.op != "red" and n not in self.done:
+                used.add(n)
+                todo += n.args
+        loads = [n for n in self.loads4 if n in used]
+        return self._load4(loads, self._leaves_at(self.row_leaves, {0: t}, t), self.done)
+
     def row(self, coordinates: Sequence[Any], lanes_r: int, split: Any, row_id: Any) -> None:
         self.row_leaves: Any = {f"x{d}": ir.cast(c, "i32") for d, c in enumerate(coordinates)}
         self.row_leaf = self.row_leaves  # type: ignore[assignment]
         self.done = {}
+        self._begin_fours(split)
         stores = self.program.stores
         for loop in range(self.loops):
             now = [g for g, at in self.groups.items() if at == loop]
@@ -551,10 +578,10 @@ class _Reduction(_Evaluation, Rows):
 
     def _element(
         self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
-        kept: dict[str, Any] | None = None,
+        kept: dict[Any, Any] | None = None, collect: bool = False,
     ) -> None:  # fmt: skip
         leaves = self._leaves_at(self.row_leaves, at, position)
-        done = self.done
+        done = {**self.done, **(kept or {})}
         if self.rows_kept:
             done = dict(done)
             for n, (first, array) in self.rows_kept.items():
@@ -570,7 +597,10 @@ class _Reduction(_Evaluation, Rows):
         if now:
             values = self._emit([x for _, xs in now for x in xs], leaves, done)
             for (monoid, xs), acc in zip(now, accs, strict=True):
-                self._combine(monoid, acc, values[: len(xs)])
+                if collect:
+                    acc.append(tuple(values[: len(xs)]))
+                else:
+                    self._combine(monoid, acc, values[: len(xs)])
                 values = values[len(xs) :]
         chosen = [self.program.stores[i] for i in stores]
         if later is None or any(s.mode for s in chosen):

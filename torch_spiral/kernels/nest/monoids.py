@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,23 @@ from ..ir import Node
 @dataclass(frozen=True)
 class Monoid:
     """An associative combination with a neutral element, on tuples of values. blocked: rounding errors grow with the
-    number of
-    combinations, so long reductions go in blocks."""
+    number of combinations, so long reductions go in blocks. together: combines a total with several elements at less cost
+    than one after the other."""
 
     name: str
     dtypes: tuple[str, ...]
     init: tuple[Any, ...]
     combine: Callable[[tuple, tuple], tuple] = field(compare=False)
     blocked: bool = False
+    together: Callable[[tuple, Sequence[tuple]], tuple] | None = field(default=None, compare=False)
+
+    def several(self, total: tuple, elements: Sequence[tuple]) -> tuple:
+        """total and the elements, combined."""
+        if self.together:
+            return self.together(total, elements)
+        while len(elements) > 1:
+            elements = [self.combine(*elements[i : i + 2]) for i in range(0, len(elements), 2)]
+        return self.combine(total, elements[0])
 
 
 def SUM(dtype: str = "f32") -> Monoid:
@@ -86,12 +95,16 @@ def WELFORD(dtype: str = "f32") -> Monoid:
 
 
 def LOGSUMEXP(dtype: str = "f32") -> Monoid:
-    """(m, s) for m + log(s). Elements are (x, 1)."""
+    """(m, s) for m + log(s). Elements are (x, 1). Where one is NaN, s is."""
 
-    def combine(a: tuple, b: tuple) -> tuple:
-        m = ir.maximum(a[0], b[0])
+    def together(a: tuple, elements: Sequence[tuple]) -> tuple:
+        m = a[0]
+        for e in elements:
+            m = ir.where(ir.gt(m, e[0]), m, e[0])
         at = ir.where(ir.isfinite(m), m, 0.0)  # infinities: exp(-inf - -inf) would be NaN
-        s = a[1] * ir.exp(a[0] - at) + b[1] * ir.exp(b[0] - at)
+        s = a[1] * ir.exp(a[0] - at)
+        for e in elements:
+            s = s + e[1] * ir.exp(e[0] - at)
         return m, ir.where(ir.eq(m, math.inf), 1.0, s)
 
-    return Monoid("logsumexp", (dtype, dtype), (-math.inf, 0), combine)
+    return Monoid("logsumexp", (dtype, dtype), (-math.inf, 0), lambda a, b: together(a, [b]), together=together)

@@ -18,6 +18,7 @@ from .operands import (
     TASK_ELEMENTS,
     Declarations,
     Operand,
+    accessed_by_four,
     cdiv,
     fold_groups,
     lanes_for,
@@ -172,11 +173,12 @@ class Rows(Declarations):
             self.outs = [Operand(f"partial{i}", _storage(t), "dense") for i, t in enumerate(monoid.dtypes)]
             operands = [*self.outs, *ins]
         self.subgroups = subgroups and self.schedule == "workgroup" and target.subgroup > 0 and not self.block
+        self.fours = self._find_fours()
         key = operands_key(operands, scalars, buffers)
         k = KernelBuilder(
             target,
             f"{name}_{key}_r{reduced}of{ndim}_{self.schedule}"
-            f"{'_split' if split else ''}{'_subgroups' if self.subgroups else ''}",
+            f"{'_split' if split else ''}{'_subgroups' if self.subgroups else ''}{'_fours' if self.fours else ''}",
         )
         self.declare(k, self.outs, self.ins, buffers, ndim)
         vector = self.schedule in ("lanes_d", "lanes_r")
@@ -223,6 +225,20 @@ class Rows(Declarations):
         if self.target.schedule_class == "vector":
             return "lanes_r" if along_rows and not along_d else "lanes_d"
         return "invocation" if along_rows and not along_d else "workgroup"
+
+    def _find_fours(self) -> frozenset[str]:
+        """The operands of a workgroup's row that are accessed by four, wherever it begins."""
+        if not self._on_gpu() or self.reduced != 1:
+            return frozenset()
+        outs = [o for o in self.outs if not self.split and o.strides[0] != "0"]
+        ins = [o for o in self.ins if o.strides[0] != "0"]
+        fits = bool(ins) and all(accessed_by_four(o) for o in [*outs, *ins])
+        return frozenset(o.name for o in [*outs, *ins]) if fits else frozenset()
+
+    def _on_gpu(self) -> bool:
+        """Whether a workgroup of a GPU takes a row."""
+        simt = self.target.schedule_class == "simt" and not self.target.software
+        return simt and self.schedule == "workgroup"
 
     def _workgroup(self) -> int:
         if self.schedule == "workgroup":
@@ -348,25 +364,130 @@ class Rows(Declarations):
 
         self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
         self.kept: list[dict[str, Any]] = []
-        kept = (
-            self._read_again()
-            if self.schedule == "workgroup" and self.reduced == 1 and not self.target.software
-            else []
-        )
-        if not kept or self.block or self.split:
+        self.kept_fours: list[list[dict[Any, Any]]] = []
+        self._begin_fours(split)
+        kept = self._read_again() if self._on_gpu() and self.reduced == 1 and not self.split else []
+        if not kept:
             self._loops_of_row(lanes_r, split, row_id)
             return
         size, length = self.workgroup, self.sizes[0]
         short = ir.and_(ir.le(length, size * SIMT_KEPT), ir.gt(length, 0))
+        if self.fours:  # and there is a whole group
+            short = ir.and_(ir.and_(short, self.agree), ir.ge(length, 8))
         with k.If(short):
-            for j in range(SIMT_KEPT):
-                place = {0: k.let(ir.minimum(k.local_id() + j * size, length - 1))}
-                self.kept.append({o.name: self._load(o, place) for o in kept})
+            if self.fours:
+                self._keep_fours(kept)
+            else:
+                for j in range(SIMT_KEPT):
+                    place = {0: k.let(ir.minimum(k.local_id() + j * size, length - 1))}
+                    self.kept.append({o.name: self._load(o, place) for o in kept})
             self._loops_of_row(lanes_r, split, row_id)
         with k.Else():
-            self.kept, self.done = [], {}
+            self.kept, self.kept_fours, self.done = [], [], {}
             self.row_leaf = self._leaf_loader(row_index, ir.const(0, "i32"))
             self._loops_of_row(lanes_r, split, row_id)
+
+    # ---- four elements at a time -------------------------------------------------------------------------------------
+
+    def _begin_fours(self, split: Any) -> None:
+        """Finds, for a row, whether groups of four begin at the same elements of all operands (agree), and how many elements
+        lie before the first group (head, u32)."""
+        if not self.fours:
+            return
+        k = self.k
+        places = self._misaligned(self._range(split)[0])
+        agree: Any = ir.const(True, "bool")
+        for p in places[1:]:
+            agree = ir.and_(agree, ir.eq(p, places[0]))
+        self.agree = k.let(agree)
+        self.head = k.let(ir.and_(4 - places[0], 3))
+
+    def _keep_fours(self, operands: Sequence[Operand]) -> None:
+        """Reads the groups of a row of at least 8 and at most SIMT_KEPT elements an invocation into registers."""
+        k = self.k
+        groups = k.let(ir.shr(self.sizes[0] - self.head, 2))
+        for j in range(SIMT_KEPT // 4):
+            q = ir.minimum(k.local_id() + j * self.workgroup, groups - 1)
+            at = k.let(ir.cast(self.head + q * 4, "i32"))
+            values = {o.name: self.bufs[o.name].load4(self.bases[o.name] + at) for o in operands}
+            self.kept_fours.append([{name: k.let(v[u]) for name, v in values.items()} for u in range(4)])
+
+    def _misaligned(self, first: Any) -> list[Node]:
+        """Where in their groups the row's first elements lie."""
+        first = ir.cast(first, "i32")
+        return [self.bufs[name].misaligned(self.bases[name] + first) for name in sorted(self.fours)]
+
+    def _load_fours(self, exprs: Sequence[Any], t: Node) -> list[dict[Any, Any]]:
+        """What _element takes as kept for elements t .. t + 3: the operands that expressions are made of."""
+        names: set[str] = set()
+        todo, seen = list(exprs), set()
+        while todo:
+            n = todo.pop()
+            if n in seen or n.op == "red" or n in self.done:
+                continue
+            seen.add(n)
+            todo += n.args
+            if n.op == "leaf" and n.attr in self.leaf_of and self.varies[n]:
+                names.add(n.attr)
+        at = ir.cast(t, "i32")
+        values = {name: self.bufs[name].load4(self.bases[name] + at) for name in sorted(names)}
+        return [{name: v[u] for name, v in values.items()} for u in range(4)]
+
+    def _loop_exprs(self, now: list, stores: Sequence[int]) -> list[Any]:
+        """What a loop evaluates of an element."""
+        return [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
+
+    def _four(self, now: list, accs: list, stores: Sequence[int], t: Node, kept: list[dict[Any, Any]] | None) -> None:
+        """Elements t .. t + 3, which are a group."""
+        k = self.k
+        kept = self._load_fours(self._loop_exprs(now, stores), t) if kept is None else kept
+        later: list[tuple[Any, Any, Any]] = []
+        taken: list[list[Any]] = [[] for _ in now]
+        for u, values in enumerate(kept):
+            c = k.let(t + u) if u else t
+            self._element(now, taken, stores, {0: c}, c, later, values, collect=True)
+        for (monoid, _), acc, elements in zip(now, accs, taken, strict=True):
+            new = monoid.several(tuple(a.as_node() for a in acc), elements)
+            for a, n in zip(acc, [k.let(n) for n in new], strict=True):
+                a.set(n)
+        n = len(later) // 4
+        for j in range(n):
+            (o, index, _), *_ = group = later[j::n]
+            self.bufs[o.name].store4(index, [value for *_, value in group])
+
+    def _loop_of_fours(self, now: list, totals: list, stores: Sequence[int], first: Node, end: Node) -> None:
+        """Elements first .. end of a row: those before the first group and after the last one by one, then the groups."""
+        k, size, lid = self.k, self.workgroup, self.k.local_id()
+        span = k.let(end - first)
+        head = k.let(ir.minimum(self.head, span))
+        groups = k.let(ir.shr(span - head, 2))
+        with k.If(lid < span - groups * 4):
+            t = k.let(first + lid + ir.where(ir.lt(lid, head), ir.const(0, "u32"), groups * 4))
+            self._element(now, totals, stores, {0: t}, t)
+        start = k.let(first + head)
+
+        def group(q: Any, accs: list, kept: list[dict[Any, Any]] | None = None) -> None:
+            self._four(now, accs, stores, k.let(start + q * 4), kept)
+
+        if self.kept_fours:
+            for j, kept in enumerate(self.kept_fours):
+                q = k.let(lid + j * size)
+                with k.If(q < groups):
+                    group(q, totals, kept)
+        elif any(m.blocked for m, _ in now):
+            j = k.var("u32", lid)
+            with k.While(lambda: j < groups):
+                accs = self._accumulators(now, 1)
+                stop = k.let(ir.minimum(groups, j + 32 * size))
+                with k.While(lambda: j < stop):
+                    q = j.as_node()
+                    group(q, accs)
+                    j.set(q + size)
+                for (m, _), a, b in zip(now, totals, accs, strict=True):
+                    self._combine(m, a, [x.as_node() for x in b])
+        else:
+            with k.For(lid, groups, size) as q:
+                group(q, totals)
 
     def _read_again(self) -> list[Operand]:
         """The operands that several loops read, element by element."""
@@ -430,10 +551,10 @@ class Rows(Declarations):
 
     def _element(
         self, now: list, accs: list, stores: Sequence[int], at: dict[int, Any], position: Any, later: list | None = None,
-        kept: dict[str, Any] | None = None,
+        kept: dict[Any, Any] | None = None, collect: bool = False,
     ) -> None:  # fmt: skip
         """One element (or lanes of them) at reduced coordinates `at`. later: takes the stores, to be made after other
-        loads. kept: operands that are in registers."""
+        loads. kept: operands that are in registers. collect: accs are lists that take the elements of the reductions."""
 
         def index(o: Operand) -> Node:
             total: Any = self.bases[o.name]
@@ -442,12 +563,14 @@ class Rows(Declarations):
             return total
 
         leaf = self._leaf_loader(index, position, kept)
-        exprs = [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
-        values = self.evaluate(exprs, leaf)
+        values = self.evaluate(self._loop_exprs(now, stores), leaf)
         if stores and self.loops > 1 and position.lanes > 1:
             self._prefetch(index)
         for (monoid, xs), acc in zip(now, accs, strict=False):
-            self._combine(monoid, acc, values[: len(xs)])
+            if collect:
+                acc.append(tuple(values[: len(xs)]))
+            else:
+                self._combine(monoid, acc, values[: len(xs)])
             values = values[len(xs) :]
         for i, v in zip(stores, values, strict=False):
             o = self.outs[i]
@@ -619,37 +742,48 @@ class Rows(Declarations):
                 with k.Else(), k.For(t, stop, size) as u:
                     body(u, accs)
 
-        if self.kept:
-            from_registers()
-        elif self.block:  # whole blocks without a mask, then the rest
-            span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
-            whole = k.let(first + span - ir.irem(span, size))
-            with k.For(first, whole, size) as t:
-                body(k.let(t + lid), totals)
-            with k.If(ir.lt(whole, first + span)):
-                t = k.let(whole + lid)
-                with k.If(t < end):
+        def dealt() -> None:
+            if self.block:  # whole blocks without a mask, then the rest
+                span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
+                whole = k.let(first + span - ir.irem(span, size))
+                with k.For(first, whole, size) as t:
+                    body(k.let(t + lid), totals)
+                with k.If(ir.lt(whole, first + span)):
+                    t = k.let(whole + lid)
+                    with k.If(t < end):
+                        body(t, totals)
+            elif any(m.blocked for m, _ in now):
+                j = k.var("u32", first + lid)
+                with k.While(lambda: j < end):
+                    accs = self._accumulators(now, 1)
+                    stop = k.let(ir.minimum(end, j + 128 * size))
+                    if each > 1:
+                        several(j.as_node(), stop, accs)
+                        j.set(j + 128 * size)
+                    else:
+                        with k.While(lambda: j < stop):
+                            t = j.as_node()
+                            body(t, accs)
+                            j.set(t + size)
+                    for (m, _), a, b in zip(now, totals, accs, strict=False):
+                        self._combine(m, a, [x.as_node() for x in b])
+            elif each > 1:
+                several(first + lid, end, totals)
+            else:
+                with k.For(first + lid, end, size) as t:
                     body(t, totals)
-        elif any(m.blocked for m, _ in now):
-            j = k.var("u32", first + lid)
-            with k.While(lambda: j < end):
-                accs = self._accumulators(now, 1)
-                stop = k.let(ir.minimum(end, j + 128 * size))
-                if each > 1:
-                    several(j.as_node(), stop, accs)
-                    j.set(j + 128 * size)
-                else:
-                    with k.While(lambda: j < stop):
-                        t = j.as_node()
-                        body(t, accs)
-                        j.set(t + size)
-                for (m, _), a, b in zip(now, totals, accs, strict=False):
-                    self._combine(m, a, [x.as_node() for x in b])
-        elif each > 1:
-            several(first + lid, end, totals)
+
+        if self.kept_fours:
+            self._loop_of_fours(now, totals, stores, first, end)
+        elif self.kept:
+            from_registers()
+        elif self.fours:
+            with k.If(self.agree):
+                self._loop_of_fours(now, totals, stores, first, end)
+            with k.Else():
+                dealt()
         else:
-            with k.For(first + lid, end, size) as t:
-                body(t, totals)
+            dealt()
         out = []
         for m, acc in zip([m for m, _ in now], totals, strict=False):
             out.append(self._tree(m, acc))
