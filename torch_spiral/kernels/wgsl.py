@@ -30,6 +30,15 @@ INFIX = {
 NATIVE = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "round", "sqrt": "sqrt"}
 SUFFIX = {"i32": "i", "u32": "u", "i64": "li", "u64": "lu"}
 
+# By the exp2 of GPUs, which is good to 2 units in the last place of small arguments, with the rounding error of x * log2(e) made
+# up for; where the result overflows or vanishes there is none.
+EXP = """fn native_exp(x: f32) -> f32 {
+  let t = x * 1.44269504f;
+  let rest = fma(x, 1.44269504f, -t) + x * 1.92596303e-8f;
+  let y = exp2(t);
+  return select(y, fma(y, rest * 0.693147182f, y), abs(x) < 88.7228f);
+}"""
+
 # 64-bit integers as vec2<u32>, low word first.
 EMULATED = {
     "i64_add": """fn i64_add(a: vec2<u32>, b: vec2<u32>) -> vec2<u32> {
@@ -187,6 +196,8 @@ class Wgsl(Language):
             return f"select({args[1]}, {args[0]}, {args[0]} {'<' if op == 'min' else '>'} {args[1]})"
         if op == "fma":
             return f"{args[0]} * {args[1]} + {args[2]}"
+        if op == "exp" and dtype == "f32" and not k.target.software:
+            return f"{k.helper('native_exp', EXP)}({args[0]})"
         if op in NATIVE and op != "sqrt" and dtype == "f64":  # lavapipe goes through integers
             return f"select({args[0]}, {NATIVE[op]}({args[0]}), abs({args[0]}) < 4503599627370496.0lf)"
         if op in NATIVE:
