@@ -27,6 +27,7 @@ from ..lowering import (
     cdiv,
     check,
     empty,
+    fill_bytes,
     hint,
     is_one,
     is_zero,
@@ -182,7 +183,7 @@ def _transposed(y: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geome
     elif target().schedule_class == "vector":
         _vector(y, w, bias, out, g, True)
     else:
-        _simt("input", y, w, out, g, bias)
+        _simt_input(y, w, out, g, bias)
 
 
 # ---- vector: OpenCL on CPUs ---------------------------------------------------------------------------------------------
@@ -394,10 +395,25 @@ def _tuned(x: Tensor, out: Tensor, g: Geometry, nd: int, flags: str, default: An
 # ---- simt: GPUs ---------------------------------------------------------------------------------------------------------
 
 
+def _simt_input(y: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None) -> None:
+    """The transpose of a convolution on a GPU: a strided one phase by phase, without products with inserted zeros."""
+    if not 1 < product(g.stride) <= MAX_PHASES:
+        _simt("input", y, w, out, g, bias)
+        return
+    phases = list(itertools.product(*(_phases(*n) for n in zip(g.taps, g.stride, g.padding, g.dilation))))
+    seen = [phase for phase in phases if all(p.taps for p in phase)]
+    if bias is None and len(seen) < len(phases):  # one fill for the outputs that no tap reaches
+        fill_bytes(out, 0)
+        phases = seen
+    for phase in phases:
+        _simt("input", y, w, out, g, bias, phase=phase)
+
+
 def _simt(
-    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None, terms: Terms = ()
-) -> None:
-    """mode "forward": x, w → y; "input": y, w → x; "weight": x, y → w (the arguments in that order)."""
+    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None = None, terms: Terms = (),
+    phase: Sequence[Phase] | None = None,
+) -> None:  # fmt: skip
+    """mode "forward": x, w → y; "input": y, w → x, or one phase of it; "weight": x, y → w (the arguments in that order)."""
     t = target()
     bias = None if bias is None else contiguous(bias)
     nd = 3 if gathered.ndim == 5 else 2
@@ -414,6 +430,16 @@ def _simt(
     add: Sequence[int]
     tap_mul: Sequence[int]
     div: Sequence[int]
+    if phase:  # its outputs and taps are tensors with strides of their own; taps ascend, so inputs descend
+        parts = phase[cut]
+        pixel = [p.outputs(size) for p, size in zip(parts, pixel)]
+        out = out.view(out.sizes, out.strides, sum(p.first * s for p, s in zip(parts, xs[2:])))
+        w = w.view(w.sizes, w.strides, sum((p.last - p.step * max(p.taps - 1, 0)) * s for p, s in zip(parts, ws[2:])))
+        xs = [*xs[:2], *(p.stride * s for p, s in zip(parts, xs[2:]))]
+        ws = [*ws[:2], *(p.step * s for p, s in zip(parts, ws[2:]))]
+        taps, stride = tuple(p.taps for p in parts), (1,) * nd
+        padding = tuple(p.start + p.spread * (p.taps - 1) for p in parts)
+        dilation = tuple(p.spread for p in parts)
     if mode == "input":
         mul, add, tap_mul, div, size = [1] * nd, padding, [-d for d in dilation], stride, _spatial(y)[cut]
         gs, cs, g_group, c_group, channels = ys, xs, oc * ys[1], ic * xs[1], oc
@@ -425,7 +451,7 @@ def _simt(
     c_part = [cs[1], cs[0], *cs[2:], c_group]
     if mode == "weight":
         c_part, w_part = w_part, [ys[1], ys[0], *ys[2:], oc * ys[1]]
-    pixels, reduced = x.sizes[0] * product(pixel), channels * g.volume
+    pixels, reduced = x.sizes[0] * product(pixel), channels * product(taps)
     m = ic if mode == "input" else oc
     n, k = (reduced, x.sizes[0] * product(pixel)) if mode == "weight" else (pixels, reduced)
     scalars = [
