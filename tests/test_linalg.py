@@ -218,3 +218,20 @@ def test_gradients(device):
     expected = torch.autograd.grad(loss(x := wide(a).requires_grad_(), y := wide(b).requires_grad_()), (x, y))
     for g, e in zip(got, expected):
         agree(g, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_matrix_for_many_small_batches(device, dtype):
+    """[197, 3, 24] @ [24, 40] for each of the 197, from and to tensors whose batch is the other dimension too."""
+    x, w, c = (torch.randn(*s, dtype=dtype) for s in ((3, 197, 24), (40, 24), (40,)))
+    wide = w.t().expand(197, 24, 40)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    for a in (x.transpose(0, 1), x.transpose(0, 1).contiguous()):
+        for bias in (c, torch.randn(3, 40).to(dtype), torch.randn(197, 3, 40).to(dtype)):
+            want = torch.baddbmm(bias.double(), a.double(), wide.double(), alpha=0.5, beta=2)
+            args = [t.to(device) for t in (bias, a, w)]
+            args[2] = args[2].t().expand(197, 24, 40)
+            torch.testing.assert_close(torch.baddbmm(*args, alpha=0.5, beta=2).cpu().double(), want, **tolerance)
+            out = torch.empty(3, 197, 40, dtype=dtype, device=device).transpose(0, 1)
+            torch.baddbmm(*args, alpha=0.5, beta=2, out=out)
+            torch.testing.assert_close(out.cpu().double(), want, **tolerance)

@@ -119,9 +119,12 @@ struct Problem {
     call.value(head_class(v.size(3)));
     // 2: the heads are as wide as their classes, too.
     call.value(int64_t{vec} << int{q.size(3) % 32 == 0 && v.size(3) % 32 == 0});
-    call.value(std::min<int64_t>(c10::llvm::Log2_64(q.size(2)), 6));
+    const uint64_t tiles = static_cast<uint64_t>(q.size(0) * q.size(1)), queries = static_cast<uint64_t>(q.size(2));
+    // How many queries a workgroup takes, as a logarithm less one, at most 6: fewer where few heads would leave units idle.
+    int64_t rows = std::min<int64_t>(c10::llvm::Log2_64(queries), 6);
+    while (rows > 3 && ((queries - 1) / (uint64_t{2} << rows) + 1) * tiles < 64) --rows;
+    call.value(rows);
     // Few queries and many keys: the keys are dealt to several workgroups, about 256 in all.
-    const uint64_t tiles = static_cast<uint64_t>(q.size(0) * q.size(1));
     const bool split = q.size(2) <= 32 && k.size(2) >= 512 && tiles <= 128;
     call.value(split ? int64_t{256} >> c10::llvm::Log2_64(tiles) : int64_t{1});
   }

@@ -67,11 +67,14 @@ def plan(
         added = [0 if n == 1 else step for n, step in zip(sizes, strides, strict=True)]
     tiles = q[0][0] * heads
     split = queries <= 32 and keys >= 512 and tiles <= 128
+    rows = min(queries.bit_length() - 1, 6)
+    while rows > 3 and -(-queries // (2 << rows)) * tiles < 64:
+        rows -= 1
     return {
         "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d),
         "classes": (
             (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
-            min(queries.bit_length() - 1, 6), 256 >> (tiles.bit_length() - 1) if split else 1,
+            rows, 256 >> (tiles.bit_length() - 1) if split else 1,
         ),
         "strides": [_dense(*s) for s in (known[1:] if backward else [(_output(q, head_v), q[1])])],
         **({"wanted": wanted} if backward else {"head_v": head_v}),

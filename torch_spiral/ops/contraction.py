@@ -57,12 +57,14 @@ def _tuned(key: str, sizes: Sequence[Any], default: Any, candidates: Any) -> Any
 def product(
     a: Tensor, b: Tensor, out: Tensor, alpha: Any = None, add: tuple[Any, Tensor] | None = None,
     terms: Sequence[tuple[str, Tensor | None]] = (), activation: str | None = None, fast: bool = False,
+    precision: str | None = None,
 ) -> None:  # fmt: skip
     """out = activation(alpha * (a @ b) + beta * bias, then terms in order).
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
     ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
-    their parts. fast: float8 may be summed with the precision of the tensor cores alone. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
+    their parts. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
+    says, where it is not that of matrix products. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
     kind = DTYPES[out.dtype].kind
@@ -89,6 +91,13 @@ def product(
     if is_zero(a.sizes[2]):
         _no_products(out, add, terms, activation)
         return
+    if is_zero(b.strides[0]) and bucket(a.sizes[1]) < 5 and bucket(a.sizes[1]) < bucket(out.sizes[0]):
+        # One matrix for all of a batch of few rows each, as where the batch is the second dimension: many rows of a small batch.
+        turned = [(kind, None if x is None else broadcast(x, out.sizes).transpose(0, 1)) for kind, x in terms]
+        bias = (add[0], broadcast(add[1], out.sizes).transpose(0, 1)) if add else None
+        b = b.view([a.sizes[1], *b.sizes[1:]], [0, *b.strides[1:]])
+        product(a.transpose(0, 1), b, out.transpose(0, 1), alpha, bias, turned, activation, fast, precision)
+        return
     steps: list[Any] = []
     operands: list[Tensor] = []
     factors: list[Any] = []
@@ -114,7 +123,7 @@ def product(
         steps.append(activation)
     epilogue = Epilogue(tuple(steps))
     if target().schedule_class == "block":
-        _block_product(a, b, out, epilogue, operands, factors, fast)
+        _block_product(a, b, out, epilogue, operands, factors, fast, precision)
     else:
         by_class = {"vector": _vector_product, "simt": _simt_product}
         by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
@@ -404,6 +413,13 @@ def dot_precision(dtype: str) -> str:
     return block.precision_of(target(), dtype, bool(torch._C._get_cublas_allow_tf32()))
 
 
+def convolution_precision(dtype: str) -> str:
+    """As dot_precision, by the switch of convolutions (torch.backends.cudnn.allow_tf32, which is on unless it is turned off)."""
+    import torch
+
+    return block.precision_of(target(), dtype, torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
+
+
 def _described(x: Tensor, layout: str) -> bool:
     """Whether a tensor descriptor can read the matrices of x."""
     rows = x.strides[1 if layout == "n" else 2]
@@ -412,7 +428,7 @@ def _described(x: Tensor, layout: str) -> bool:
 
 def _block_product(
     a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any],
-    fast: bool = False,
+    fast: bool = False, precision: str | None = None,
 ) -> None:  # fmt: skip
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
@@ -420,7 +436,7 @@ def _block_product(
     narrow = a.dtype in FLOAT8
     if narrow:
         precision = "fast" if fast else ""
-    else:
+    elif precision is None:
         precision = dot_precision(a.dtype if a.dtype == b.dtype else compute)
     about = [1 << bucket(x) for x in (m, n, k, batch)]
     if (precision == "tf32" and about[0] >= 64 and about[1] >= 64) or narrow:

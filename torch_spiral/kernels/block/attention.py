@@ -35,8 +35,8 @@ class Schedule:
 
 
 def forward_schedule(dtype: str, head: int, rows: int) -> Schedule:
-    """head: the larger head dimension; rows: floor(log2(queries)), at most 6."""
-    queries = 128 if rows >= 6 else 64 if rows >= 4 else 16
+    """head: the larger head dimension; rows: of queries a workgroup, as csrc/aten/attention.cpp has it."""
+    queries = max(2 << rows, 16)
     if dtype == "f32":
         return Schedule(min(queries, 64), 32 if head > 64 else 64, 4, 2)
     if head <= 64:
