@@ -69,3 +69,104 @@ def test_ctc(device):
 def test_target_out_of_bounds(device):
     with pytest.raises(IndexError, match="Target 7 is out of bounds"):
         F.nll_loss(torch.randn(4, 3, device=device), torch.tensor([0, 1, 7, 2], device=device)).item()
+
+
+# ---- cross entropy without log-probabilities ------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "sliced": lambda x: torch.cat([x, x], 1)[1:, 3:48],
+    "expanded": lambda x: x[:1].expand(6, -1),
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy_from_logits(device, layout, reduction):
+    torch.manual_seed(0)
+    base, arrange = torch.randn(7, 45), LAYOUTS[layout]
+    x, y = arrange(base), torch.randint(45, (7,))
+    y = y[: x.shape[0]]
+    y[2] = -100
+    want_x = x.double().requires_grad_()
+    want = F.cross_entropy(want_x, y, reduction=reduction)
+    ours_x = arrange(base.to(device)).requires_grad_()
+    assert ours_x.stride() == x.stride()
+    got = F.cross_entropy(ours_x, y.to(device), reduction=reduction)
+    assert "CrossEntropy" in got.grad_fn.name() and got.shape == want.shape
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-6, atol=1e-6)
+    weights = torch.linspace(1, 2, want.numel(), dtype=torch.float64).reshape(want.shape)
+    (grad,) = torch.autograd.grad(want, want_x, weights)
+    (ours,) = torch.autograd.grad(got, ours_x, weights.float().to(device))
+    torch.testing.assert_close(ours.cpu().double(), grad, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(F.cross_entropy(ours_x, y.to(device), reduction=reduction), got.detach())
+
+
+def test_cross_entropy_of_special_rows(device):
+    """Long rows, infinite and missing logits, all samples ignored, an ignored class."""
+    x = torch.randn(4, 5001)
+    x[1, 7], x[2, :] = -torch.inf, 1e5
+    y = torch.tensor([5000, 3, 0, 9])
+    cpu, ours = x.double().requires_grad_(), x.to(device).requires_grad_()
+    want = F.cross_entropy(cpu, y, reduction="sum", ignore_index=9)
+    got = F.cross_entropy(ours, y.to(device), reduction="sum", ignore_index=9)
+    torch.testing.assert_close(got.item(), want.item(), rtol=1e-6, atol=0)
+    want.backward(), got.backward()
+    torch.testing.assert_close(ours.grad.cpu().double(), cpu.grad, rtol=1e-5, atol=1e-7)
+    assert F.cross_entropy(ours, torch.full((4,), -100, device=device)).isnan()
+    assert F.cross_entropy(
+        torch.full((2, 3), torch.inf, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    ).isnan()
+    with pytest.raises(IndexError, match="Target 5001 is out of bounds"):
+        F.cross_entropy(ours, torch.full((4,), 5001, device=device)).item()
+
+
+def test_cross_entropy_under_autocast(device):
+    """Half-precision logits, a float32 loss, as with ATen's log_softmax."""
+    x, y = torch.randn(5, 40).half(), torch.randint(40, (5,))
+    want_x = x.double().requires_grad_()
+    want = F.cross_entropy(want_x, y)
+    want.backward()
+    ours = x.to(device).requires_grad_()
+    with torch.autocast("spiral", torch.float16):
+        got = F.cross_entropy(ours, y.to(device))
+    got.backward()
+    assert got.dtype == torch.float32 and ours.grad.dtype == torch.float16
+    torch.testing.assert_close(got.item(), want.item(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(ours.grad.cpu().double(), want_x.grad, rtol=2e-3, atol=1e-4)
+
+
+def test_cross_entropy_that_others_look_into(device):
+    """Gradients of gradients, function transforms, forward mode and dispatch modes get ATen's operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 5, 2])
+
+    def both(function):
+        torch.testing.assert_close(
+            function(x.float().to(device), y.to(device)).cpu().double(), function(x, y), rtol=1e-5, atol=1e-6
+        )
+
+    def second(x, y):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(x, y), x, create_graph=True)
+        return torch.autograd.grad((g * g).sum(), x)[0]
+
+    both(second)
+    both(lambda x, y: torch.func.grad(lambda x: F.cross_entropy(x, y))(x))
+    both(lambda x, y: torch.func.vmap(lambda x: F.cross_entropy(x[None], y[:1]))(x))
+    both(lambda x, y: torch.func.jvp(lambda x: F.cross_entropy(x, y), (x,), (torch.ones_like(x).tril(),))[1])
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        F.cross_entropy(x.float().to(device), y.to(device))
+    assert torch.ops.aten._log_softmax.default in seen

@@ -8,11 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..kernels import ir
-from ..lowering import SCALAR_TYPES, Tensor, all_of, check, empty, eq, is_zero, le, lowering, lt, maximum, structured
+from ..kernels import ir, nest
+from ..lowering import (
+    SCALAR_TYPES,
+    Tensor,
+    all_of,
+    bucket,
+    check,
+    empty,
+    eq,
+    internal,
+    is_zero,
+    le,
+    lowering,
+    lt,
+    maximum,
+    structured,
+)
 from .common import braces, broadcast, contiguous, fill, map_tensors, out_variant
 from .items import Item, each
-from .norms import sum_all
+from .norms import largest_and_total, one_pass, sum_all
 from .reduce import reduce_rows
 
 EXPECTED_ROWS = "Expected non-empty vector or matrix with optional 0-dim batch size, but got: "
@@ -61,18 +76,22 @@ def _nll_body(it: Item) -> None:
     with k.If(ir.ne(target, it["ignore"])):
         t = it.check(target, 0, it["classes"])
         weight.set(it.load("weight", (t,)) if "weight" in it.buffers else ir.const(1.0, kind))
-        loss.set(ir.neg(it.load("self", (it.at[0], t, *it.at[1:]))) * weight)
+        x = it.load("self", (it.at[0], t, *it.at[1:]))
+        if "largest" in it.buffers:  # logits, of which the log-probability is made here
+            x = (x - it.load("largest")) - it.load("log_total")
+        loss.set(ir.neg(x) * weight)
     it.store("out", loss)
     if "out_weight" in it.buffers:
         it.store("out_weight", weight)
 
 
 def _nll_forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor
-) -> None:
-    """x [n, classes, ...], target [n, ...]."""
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: Any, out: Tensor, total: Tensor,
+    rows: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """x [n, classes, ...], target [n, ...]. rows: of logits x, the largest one and the logarithm of the sum of exp(x - largest)."""
     kind = WIDE[x.dtype]
-    operands = {"self": x, "target": target}
+    operands = {"self": x, "target": target, **dict(zip(("largest", "log_total"), rows))}
     if weight is not None:
         operands["weight"] = weight
     if reduction == 0:
@@ -171,6 +190,69 @@ def nll_loss_backward(
     single = x.ndim == 1
     reduction = 2 if single and reduction == 0 else reduction
     _nll_backward(grad, _batched(x, 2), _batched(target, 1), weight, reduction, ignore, total, _batched(out, 2))
+
+
+# ---- cross entropy of class indices ------------------------------------------------------------------------------------
+#
+# csrc/aten/cross_entropy.cpp calls these two. The log-probabilities of a row follow from two numbers, so they are never stored.
+
+
+def _row_totals(online: bool, r: Any, x: Any) -> Any:
+    if online:
+        largest, total = largest_and_total(r, x)
+    else:
+        largest = r.reduce(nest.MAX(x.dtype), x)
+        total = r.sum(ir.exp(x - largest))
+    return largest, ir.log(total)
+
+
+def cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    reduction: int,
+    ignore: Any,
+    out: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
+    total: Tensor,
+) -> None:
+    """Loss of logits x [n, classes] and target [n]; largest, log_total [n] and total [] are for the gradient."""
+    (n, c), (row, step) = x.sizes, x.strides
+    online = one_pass(bucket(c))
+    outs = [(largest, (0, 1)), (log_total, (0, 1))]
+    reduce_rows("row_totals", _row_totals, outs, [(x, (step, row))], [c, n], 1, (online,), splits=online)
+    _nll_forward(x, target, None, reduction, ignore, out, total, (largest, log_total))
+
+
+def _cross_entropy_gradient(
+    mean: bool, r: Any, x: Any, target: Any, largest: Any, log_total: Any, grad: Any, *rest: Any
+) -> Any:
+    target = ir.cast(target, "i32")
+    if mean:
+        grad = grad / rest[0]
+    hit = ir.where(ir.eq(target, r.index), ir.const(1.0, x.dtype), ir.const(0.0, x.dtype))
+    value = (ir.exp((x - largest) - log_total) - hit) * grad
+    return ir.where(ir.eq(target, rest[-1]), ir.const(0.0, x.dtype), value)
+
+
+def cross_entropy_backward(
+    grad: Tensor, x: Tensor, target: Tensor, largest: Tensor, log_total: Tensor, total: Tensor, reduction: int, ignore: Any,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """The gradient for the logits."""
+    (n, c), (row, step) = x.sizes, x.strides
+    ins = [(x, (step, row)), *((t, (0, t.strides[0])) for t in (target, largest, log_total))]
+    ins.append((grad, (0, grad.strides[0])) if reduction == 0 else (grad.view((), ()), (0, 0)))
+    if reduction == 1:
+        ins.append((total, (0, 0)))
+    reduce_rows(
+        "cross_entropy_gradient", _cross_entropy_gradient, [(out, (out.strides[1], out.strides[0]))], ins, [c, n], 1,
+        (reduction == 1,), [ignore], ["i32"], splits=False,
+    )  # fmt: skip
+
+
+internal("cross_entropy", cross_entropy)
+internal("cross_entropy_backward", cross_entropy_backward)
 
 
 @lowering("nll_loss2d_forward", slots=("ignore_index",))

@@ -79,26 +79,31 @@ def _log_softmax(r: Any, x: Any) -> Any:
 LONG_IN_REGISTERS = 12  # floor(log2) of rows that nest keeps in registers
 
 
-def _largest_and_total(r: Any, x: Any) -> tuple[Any, Any]:
+def largest_and_total(r: Any, x: Any) -> tuple[Any, Any]:
     """The largest element and the sum of exp(x - largest); of infinities, the sum is NaN."""
     largest, total = r.reduce(nest.LOGSUMEXP(x.dtype), x, ir.const(1.0, x.dtype))
     return largest, ir.where(ir.isfinite(largest), total, math.nan)
 
 
 def _softmax_online(r: Any, x: Any) -> Any:
-    largest, total = _largest_and_total(r, x)
+    largest, total = largest_and_total(r, x)
     return ir.exp(x - largest) / total
 
 
 def _log_softmax_online(r: Any, x: Any) -> Any:
-    largest, total = _largest_and_total(r, x)
+    largest, total = largest_and_total(r, x)
     return (x - largest) - ir.log(total)
 
 
-def _online(x: Tensor, dim: int) -> bool:
-    """Whether the largest element and the sum are found in one pass over memory: GPUs, rows too long for registers."""
+def one_pass(length: int) -> bool:
+    """Whether the largest element and the sum of a row of about 2**length elements are found in one pass over memory: GPUs, rows
+    too long for registers."""
     t = target()
-    return t.schedule_class == "simt" and not t.software and x.ndim > 0 and bucket(x.sizes[dim]) > LONG_IN_REGISTERS
+    return t.schedule_class != "vector" and not t.software and length > LONG_IN_REGISTERS
+
+
+def _online(x: Tensor, dim: int) -> bool:
+    return x.ndim > 0 and one_pass(bucket(x.sizes[dim]))
 
 
 def _softmax_backward(r: Any, grad: Any, y: Any) -> Any:
