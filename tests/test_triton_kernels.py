@@ -72,7 +72,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             gemm.gemm(
                 target, gemm.schedule(target, "f64", "", 512, 512, 1), "f64", "f64", "f64", "n", "n", "n", "", False, Epilogue()
             ),
-            conv.conv(target, conv.schedule("f32", 256, 8192), "forward", "f32", "f32", 2, False, True, "bf16x6", "", False),
+            conv.conv(
+                target, conv.schedule("f32", 256, 8192), "forward", "f32", "f32", 2, False, True, "bf16x6", Epilogue(), False
+            ),
+            *(
+                conv.last(target, c.schedule, d, d, 2, False, p, "n", Epilogue(("relu",)), c.splits > 1)
+                for d, p in (("bf16", ""), ("f32", fast))
+                for c in (conv.choices(target, d, p, 4096, 256, 9, 256, 1)[0],)
+            ),
             attention.forward(target, attention.forward_schedule("bf16", 64, 10), "bf16", 64, 64, False, "", True, ""),
         ]  # fmt: skip
         for kernel in kernels:
@@ -331,6 +338,21 @@ else:
         run(kernel, [a, b, c], scalars, gemm.groups(s, m, n, 2))
         tolerance = {"f16": 2e-3, "f64": 1e-12}.get(dtype, 1e-5)
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=tolerance, atol=50 * tolerance)
+
+    @pytest.mark.parametrize("dtype,n,k", [("f16", 37, 200), ("f16", 5, 64), ("f32", 70, 7)])
+    def test_row_product(dtype, n, k):
+        """[3, 1, k] @ [3, k, n], columns of B contiguous; with a bias, and a residual that is added after an activation."""
+        t = DTYPES[dtype]
+        a, b, out = torch.randn(3, 1, k, dtype=t), torch.randn(3, n, k, dtype=t), torch.zeros(3, 1, n, dtype=t)
+        bias, residual = torch.randn(n, dtype=t), torch.randn(3, 1, n, dtype=t)
+        epilogue = Epilogue((("add", dtype, "n"), "relu", ("add", dtype, "mn")))
+        s = gemm.row_schedule(TARGET, dtype, n, k, 3)
+        kernel = gemm.row_product(TARGET, s, dtype, dtype, dtype, "n", "n", epilogue)
+        scalars = [k, n * k, n, k, k, n, 0, n, n, 1, n, k]
+        run(kernel, [a, b, bias, residual, out], scalars, gemm.row_groups(s, n, 3))
+        expected = (a.double() @ b.double().mT + bias.double()).relu() + residual.double()
+        tolerance = {"f32": 1e-5, "f16": 2e-3}[dtype]
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
     @pytest.mark.parametrize("layouts,split,stored,persistent", [
         ("nn", False, True, False), ("nt", False, False, True), ("tn", True, False, False), ("tt", False, True, True),
@@ -593,7 +615,8 @@ else:
         m, n, k = 3, 2 * height * width, 2 * 6
         strides = [*x.stride(), 2 * x.stride(1), w.stride(0), w.stride(1), *w.stride()[2:], 3 * w.stride(0)]
         strides += [out.stride(1), out.stride(0), *out.stride()[2:], 3 * out.stride(1)]
-        scalars = [2, m, n, k, height, width, 3, 2, 2, 2, 1, -1, -2, 1, 2, 1, 1, 9, 8, *strides, 1]
-        kernel = conv.conv(TARGET, s, "forward", "f32", "f32", 2, False, True, "ieee", "f32", False)
+        scalars = [0, 1, 2, m, n, k, height, width, 3, 2, 2, 2, 1, -1, -2, 1, 2, 1, 1, 9, 8, *strides]
+        epilogue = Epilogue((("add", "f32", "m"),))
+        kernel = conv.conv(TARGET, s, "forward", "f32", "f32", 2, False, True, "ieee", epilogue, False)
         run(kernel, [x, w, bias, out], scalars, conv.groups(s, m, n, 2))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

@@ -448,17 +448,6 @@ def _block_product(
     a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
     b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
     c_layout = "n" if _unit(out, 2) else "s"
-    tiles = _described(a, a_layout) and _described(b, b_layout)
-    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t", tiles)
-    count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
-    if compute == "f32" and "s" not in a_layout + b_layout:
-        key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
-        choice = _tuned(
-            key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about)
-        )
-        s, count = choice.schedule, choice.splits
-    if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
-        s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
 
     def strides(c: Sequence[Any], layout: str) -> list[tuple[str, Any]]:
         own = [
@@ -471,6 +460,25 @@ def _block_product(
     extra = [("i64", v) for v in _epilogue_strides(epilogue, operands)]
     extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
+    work = lambda: 2 * m * n * k * batch  # noqa: E731
+    if is_one(m) and b_layout == "t" and compute == "f32" and not narrow:
+        row = block.row_schedule(t, b.dtype, about[1], about[2], about[3])
+        kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, c_layout, epilogue)
+        named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
+        launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
+        return
+    tiles = _described(a, a_layout) and _described(b, b_layout)
+    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t", tiles)
+    count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
+    if compute == "f32" and "s" not in a_layout + b_layout:
+        key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
+        choice = _tuned(
+            key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about)
+        )
+        s, count = choice.schedule, choice.splits
+    if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
+        s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
+
     if count == 1:
         stored = tiles and c_layout == "n" and _described(out, "n") and block.stores_tiles(t, s, a.dtype, out.dtype)
         kernel = build(
@@ -492,7 +500,7 @@ def _block_product(
         groups = block.groups(s, m, n, batch)
         if s.persistent:
             groups = (minimum(groups[0], block.programs(t, s)), 1, 1)
-        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups, lambda: 2 * m * n * k * batch)
+        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups, work)
         return
     partial = empty((count, batch, m, n), compute)
     total = batch * m * n
@@ -501,13 +509,7 @@ def _block_product(
     )
     span = cdiv(cdiv(k, count), s.k) * s.k
     named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
-    launch(
-        kernel,
-        [a, b, partial],
-        _ordered(None, named),
-        block.groups(s, m, n, batch, count),
-        lambda: 2 * m * n * k * batch,
-    )
+    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count), work)
     finish = build(block.reduce_splits, compute, out.dtype, c_layout, epilogue)
     named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
     named += [*(("i32", v) for v in (m, n, count)), *extra]

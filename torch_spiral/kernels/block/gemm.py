@@ -13,7 +13,7 @@ from typing import Any
 from ..kernel import DTYPES, FLOAT8, Kernel, Target, compute_dtype
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
-from . import STORAGE, EpilogueText, cdiv, template
+from . import STORAGE, EpilogueText, cdiv, power_of_two, template
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,70 @@ def programs(target: Target, s: Schedule) -> int:
     return target.compute_units
 
 
-REDUCE = (16, 128)  # tile of reduce_splits
+# ---- one row of A: as fast as B streams from memory, without tensor cores ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowSchedule:
+    """A program sums `columns` columns, in steps of k."""
+
+    columns: int
+    k: int
+    warps: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.columns}x{self.k}w{self.warps}"
+
+
+def row_schedule(target: Target, dtype: str, n: int, k: int, batch: int) -> RowSchedule:
+    """For about n columns: some four programs a compute unit, each with 16 bytes an invocation of several columns under way."""
+    step = min(max(power_of_two(k), 64), 16 * 128 // DTYPES[dtype].size)
+    columns = 16
+    while columns > 2 and n * batch < 4 * target.compute_units * columns:
+        columns //= 2
+    return RowSchedule(columns, step)
+
+
+def row_product(
+    target: Target, s: RowSchedule, a: str, b: str, c: str, a_layout: str, c_layout: str, epilogue: Epilogue
+) -> Kernel:
+    """gemm() for m = 1 and b_layout "t": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m unused.
+    Grid: row_groups."""
+    e = EpilogueText(target, epilogue, "f32")
+    ak, cn = "1" if a_layout == "n" else "ak", "1" if c_layout == "n" else "cn"
+    lines = [
+        f"tiles = tl.cdiv(n, {s.columns})",
+        "z = (tl.program_id(0) // tiles).to(tl.int64)",
+        f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
+        f"rk = tl.arange(0, {s.k})",
+        f"pa = a + z * ab + rk * {ak}",
+        "pb = b + z * bb + tl.where(rb < n, rb, 0)[:, None] * bn + rk[None, :]",
+        f"sums = tl.zeros([{s.columns}, {s.k}], tl.float32)",
+        f"for i in range(0, k // {s.k}):",
+        "    sums += tl.load(pa).to(tl.float32)[None, :] * tl.load(pb).to(tl.float32)",
+        f"    pa += {s.k} * {ak}",
+        f"    pb += {s.k}",
+        f"rest = k % {s.k}",
+        "if rest > 0:",
+        "    x = tl.load(pa, mask=rk < rest, other=0).to(tl.float32)",
+        "    sums += x[None, :] * tl.load(pb, mask=rk[None, :] < rest, other=0).to(tl.float32)",
+        "acc = tl.sum(sums, 1)[None, :]",
+        "ra = tl.zeros([1], tl.int64)",
+        "inside = (rb < n)[None, :]",
+        e.text(),
+        f"tl.store(c + z * cb_ + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
+    ]
+    scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, "t", c_layout, False)] + e.scalars
+    name = f"gemm_row_{a}_{b}_{c}_{a_layout}t{c_layout}_{s}_{epilogue}"
+    body = "\n".join(t for t in lines if t)
+    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module)
+
+
+def row_groups(s: RowSchedule, n: Any, batch: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(n, s.columns) * batch, 1, 1)
+
+
+REDUCE = (4, 128)  # tile of reduce_splits: an access of 16 bytes an invocation
 
 
 def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue: Epilogue) -> Kernel:
@@ -371,7 +434,7 @@ def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue:
         "inside = (ra[:, None] < m) & (rb[None, :] < n)",
         "p = partial + (z * m + ra[:, None]) * n + rb[None, :]",
         f"acc = tl.zeros([{rows}, {columns}], {TYPES[compute]})",
-        "for i in range(0, splits):",
+        "for i in tl.range(0, splits, loop_unroll_factor=4):",  # loads that wait for one another, not for the sum
         "    acc += tl.load(p, mask=inside, other=0)",
         "    p += total",
         e.text(),
