@@ -7,6 +7,10 @@ python -m benchmarks.gpu --only gemm --strict
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import overhead
-from benchmarks.harness import Contender, Reading, Step, Work, arguments, model_zoo, run_suite
+from benchmarks import billion, overhead
+from benchmarks.harness import Contender, Reading, Step, Work, arguments, model_zoo, run_suite, time_work
 from torch_spiral.testing import devices
 
 CUDA = torch.device("cuda")
@@ -82,8 +86,6 @@ def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torc
     """Share of the copy rate of torch's CUDA backend that fn reaches over 1 GB; moved is fn's traffic in tensors."""
 
     def measure(device: torch.device) -> float:
-        from benchmarks.harness import time_work
-
         def copy(where: torch.device) -> Step:
             x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
             return lambda: y.copy_(x)
@@ -125,6 +127,70 @@ def model(name: str, batch: int, autocast: bool) -> Callable[[torch.device], dic
     return contenders
 
 
+def decode(name: str) -> Callable[[torch.device], dict[str, Contender]]:
+    """One token in bfloat16 with a static KV cache, 128 tokens seen: torch CUDA eager and torch.compile(backend="spiral")."""
+
+    def make(device: torch.device, compiled: bool) -> Step:
+        from transformers import StaticCache
+
+        module = (
+            billion.llama(device) if name == "llama" else model_zoo().MODELS[name].build("real").eval().to(device, BF16)
+        )
+        cache = StaticCache(config=module.config, max_cache_len=256)
+        ids = torch.ones(1, 128, dtype=torch.long, device=device)
+        with torch.no_grad():
+            module(ids, past_key_values=cache, use_cache=True)
+        run = torch.compile(module, backend="spiral") if compiled else module
+        position = torch.tensor([128], device=device)
+
+        def step() -> None:
+            with torch.no_grad():
+                run(ids[:, :1], past_key_values=cache, cache_position=position, use_cache=True)
+
+        return step
+
+    def contenders(device: torch.device) -> dict[str, Contender]:
+        torch._dynamo.reset()
+        return {"torch": Contender(make(CUDA, False), CUDA), "spiral compiled": Contender(make(device, True), device)}
+
+    return contenders
+
+
+def streaming(name: str, parameters: Callable[[], int]) -> Callable[[torch.device], float]:
+    """At which share of the copy rate the weights are read for a token."""
+
+    def measure(device: torch.device) -> float:
+        def copy(where: torch.device) -> Step:
+            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
+            return lambda: y.copy_(x)
+
+        pair = {"copy": Contender(copy(CUDA), CUDA), "token": decode(name)(device)["spiral compiled"]}
+        return time_work(Work("", lambda _: pair), device, seconds=2).ratio["copy"] * 2 * parameters() / (8 << 28)
+
+    return measure
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        module = billion.llama(torch.device("meta")) if name == "llama" else model_zoo().MODELS[name].build("real")
+    return sum(p.numel() for p in module.parameters())
+
+
+def training_memory(device: torch.device) -> float:
+    """Peak memory of training GPT with 1.1 billion parameters, of torch CUDA's. CUDA runs in a process of its own: autograd of torch
+    2.11 takes no CUDA tensors where another accelerator is registered."""
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-m", "benchmarks.billion", "--device", "cuda"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    theirs, ours = json.loads(done.stdout.splitlines()[-1]), billion.train(device)
+    print(f"    {ours['parameters']:,} parameters, loss {ours['losses'][0]:.3f} to {ours['losses'][-1]:.3f} in {len(ours['losses'])} steps"
+          f" (CUDA {theirs['losses'][-1]:.3f}), {ours['seconds']:.3f} s a step (CUDA {theirs['seconds']:.3f}),"
+          f" peak {ours['peak'] / 2**30:.1f} GiB (CUDA {theirs['peak'] / 2**30:.1f})")  # fmt: skip
+    if not ours["losses"][-1] < ours["losses"][0] - 0.5:
+        raise RuntimeError(f"the loss does not fall: {ours['losses']}")
+    return ours["peak"] / theirs["peak"]
+
+
 def list_rows(engine: str) -> list[Work | Reading]:
     """The rows with a bar for this engine carry it; the others are recorded."""
     triton = engine in ("cuda", "hip")
@@ -161,6 +227,11 @@ def list_rows(engine: str) -> list[Work | Reading]:
                 bars = {"torch": 1.35 if batch == 1 or autocast else 1.0, "torch.compile": 1.3 if batch == 1 else 0.97}
                 kind = "bf16 autocast" if autocast else "f32"
                 found.append(Work(f"model {name} b{batch} {kind}", model(name, batch, autocast), bars))
+    for name in ("gpt2", "llama"):
+        found.append(Work(f"decode {name}, bf16", decode(name), {"torch": 2.5}))
+        share = streaming(name, functools.partial(parameters, name))
+        found.append(Reading(f"decode {name}, share of the rate at which weights stream", share, "", at_least=0.5))
+    found.append(Reading("training gpt of 1.1 billion, peak memory of CUDA's", training_memory, "", at_most=1.3))
     return found
 
 
