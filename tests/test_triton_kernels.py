@@ -180,6 +180,35 @@ else:
         run(built.kernel, [out, x], built.scalars([d, 3], [(1, d), (1, d)]), built.groups([d, 3]))
         torch.testing.assert_close(out, x.softmax(-1))
 
+    @pytest.mark.parametrize("d", [3, 5200])
+    def test_cross_entropy_of_long_rows(d):
+        """The largest element and the sum in one pass, four blocks at a time; and a gradient, which has no reduction."""
+        from torch_spiral.ops import losses
+
+        row, one, whole = ("1", "s"), ("0", "1"), ("0", "0")
+        totals = nest.rows(
+            TARGET, "totals", [Operand("m", "f32", one), Operand("l", "f32", one)], [Operand("x", "f32", row)],
+            lambda r, x: losses._row_totals(True, r, x),
+        )  # fmt: skip
+        x, y = torch.randn(4, d), torch.tensor([0, d - 1, -100, 2])
+        x[1, d // 2] = -torch.inf
+        m, log_total = torch.zeros(4), torch.zeros(4)
+        run(totals.kernel, [m, log_total, x], totals.scalars([d, 4], [(0, 1), (0, 1), (1, d)]), totals.groups([d, 4]))
+        torch.testing.assert_close(m, x.amax(1))
+        torch.testing.assert_close(m + log_total, x.logsumexp(1))
+        gradient = nest.rows(
+            TARGET, "gradient", [Operand("o", "f32", row)],
+            [Operand("x", "f32", row), Operand("y", "i64", one), *(Operand(n, "f32", one) for n in "ml"), *(Operand(n, "f32", whole) for n in "gn")],
+            lambda *args: losses._cross_entropy_gradient(True, *args), scalars=["i32"],
+        )  # fmt: skip
+        out, g, count = torch.zeros(4, d), torch.tensor(2.0), torch.tensor(3.0)
+        strides = [(1, d), (1, d), *[(0, 1)] * 3, *[(0, 0)] * 2]
+        scalars = gradient.scalars([d, 4], strides, [-100])
+        run(gradient.kernel, [out, x, y, m, log_total, g, count], scalars, gradient.groups([d, 4]))
+        x.requires_grad_()
+        (want,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x, y), x, g)
+        torch.testing.assert_close(out, want)
+
     def test_argmax_propagates_nan():
         built = nest.rows(
             TARGET, "argmax", [Operand("v", "f32", ("0", "1")), Operand("i", "i64", ("0", "1"))], [Operand("x", "f32", ("1", "s"))],

@@ -437,6 +437,13 @@ class Rows(Declarations):
         """What a loop evaluates of an element."""
         return [x for _, xs in now for x in xs] + [self.results[i] for i in stores]
 
+    def _combine_several(self, now: list, accs: list, taken: list[list[Any]]) -> None:
+        """accs <- combine(accs, taken), of several elements each."""
+        for (monoid, _), acc, elements in zip(now, accs, taken, strict=True):
+            new = monoid.several(tuple(a.as_node() for a in acc), elements)
+            for a, n in zip(acc, [self.k.let(n) for n in new], strict=True):
+                a.set(n)
+
     def _four(self, now: list, accs: list, stores: Sequence[int], t: Node, kept: list[dict[Any, Any]] | None) -> None:
         """Elements t .. t + 3, which are a group."""
         k = self.k
@@ -446,10 +453,7 @@ class Rows(Declarations):
         for u, values in enumerate(kept):
             c = k.let(t + u) if u else t
             self._element(now, taken, stores, {0: c}, c, later, values, collect=True)
-        for (monoid, _), acc, elements in zip(now, accs, taken, strict=True):
-            new = monoid.several(tuple(a.as_node() for a in acc), elements)
-            for a, n in zip(acc, [k.let(n) for n in new], strict=True):
-                a.set(n)
+        self._combine_several(now, accs, taken)
         n = len(later) // 4
         for j in range(n):
             (o, index, _), *_ = group = later[j::n]
@@ -746,7 +750,17 @@ class Rows(Declarations):
             if self.block:  # whole blocks without a mask, then the rest
                 span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
                 whole = k.let(first + span - ir.irem(span, size))
-                with k.For(first, whole, size) as t:
+                start = first
+                if not stores and any(m.together for m, _ in now):
+                    start = k.let(first + span - ir.irem(span, 4 * size))
+                    with k.For(first, start, 4 * size) as t:
+                        taken: list[list[Any]] = [[] for _ in now]
+                        for u in range(4):
+                            c = k.let(t + u * size + lid)
+                            at = dict(enumerate(unravel(k, self.sizes[: self.reduced], c)))
+                            self._element(now, taken, stores, at, c, collect=True)
+                        self._combine_several(now, totals, taken)
+                with k.For(start, whole, size) as t:
                     body(k.let(t + lid), totals)
                 with k.If(ir.lt(whole, first + span)):
                     t = k.let(whole + lid)
