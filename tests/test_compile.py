@@ -296,6 +296,25 @@ def test_attention_from_its_decomposed_form_backward(device):
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-4, atol=1e-5)
 
 
+def _repeat_kv(x, n):
+    """transformers' repeat_kv."""
+    b, h, t, d = x.shape
+    return x[:, :, None, :, :].expand(b, h, n, t, d).reshape(b, h * n, t, d)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_share_keys_are_not_copied(device, queries, masked):
+    def f(q, k, v, *mask):
+        return F.scaled_dot_product_attention(q, _repeat_kv(k, 3), _repeat_kv(v, 3), *mask) * 2
+
+    args = [torch.randn(2, 6, queries, D), torch.randn(2, 2, 7, D), torch.randn(2, 2, 7, D)]
+    args += [torch.randn(2, 1, queries, 7)] if masked else []
+    check(device, f, *args)
+    names = kernels(f, *on(device, args))
+    assert len(names) == 2, names  # attention, and what follows
+
+
 def test_attention_whose_weights_are_read_is_left_alone(device):
     def f(q, k, v):
         weights = torch.softmax(q @ k.transpose(-2, -1), -1)
@@ -453,9 +472,7 @@ def test_a_kernel_that_does_not_compile_names_its_nodes_and_leaves_its_source(de
         built = build(program, target)
         return dataclasses.replace(
             built,
-            kernel=dataclasses.replace(
-                built.kernel, source=built.kernel.source + "this is no program"
-            ),
+            kernel=dataclasses.replace(built.kernel, source=built.kernel.source + "this is no program"),
         )
 
     monkeypatch.setattr(codegen, "build", broken)
@@ -505,6 +522,69 @@ def test_reductions_over_slow_dimensions(device, shape):
     x = torch.randn(*shape)
     for a, m in ((x[..., 1:], x[..., :1].expand_as(x[..., 1:])), (x.mT.contiguous().mT, x[..., :1])):
         check(device, f, a, m, tolerance=3e-4)
+
+
+@pytest.mark.parametrize("width", [64, 24])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_concatenation_of_heads_and_its_sum(device, width, heads):
+    """(x + c) // d and (x + c) % d under masks: whole vectors and shorter runs; offset and expanded operands."""
+
+    def f(q, k, v):
+        parts = [t.transpose(1, 2).reshape(2, 20, -1) for t in (q, k, v)]
+        whole = torch.cat(parts, 2)
+        return whole, whole.sum((0, 1)), F.pad(whole, (3, width)), whole.amax(-1), torch.roll(whole, 5, -1)
+
+    q, k = torch.randn(2, 2, heads, 20, width)
+    v = torch.randn(2, 20, heads, width + 1)[..., 1:].transpose(1, 2)
+    check(device, f, q, k, v, tolerance=1e-4)
+    check(device, f, q[:1].expand_as(q), k.flip(0), v, tolerance=1e-4)
+
+
+def test_indices_are_compared_with_numbers_of_64_bits(device):
+    def f(t, small):
+        at = torch.arange(20, device=t.device)
+        kinds = (torch.where(at < 9, 4, 7), torch.where(at == 2**33, 1, 0), torch.where(small > 2, -1, small))
+        return at == t, at != t[:, :1], at < t, at >= t.flip(0), at == small, kinds[0].to(torch.int8), *kinds
+
+    t = torch.tensor([3, 2**32 + 4, -1, -(2**31), 2**63 - 1, 19, 20, -(2**63), 0, 2**31]).repeat(3, 2)
+    check(device, f, t, torch.arange(-10, 10, dtype=torch.int32))
+
+
+def test_quotients_and_conditions_of_indices():
+    """What is known to be simpler, against floor arithmetic for every coordinate."""
+    from torch_spiral.compiler.indices import floor_division, lower
+    from torch_spiral.kernels import ir
+
+    x, y = (ir.Node("leaf", "i32", attr=name) for name in "xy")
+    sizes = {x: 4, y: 5}
+    python = {
+        "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "quotient": lambda a, b: a // b,
+        "remainder": lambda a, b: a % b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+        "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b, "where": lambda c, a, b: a if c else b,
+        "idiv": lambda a, b: int(a / b), "irem": lambda a, b: a - b * int(a / b),
+    }  # fmt: skip
+
+    def value(n, at):
+        return at[n] if n.op == "leaf" else n.attr if n.op == "const" else python[n.op](*(value(a, at) for a in n.args))
+
+    sums = [y * a + x * b + c for a in (1, 4, 8, -4) for b in (1, 2) for c in (-16, -5, 0, 3, 8)]
+    shorter = 0
+    for n in sums:
+        for d in (1, 2, 4, 8, 16):
+            exprs = [
+                floor_division("quotient", n, ir.const(d, "i32")),
+                floor_division("remainder", n, ir.const(d, "i32")),
+            ]
+            exprs += [getattr(ir, op)(n, d) for op in ("lt", "le", "gt", "ge", "idiv", "irem")]
+            exprs.append(ir.where(ir.and_(exprs[2], exprs[5]), x, y))
+            for e in exprs:
+                low = lower(e, {k: (0, size - 1) for k, size in sizes.items()}, {})
+                assert not any(m.op in ("quotient", "remainder") for m in ir.walk(low))
+                shorter += len(ir.walk(low)) < len(ir.walk(e))
+                for at in ({x: i, y: j} for i in range(sizes[x]) for j in range(sizes[y])):
+                    assert value(low, at) == value(e, at), (e, low, at)
+    assert shorter > len(sums)  # it is not that nothing is simplified
 
 
 @pytest.mark.parametrize("shape", [(7, 100), (3, 1024)], ids=str)
@@ -644,6 +724,18 @@ def test_columns_are_read_as_vectors(device):
     x = torch.randn(300, 64, device=device)
     (group,) = explain(lambda x: ((x * x).sum(0), x.sum(0)), x).groups
     assert "vload16(" in group.source and ".sf]" not in group.source
+
+
+def test_a_concatenation_of_heads_is_read_as_vectors(device):
+    if torch.spiral.get_device_properties(device).schedule_class != "vector":
+        pytest.skip("vectors are for OpenCL on CPUs")
+    q, k = torch.randn(2, 2, 4, 20, 64, device=device)
+
+    def f(q, k):
+        return torch.cat([t.transpose(1, 2).reshape(2, 20, 256) for t in (q, k)], 2).sum((0, 1))
+
+    source = explain(f, q, k).groups[0].source
+    assert source.count("vload16(") == 2 and ".sf]" not in source
 
 
 def test_explain_as_a_picture(device, tmp_path):

@@ -41,10 +41,11 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
     device.register()
     compat.forget_stream(gm)
-    from .passes import fuse_attention
+    from .passes import fuse_attention, share_keys
 
     try:
         fuse_attention(gm)
+        share_keys(gm)
         with compat.parts_of_compilation() as parts:
             compiled: Any = compile_fx(
                 gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)}

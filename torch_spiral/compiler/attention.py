@@ -35,7 +35,7 @@ def plan(
     if any(len(sizes) != 4 or strides[3] != 1 or 0 in sizes for sizes, strides in known):
         return None
     (_, heads, queries, d), (_, kv_heads, keys, head_v) = q[0], (*k[0][:3], v[0][3])
-    if max(d, head_v) > MAX_HEAD or heads % kv_heads or (queries == 1 and kv_heads != heads):
+    if max(d, head_v) > MAX_HEAD or heads % kv_heads:
         return None
 
     def argument(index: int, name: str, default: Any) -> Any:
@@ -55,16 +55,16 @@ def plan(
         scale = argument(16 if backward else 99, "scale", None)
     except ValueError:
         return None
-    if (
-        dropout
-        or wanted[3]
-        or (bias_of(backward, node) is not None and (bias is None or (queries == 1 and kv_heads != heads)))
-    ):
+    # One query of each head: the query heads that share keys become queries of one head.
+    fold = queries == 1 and kv_heads != heads
+    if dropout or wanted[3] or (bias_of(backward, node) is not None and bias is None) or (fold and (backward or causal)):
         return None
     added = None
     if bias is not None:
         sizes, strides = [1] * (4 - len(bias[0])) + list(bias[0]), [0] * (4 - len(bias[0])) + list(bias[1])
         added = [0 if n == 1 else step for n, step in zip(sizes, strides, strict=True)]
+    if fold:
+        heads, queries = kv_heads, heads // kv_heads
     tiles = q[0][0] * heads
     split = queries <= 32 and keys >= 512 and tiles <= 128
     rows = min(queries.bit_length() - 1, 6)
@@ -77,7 +77,7 @@ def plan(
             rows, 256 >> (tiles.bit_length() - 1) if split else 1,
         ),
         "strides": [_dense(*s) for s in (known[1:] if backward else [(_output(q, head_v), q[1])])],
-        **({"wanted": wanted} if backward else {"head_v": head_v}),
+        **({"wanted": wanted} if backward else {"head_v": head_v, "fold": fold}),
     }  # fmt: skip
 
 
@@ -99,15 +99,25 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 
 def forward(
-    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, attn_bias: Any = None
-) -> Any:
+    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, fold: bool, attn_bias: Any = None
+) -> Any:  # fmt: skip
     """The operator's results on handles. There is no random state without dropout, but its callers want tensors."""
     q, k, v = args[:3]
     mask = _mask(args[3] if len(args) > 3 else attn_bias, q, k, bias)
     out = low.empty((*q.sizes[:3], head_v), q.dtype, strides[0])
     lse = low.empty(q.sizes[:3], "f32")
-    low.lowerings[NAME](q, k, v, mask, causal, low.recorder().lift(float(scale)), *classes, out, lse)
+    taken = [q, mask, out, lse]
+    if fold:
+        taken = [None if x is None else _folded(x, k.sizes[1]) for x in taken]
+    query, mask, result, logsumexp = taken
+    low.lowerings[NAME](query, k, v, mask, causal, low.recorder().lift(float(scale)), *classes, result, logsumexp)
     return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
+
+
+def _folded(x: Any, heads: int) -> Any:
+    """x [B, H, 1, …] as [B, heads, H / heads, …]."""
+    many = x.sizes[1] // heads
+    return x.view((x.sizes[0], heads, many, *x.sizes[3:]), (x.strides[0], x.strides[1] * many, x.strides[1], *x.strides[3:]))
 
 
 def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:

@@ -102,6 +102,45 @@ def fuse_attention(gm: fx.GraphModule) -> int:
     return found
 
 
+def share_keys(gm: fx.GraphModule) -> int:
+    """Has attention read key heads that are repeated for groups of query heads (transformers' repeat_kv) where they are; how often."""
+    found = 0
+    for n in gm.graph.nodes:
+        if n.target is F.scaled_dot_product_attention and len(n.args) >= 3 and not n.kwargs.get("enable_gqa"):
+            k, v = map(_repeated, n.args[1:3])
+            if k is not None and v is not None and _value(k).shape[1] == _value(v).shape[1]:
+                n.args = (n.args[0], k, v, *n.args[3:])
+                n.kwargs = {**n.kwargs, "enable_gqa": True}
+                found += 1
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return found
+
+
+def _repeated(n: Any) -> Any:
+    """x [B, heads, T, D], where n is x[:, :, None].expand(B, heads, groups, T, D).reshape(B, heads * groups, T, D); else None."""
+    chain = []
+    for targets in ((torch.reshape, "reshape", "view"), ("expand",), (operator.getitem, torch.unsqueeze, "unsqueeze")):
+        if not isinstance(n, fx.Node) or n.target not in targets or not isinstance(_value(n), torch.Tensor):
+            return None
+        chain.append(_value(n).shape)
+        place, n = n.args[1:], n.args[0]
+    every = slice(None)
+    if place not in ((2,), ((every, every, None),), ((every, every, None, every, every),), ((every, every, None, ...),)):
+        return None
+    x = _value(n)
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.device.type != "spiral":
+        return None
+    flat, wide, _ = chain
+    heads, groups = x.shape[1], wide[2]
+    if not isinstance(heads, int) or not isinstance(groups, int):
+        return None
+    batch, _, rows, width = map(str, x.shape)  # symbols too
+    same = [str(i) for i in wide] == [batch, str(heads), str(groups), rows, width]
+    return n if same and [str(i) for i in flat] == [batch, str(heads * groups), rows, width] else None
+
+
 def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
     probabilities, v = out.args[:2] if len(out.args) > 1 else (None, None)
     dropout = 0.0
