@@ -443,9 +443,11 @@ struct Replay {
       const auto size = static_cast<int64_t>(locate(call.operands_[i].data).memory_size);
       if (size > limit) call.key_.push_back(0xfeull << 56 | static_cast<uint64_t>(i) << 32 | static_cast<uint64_t>((size + limit - 1) / limit));
     }
-    // How Triton's kernels multiply float32 follows torch's switch.
+    // How Triton's kernels multiply float32 follows torch's switches: one for products, one for convolutions.
     if (device_properties(call.device_).language == Language::Triton) {
-      call.key_.push_back(0xfdull << 56 | static_cast<uint64_t>(at::globalContext().allowTF32CuBLAS()));
+      const auto& context = at::globalContext();
+      const auto convolutions = static_cast<uint64_t>(context.allowTF32CuDNN(at::Float32Op::CONV));
+      call.key_.push_back(0xfdull << 56 | convolutions << 1 | static_cast<uint64_t>(context.allowTF32CuBLAS()));
     }
     if (plan_variant) call.key_.push_back(0xfcull << 56 | plan_variant);
     std::shared_ptr<Plan> known = find(call.key_);

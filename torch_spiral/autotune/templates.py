@@ -325,7 +325,7 @@ class Conv(Template):
         nd, shape, channels, (taps, stride, padding, dilation) = self._parts(key, sizes)
         x = scratch(shape, TORCH[dtype], where, 1)
         w = scratch((channels, shape[1], *taps), TORCH[dtype], where, 2)
-        if layouts.startswith("last"):
+        if layouts.startswith(("last", "run")):
             x = x.contiguous(memory_format=torch.channels_last if nd == 2 else torch.channels_last_3d)
         function: Any = torch.nn.functional.conv2d if nd == 2 else torch.nn.functional.conv3d
         problem: Problem
@@ -381,14 +381,14 @@ class Conv(Template):
     def seconds(self, problem: Problem, schedule: Any, roofline: Roofline) -> float:
         target, size = Target.of(problem.device.index), DTYPES[problem.dtype].size
         m, n, k = self._product(problem.key, problem.sizes)
-        tiling = Gemm()._tiling(
-            target, {"a": problem.dtype}, SimpleNamespace(schedule=schedule, splits=1), (m, n, k, 1)
-        )
+        if not hasattr(schedule, "schedule"):
+            schedule = SimpleNamespace(schedule=schedule, splits=1)
+        tiling = Gemm()._tiling(target, {"a": problem.dtype}, schedule, (m, n, k, 1))
         # Indices are computed for every element of the gathered tile: wide tiles of rows share them.
         return product_seconds(target, tiling, m, n, k, 1, problem.dtype, size, size, roofline)
 
     def family(self, schedule: Any) -> Any:
-        return (schedule.tile_m, schedule.tile_n) if hasattr(schedule, "tile_m") else (schedule.m, schedule.n)
+        return (schedule.tile_m, schedule.tile_n) if hasattr(schedule, "tile_m") else schedule.schedule
 
     def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
         from ..kernels.block import conv as block
@@ -411,8 +411,9 @@ class Conv(Template):
                 second == "last",
             ).source
         precision = "" if second == "half" else second
-        return block.conv(
-            target, schedule, "forward", dtype, dtype, int(nd[0]), False, first == "first", precision, "", False
+        split = schedule.splits > 1
+        return block.last(
+            target, schedule.schedule, dtype, dtype, int(nd[0]), first == "run", precision, "n", block.Epilogue(), split
         ).source
 
 

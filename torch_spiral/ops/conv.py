@@ -14,6 +14,7 @@ from typing import Any
 from .. import autotune
 from ..kernels.block import conv as block
 from ..kernels.block import gemm as block_gemm
+from ..kernels.block import power_of_two
 from ..kernels.kernel import DTYPES
 from ..kernels.simt import conv as simt
 from ..kernels.simt import gemm as simt_gemm
@@ -42,7 +43,7 @@ from ..lowering import (
     target,
 )
 from .common import contiguous, copy_to
-from .contraction import dot_precision, matrix
+from .contraction import _epilogue_strides, _ordered, convolution_precision, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
 from .reduce import _sum, accumulator, reduce_rows
@@ -133,6 +134,7 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry
     if out.is_empty:
         return
     if g.pointwise and _pixels(x) and _pixels(out) and w.is_contiguous:
+        w = _converted(w, x.dtype)
         _pointwise(_pixels(x), w.view([w.sizes[0], w.sizes[1]]), bias, _pixels(out), terms)  # type: ignore[arg-type]
     elif target().schedule_class == "vector":
         _vector(x, w, bias, out, g, False, terms)
@@ -164,14 +166,34 @@ def _pointwise(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, terms: Te
     """out[n] = w @ x[n] + bias for [N, C, pixels]; channels_last as one product of all pixels."""
     n, c, p = x.sizes
     co = w.sizes[0]
-    if is_one(x.strides[1]) and not x.is_contiguous and is_one(out.strides[1]) and not terms:
-        rows = x.view([1, n * p, c], [0, c, 1])
-        add = [] if bias is None else [("add", bias.view([1, 1, co], [0, 0, bias.strides[0]]))]
-        matrix_product(rows, matrix(w, 1, 0), out.view([1, n * p, co], [0, co, 1]), terms=add)
+    precision = convolution_precision(x.dtype)
+    if is_one(x.strides[1]) and not x.is_contiguous and is_one(out.strides[1]):
+        rows, result = x.view([1, n * p, c], [0, c, 1]), out.view([1, n * p, co], [0, co, 1])
+        matrix_product(rows, matrix(w, 1, 0), result, terms=_by_pixels(bias, terms, n, co, p), precision=precision)
         return
     a = w.view([n, co, c], [0, w.strides[0], w.strides[1]])
     add = [] if bias is None else [("add", bias.view([1, co, 1], [0, bias.strides[0], 0]))]
-    matrix_product(a, x, out, terms=[*add, *terms])
+    matrix_product(a, x, out, terms=[*add, *terms], precision=precision)
+
+
+def _by_pixels(bias: Tensor | None, terms: Terms, n: Any, co: Any, p: Any) -> list[tuple[str, Tensor | None]]:
+    """Bias and terms with operands [1, N * pixels, Co], for a channels-last result: those laid out as it are one matrix."""
+    found: list[tuple[str, Tensor | None]] = []
+    if bias is not None:
+        found.append(("add", bias.view([1, n * p, co], [0, 0, bias.strides[0]])))
+    for kind, x in terms:
+        row = None if x is None else x.strides[0] if is_one(p) else x.strides[2]
+        found.append((kind, None if x is None else x.view([1, n * p, co], [0, row, x.strides[1]])))
+    return found
+
+
+def _converted(w: Tensor, dtype: str) -> Tensor:
+    """w in another dtype: a compiled graph leaves the conversion of weights to us, who keep the result."""
+    if w.dtype == dtype:
+        return w
+    with packed(w, w.sizes, dtype, "converted") as p:
+        copy_to(p, w)
+    return p
 
 
 def _transposed(y: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
@@ -457,14 +479,16 @@ def _simt(
     scalars = [
         g.groups, m, n, k, *pixel, *taps, channels, *mul, *add, *tap_mul, *div, *size, gs[0], gs[1], *gs[2:], g_group, *w_part, *c_part,
     ]  # fmt: skip
-    epilogue, operands, _ = _epilogue(bias, terms)
     divided = mode == "input" and any(s != 1 for s in stride)
     depthwise = g.groups > 1 and is_one(weight.sizes[1])
     dtype = gathered.dtype
     if t.schedule_class == "block":
-        assert not terms, "the compiler fuses no epilogue into Triton's convolutions"
-        _block(mode, gathered, w, out, g, bias, nd, scalars, (m, n, k), divided)
+        if _readable_by_channels(mode, gathered, w, out, g):
+            _block_by_channels(mode, gathered, w, out, g, bias, terms, nd)
+        else:
+            _block(mode, gathered, w, out, g, bias, terms, nd, scalars, (m, n, k), divided)
         return
+    epilogue, operands, _ = _epilogue(bias, terms)
     if depthwise and mode == "weight":
         kernel = build(simt.direct_weight, dtype, out.dtype, nd)
         groups = (minimum(m * n * g.groups, 65535), 1, 1)
@@ -507,9 +531,130 @@ def _simt(
 # ---- block: Triton ------------------------------------------------------------------------------------------------------
 
 
+def _about(n: Any) -> int:
+    """A size, or the middle of what the plan's key leaves open."""
+    return n if isinstance(n, int) else 1 if is_one(n) else 3 << bucket(n) >> 1
+
+
+def _readable_by_channels(mode: str, x: Tensor, w: Tensor, out: Tensor, g: Geometry) -> bool:
+    """Whether the kernel of channels-last tensors (block.last) computes it, from a copy of x where x is laid out otherwise."""
+    if mode == "weight" or (mode == "input" and g.stride != (1, 1, 1)) or _pixels(out) is None:
+        return False
+    channels = w.sizes[1] if mode == "forward" else w.sizes[0] if g.groups == 1 else _about(w.sizes[0]) // g.groups
+    wide = bucket(channels) >= block.WIDE.bit_length() - 1
+    if not wide and not (
+        mode == "forward" and g.groups == 1 and g.taps[2] > 1 and g.dilation[2] == 1 and bucket(channels) >= 1
+    ):
+        return False
+    return wide or x.is_channels_last or sum(bucket(n) for n in (x.sizes[0], *x.sizes[2:])) >= 12
+
+
+def _by_taps(w: Tensor, g: Geometry, mode: str, dtype: str) -> Tensor:
+    """w as [output channels, taps, channels of a group], contiguous."""
+    taps = w.sizes[2:]
+    if mode == "forward":
+        if w.dtype == dtype and ((g.volume == 1 and w.is_contiguous) or _channels_last(w)):
+            return w
+        sizes, strides = [w.sizes[0], *taps, w.sizes[1]], [w.strides[0], *w.strides[2:], w.strides[1]]
+    else:
+        channels = w.sizes[0] // g.groups
+        sizes = [g.groups, w.sizes[1], *taps, channels]
+        strides = [channels * w.strides[0], w.strides[1], *w.strides[2:], w.strides[0]]
+    with packed(w, sizes, dtype, f"{mode} by taps, {g.groups} groups") as p:
+        copy_to(p, w.view(sizes, strides))
+    return p
+
+
+def _block_by_channels(
+    mode: str, x: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None, terms: Terms, nd: int
+) -> None:
+    """A convolution of x into out, or for "input" one of the gradient x into the gradient out of its input, stride 1."""
+    t, dtype, cut = target(), x.dtype, slice(3 - nd, 3)
+    if not x.is_channels_last:
+        copy = _allocate(x.sizes[0], x.sizes[1], _spatial(x), x.ndim - 2, dtype, True)
+        copy_to(copy, x)
+        x = copy
+    taps, size, o = list(g.taps[cut]), _spatial(x)[cut], _spatial(out)[cut]
+    mul: Sequence[int]
+    add: Sequence[int]
+    tap_mul: Sequence[int]
+    if mode == "forward":
+        mul, add, tap_mul = g.stride[cut], [-p for p in g.padding[cut]], g.dilation[cut]
+        channels, n = w.sizes[1], out.sizes[1] // g.groups
+    else:
+        mul, add, tap_mul = [1] * nd, g.padding[cut], [-d for d in g.dilation[cut]]
+        channels, n = w.sizes[0] // g.groups, w.sizes[1]
+    images, pixels, co = x.sizes[0], product(o), out.sizes[1]
+    volume, step = g.volume, 0
+    about_channels = _about(w.sizes[1]) if mode == "forward" else _about(w.sizes[0]) // g.groups
+    run = about_channels < block.WIDE and mode == "forward"
+    if run:  # a row of taps is one run of channels
+        step = power_of_two(max(taps[-1] * about_channels, 16))
+        channels, about_channels = channels * taps[-1], about_channels * taps[-1]
+        volume, taps[-1] = volume // taps[-1], 1
+    xs = _strides(x)
+    # Pixels of a channels-last result follow each other through all images.
+    whole = out.is_channels_last
+    batch, m = (1, images * pixels) if whole else (images, pixels)
+    c = out.view([batch, m, co], [0, co, 1] if whole else [co * pixels, 1, pixels])
+    if whole:
+        steps = _by_pixels(bias, terms, images, co, pixels)
+    else:
+        steps = [] if bias is None else [("add", bias.view([images, pixels, co], [0, 0, bias.strides[0]]))]
+        steps += [(kind, None if y is None else y.transpose(1, 2)) for kind, y in terms]
+    epilogue, operands = _pixel_epilogue(steps)
+    extra = [("i64", v) for v in _epilogue_strides(epilogue, operands)]
+    # A choice by what the key knows of the sizes.
+    about = [(_about(i) + 2 * p - d * (k - 1) - 1) // q + 1 for i, p, d, k, q in zip(size, g.padding[cut], g.dilation[cut], g.taps[cut], g.stride[cut])]  # fmt: skip
+    if mode == "input":
+        about = [_about(i) for i in size]
+    about_m = max(product(about), 1) * (_about(images) if whole else 1)
+    about_batch = g.groups * (1 if whole else _about(images))
+    precision = convolution_precision(dtype)
+    found = block.choices(
+        t, dtype, precision, about_m, max(_about(co) // g.groups, 1), volume, max(about_channels, 1), about_batch, step
+    )
+    choice = found[0]
+    if mode == "forward" and g.groups == 1 and whole and DTYPES[dtype].compute == "f32":
+        choice = _tuned(x, out, g, nd, f"{'run' if run else 'last'}-{precision or 'half'}", choice, lambda: found)
+    s, splits = choice.schedule, choice.splits
+    weights = _by_taps(w, g, mode, dtype)
+    groups = block.last_groups(s, m, n, batch, g.groups, splits)
+    narrow = [m, n, channels, *xs[2:][cut], *o, *taps, *size, *mul, *add, *tap_mul]
+    work = lambda: 2 * images * pixels * n * channels * volume * g.groups  # noqa: E731
+    layout = "n" if whole else "t"
+    key = (s, dtype, out.dtype, nd, run, precision)
+    if splits == 1:
+        named = [("i64", c.strides[0]), ("i64", co if whole else pixels), ("i64", xs[0]), *(("i32", v) for v in narrow)]
+        kernel = build(block.last, *key, layout, epilogue, False)
+        launch(kernel, [x, weights, *operands, out], _ordered(None, [*named, *extra]), groups, work)
+        return
+    compute, total = DTYPES[dtype].compute, batch * m * co
+    partial = empty((splits, batch, m, co), compute)
+    span = cdiv(volume * cdiv(channels, s.k), splits)
+    named = [*(("i64", v) for v in (m * co, co, total, xs[0])), *(("i32", v) for v in (*narrow, span))]
+    launch(build(block.last, *key, "n", Epilogue(), True), [x, weights, partial], _ordered(None, named), groups, work)
+    finish = build(block_gemm.reduce_splits, compute, out.dtype, "n" if whole else "s", epilogue)
+    named = [("i64", v) for v in (c.strides[:2] if whole else c.strides)] + [("i64", total)]
+    named += [*(("i32", v) for v in (m, co, splits)), *extra]
+    launch(finish, [partial, *operands, out], _ordered(None, named), block_gemm.reduce_groups(m, co, batch))
+
+
+def _pixel_epilogue(terms: Terms) -> tuple[Epilogue, list[Tensor]]:
+    """The epilogue of a result [batch, pixels, channels], and its operands."""
+    steps: list[Any] = []
+    for kind, x in terms:
+        if x is None:
+            steps.append(kind)
+            continue
+        unit, vector = is_one(x.strides[2]), is_zero(x.strides[1])
+        steps.append((kind, x.dtype, "n" if unit and vector else "mn" if unit else "s"))
+    return Epilogue(tuple(steps)), [x for _, x in terms if x is not None]
+
+
 def _block(
-    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None, nd: int, scalars: list[Any],
-    sizes: tuple[Any, Any, Any], divided: bool,
+    mode: str, gathered: Tensor, w: Tensor, out: Tensor, g: Geometry, bias: Tensor | None, terms: Terms, nd: int,
+    scalars: list[Any], sizes: tuple[Any, Any, Any], divided: bool,
 ) -> None:  # fmt: skip
     """The product that _simt describes, by its scalars."""
     t, dtype, weight = target(), gathered.dtype, mode == "weight"
@@ -517,20 +662,16 @@ def _block(
     about_m = 1 << bucket(out.sizes[0] if weight else out.sizes[1]) if g.groups == 1 else 1
     pixels = sum(bucket(size) for size in (gathered.sizes[0], *gathered.sizes[2:]))
     s = block.schedule(dtype, about_m, 64 if weight else 4096)
-    precision = dot_precision(dtype)
-    operands, taps_last = ([bias] if bias is not None else []), weight or not _channels_last(gathered)
-    if mode == "forward" and g.groups == 1 and DTYPES[dtype].compute == "f32":
-        flags = ("first" if taps_last else "last") + f"-{precision or 'half'}"
-        s = _tuned(gathered, out, g, nd, flags, s, lambda: block.candidates(t, dtype))
-    key = (s, mode, dtype, out.dtype, nd, divided, taps_last, precision, bias.dtype if bias is not None else "")
-    if bias is not None:
-        scalars = [*scalars, bias.strides[0]]
+    precision, taps_last = convolution_precision(dtype), weight or not _channels_last(gathered)
+    epilogue, operands = _channel_epilogue(bias, terms)
+    key = (s, mode, dtype, out.dtype, nd, divided, taps_last, precision)
+    w = _converted(w, dtype)
     if not weight or pixels < 10:
-        kernel = build(block.conv, *key, False)
+        kernel = build(block.conv, *key, epilogue, False)
         launch(
             kernel,
             [gathered, w, *operands, out],
-            scalars,
+            [*_epilogue_strides(epilogue, operands), *scalars],
             block.groups(s, m, n, g.groups),
             lambda: 2 * m * n * k * g.groups,
         )
@@ -544,9 +685,24 @@ def _block(
     partial = empty((splits, g.groups, m, n), compute)
     groups = block.groups(s, m, n, g.groups, splits)
     work = lambda: 2 * m * n * k * g.groups  # noqa: E731
-    launch(build(block.conv, *key, True), [gathered, w, partial], [*scalars, span], groups, work)
+    launch(build(block.conv, *key, Epilogue(), True), [gathered, w, partial], [*scalars, span], groups, work)
     finish = build(block_gemm.reduce_splits, compute, out.dtype, "n", Epilogue())
     launch(finish, [partial, out], [m * n, n, g.groups * m * n, m, n, splits], block_gemm.reduce_groups(m, n, g.groups))
+
+
+def _channel_epilogue(bias: Tensor | None, terms: Terms) -> tuple[Epilogue, list[Tensor]]:
+    """The epilogue of a result [N, channels, pixels], and its operands."""
+    steps: list[Any] = []
+    operands: list[Tensor] = []
+    if bias is not None:
+        terms = [("add", bias.view([1, bias.sizes[0], 1], [0, bias.strides[0], 0])), *terms]
+    for kind, x in terms:
+        if x is None:
+            steps.append(kind)
+            continue
+        steps.append((kind, x.dtype, "m" if is_zero(x.strides[2]) else "s"))
+        operands.append(x)
+    return Epilogue(tuple(steps)), operands
 
 
 def _sum_channels(out: Tensor, grad: Tensor) -> None:
