@@ -71,6 +71,8 @@ def test_float64(device):
     for n in (60, 67):
         x = signal(n, dtype=torch.complex128)
         agree(torch.fft.fft(x.to(device)), torch.fft.fft(x), 1e-13)
+    x = signal(6, 5, dtype=torch.complex128)
+    agree(torch.fft.irfft2(x.to(device).t()), torch.fft.irfft2(x.t()), 1e-13)  # which copies it first
 
 
 def test_gradient(device):

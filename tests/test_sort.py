@@ -94,6 +94,21 @@ def test_search(device, right):
     check(device, lambda x: torch.isin(1.0, x.flatten()[:3], invert=True), x)
 
 
+def test_isin_of_a_number(device):
+    """Of few elements and of many, where upstream would sort them."""
+    for x in (torch.arange(5), torch.arange(1000), torch.arange(0), torch.arange(1000.0)[::2], torch.tensor(3)):
+        for number in (4, 7.0, -1):
+            for invert in (False, True):
+                check(device, lambda x, n=number, i=invert: torch.isin(n, x, invert=i), x)
+    out = torch.empty(3, dtype=torch.bool, device=device)
+    with pytest.warns(UserWarning, match="was resized"):
+        torch.isin(999, torch.arange(1000, device=device), out=out)
+    assert out.shape == () and out.item()
+    for number, x in ((True, torch.arange(3)), (1j, torch.arange(3)), (1, torch.ones(3, dtype=torch.bool))):
+        with pytest.raises(RuntimeError, match=r"Unsupported input type encountered for isin\(\)"):
+            torch.isin(number, x.to(device))
+
+
 def test_unique(device):
     x = data().round().to(torch.int64)
     for i in range(3):

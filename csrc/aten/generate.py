@@ -44,7 +44,7 @@ from torchgen.utils import Target
 
 # Natives that CPU and CUDA share and that are nevertheless not registered: overload -> reason.
 RUNTIME = "defined by the runtime"
-SPARSE = "makes compressed sparse tensors, which spiral does not have"
+COMPRESSED = "a composite (torch_spiral/ops/sparse.py)"
 SPARSE_COO = "registered by sparse.cpp, with what else makes sparse tensors"
 QUANTIZED = "makes quantized tensors, which spiral does not have"
 NESTED = "makes nested tensors, which spiral does not have"
@@ -58,10 +58,6 @@ SKIP = {
     "set_.source_Tensor": RUNTIME,
     "_to_sparse": SPARSE_COO,
     "_to_sparse.sparse_dim": SPARSE_COO,
-    "_to_sparse_csr": SPARSE,
-    "_to_sparse_csc": SPARSE,
-    "_to_sparse_bsr": SPARSE,
-    "_to_sparse_bsc": SPARSE,
     "quantize_per_tensor": QUANTIZED,
     "quantize_per_tensor.tensor_qparams": QUANTIZED,
     "quantize_per_tensor_dynamic": QUANTIZED,
@@ -74,6 +70,7 @@ SKIP = {
     "mode.values": "refuses other devices than CPU, CUDA and XPU",
     "glu.out": "its iterator refers to tensors that are gone when the body runs",
     "linalg_matrix_exp": "leaves its coefficients on the host unless the device is CUDA",
+    "isin.Scalar_Tensor_out": "makes the number a wrapped one on the device, which no kernel in Python may be given",
     "linalg_eig": HOST,
     "linalg_eig.out": HOST,
     "_linalg_eigvals": HOST,
@@ -95,18 +92,10 @@ if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
         "refuses other devices than CPU, CUDA and XPU",
     )
 
-# Natives of sparse tensors that CPU and CUDA share and that are not registered.
-SKIP_SPARSE = {
-    "_to_sparse_csr": SPARSE,
-    "_to_sparse_csc": SPARSE,
-    "_to_sparse_bsr": SPARSE,
-    "_to_sparse_bsc": SPARSE,
-}
-
 # Structured operators that are left out: functional name -> reason.
 SKIP_STRUCTURED = {
-    "_convert_indices_from_coo_to_csr": SPARSE,
-    "_convert_indices_from_csr_to_coo": SPARSE,
+    "_convert_indices_from_coo_to_csr": COMPRESSED,
+    "_convert_indices_from_csr_to_coo": COMPRESSED,
 }
 
 # Integers of structured operators that must not enter the key, since they follow sizes.
@@ -267,7 +256,7 @@ class Yaml:
                 continue
             if not (self.kernel(DispatchKey.CPU, f) or self.kernel(DispatchKey.CUDA, f)):
                 continue
-            if FOREIGN.match(name) or SKIP.get(name) in (SPARSE, QUANTIZED, NESTED):
+            if FOREIGN.match(name) or SKIP.get(name) in (QUANTIZED, NESTED):
                 continue
             if self.is_native(f) and name not in SKIP:
                 continue
@@ -383,19 +372,23 @@ def native_files(yaml: Yaml) -> tuple[dict[str, str], int]:
 
 
 def sparse_files(yaml: Yaml) -> tuple[dict[str, str], int]:
-    """What CPU and CUDA share of sparse COO tensors, which are made of dense ones."""
-    index = {}
-    for f in yaml.functions:
-        cpu, cuda = (yaml.kernel(key, f) for key in (DispatchKey.SparseCPU, DispatchKey.SparseCUDA))
-        if cpu and cpu == cuda and str(f.func.name) not in SKIP_SPARSE:
-            index[f.func.name] = BackendMetadata(kernel=cpu, structured=False, cpp_namespace="at::native")
-    wanted = [
-        g
-        for g in yaml.groups
-        if any(f.func.name in index for f in ([g] if isinstance(g, NativeFunction) else g.functions()))
-    ]
-    text, count = Registrations(index, DispatchKey.SparseXPU).text(wanted)
-    return {"register_sparse.cpp": text}, count
+    """What CPU and CUDA share of sparse tensors, coordinate and compressed ones, which are made of dense ones."""
+    files, count = {}, 0
+    for kind in ("Sparse", "SparseCsr"):
+        index = {}
+        for f in yaml.functions:
+            cpu, cuda = (yaml.kernel(DispatchKey[kind + backend], f) for backend in ("CPU", "CUDA"))
+            if cpu and cpu == cuda:
+                index[f.func.name] = BackendMetadata(kernel=cpu, structured=False, cpp_namespace="at::native")
+        wanted = [
+            g
+            for g in yaml.groups
+            if any(f.func.name in index for f in ([g] if isinstance(g, NativeFunction) else g.functions()))
+        ]
+        name = f"register_{'sparse' if kind == 'Sparse' else 'sparse_csr'}.cpp"
+        files[name], n = Registrations(index, DispatchKey[f"{kind}XPU"]).text(wanted)
+        count += n
+    return files, count
 
 
 def structured_class(g: NativeFunctionsGroup) -> str:

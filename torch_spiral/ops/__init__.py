@@ -37,6 +37,7 @@ FAMILIES: tuple[str, ...] = (
     "host",
     "fft",
     "sparse",
+    "sparse_compressed",
 )
 if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
     FAMILIES += ("before_2_13",)

@@ -37,12 +37,12 @@ def stride_classes(strides: Sequence[Any]) -> tuple[str, ...]:
 
 
 def as_dtype(x: Any, dtype: str) -> Any:
-    """A loaded value in the compute dtype of `dtype`: complex for complex dtypes."""
+    """A loaded value in the compute dtype of `dtype`: a pair for complex dtypes and their bits."""
     part = compute_dtype(dtype)
-    if DTYPES[dtype].kind == "complex":
+    if DTYPES[dtype].is_pair:
         if isinstance(x, ir.Complex):
             return ir.Complex(ir.cast(x.re, part), ir.cast(x.im, part))
-        return ir.Complex(ir.cast(x, part), ir.const(0.0, part))
+        return ir.Complex(ir.cast(x, part), ir.const(0, part))
     if isinstance(x, ir.Complex):
         x = ir.or_(ir.ne(x.re, 0.0), ir.ne(x.im, 0.0)) if dtype == "bool" else x.re
     return ir.cast(x, part)

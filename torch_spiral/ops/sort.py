@@ -775,6 +775,33 @@ def isin(elements: Tensor, test_elements: Tensor, invert: bool, out: Tensor) -> 
     each("isin", _isin, out.sizes, operands, {"n": test.sizes[0]}, static=(bool(invert),), cost=16)
 
 
+def _check_isin(element: Any, test_elements: Any) -> None:
+    kinds = {bool: "Bool", complex: "ComplexDouble"}
+    dtypes = {torch.bool: "Bool", torch.complex64: "ComplexFloat", torch.complex128: "ComplexDouble"}
+    refused = kinds.get(type(element)) or dtypes.get(test_elements.dtype)
+    if refused:
+        raise RuntimeError(f"Unsupported input type encountered for isin(): {refused}")
+
+
+@composite("isin.Scalar_Tensor")
+def isin_scalar(element: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False) -> Any:
+    """Whether (invert: whether not) a number, rounded to the elements' dtype, is among them."""
+    _check_isin(element, test_elements)
+    found = (test_elements == element).any()
+    return found.logical_not_() if invert else found
+
+
+@composite("isin.Scalar_Tensor_out")
+def isin_scalar_out(
+    element: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False, out: Any
+) -> Any:
+    if out.dtype != torch.bool:
+        got = _CPP_NAMES.get(out.dtype, out.dtype)
+        raise RuntimeError(f"Expected out tensor to have dtype bool, but got {got} instead")
+    torch._prims_common.wrappers._maybe_resize_out(out, ())
+    return out.copy_(isin_scalar(element, test_elements, invert=invert))
+
+
 # ---- unique --------------------------------------------------------------------------------------------------------
 
 
