@@ -735,7 +735,7 @@ def test_a_concatenation_of_heads_is_read_as_vectors(device):
         return torch.cat([t.transpose(1, 2).reshape(2, 20, 256) for t in (q, k)], 2).sum((0, 1))
 
     source = explain(f, q, k).groups[0].source
-    assert source.count("vload16(") == 2 and ".sf]" not in source
+    assert "vload16(" in source and ".sf]" not in source
 
 
 def test_explain_as_a_picture(device, tmp_path):

@@ -12,10 +12,12 @@ import torch
 
 from ..kernels import ir, nest
 from ..kernels.kernel import Target, Unsupported, compute_dtype
-from . import compat
+from . import compat, indices
 from .compat import V
 from .loops import Built, Program, Store, build
 from .ops import TORCH, Overrides, Value, dtype_name, index_node, node
+
+MIN_RUN = 16  # neighbours for which a dimension of their own pays
 
 
 class _Variables(compat.CSE):
@@ -246,7 +248,8 @@ class FusedKernel(compat.SIMDKernel):
         coordinates: dict[str, ir.Node] = {}
         sizes: dict[bool, list[sympy.Expr]] = {False: [], True: []}
         for tree in self.range_trees:
-            dims, entries = _dimensions(tree, [e for e in tree.nodes.values() if str(e.symbol()) in used])
+            found = [e for e in tree.nodes.values() if str(e.symbol()) in used]
+            dims, entries = _dimensions(tree, found, self._runs(found))
             prefix, first = ("r", len(sizes[True])) if tree.is_reduction else ("x", len(sizes[False]))
             leaves = [ir.Node("leaf", "i32", attr=f"{prefix}{first + i}") for i in range(len(dims))]
             for symbol, make in entries.items():
@@ -278,11 +281,24 @@ class FusedKernel(compat.SIMDKernel):
             args = [ir.substitute(a, rename, memo) for a in n.args]
             return ir.Node("load", n.dtype, *args, attr=names[real.get(n.attr, n.attr)])
 
+        ranges = {
+            ir.Node("leaf", "i32", attr=f"{prefix}{d}"): (0, int(size) - 1)
+            for reduced, prefix in ((False, "x"), (True, "r"))
+            for d, size in enumerate(sizes[reduced])
+            if size.is_Integer
+        }
+        lowered: dict[ir.Node, Any] = {}
+
+        def final(n: ir.Node) -> ir.Node:
+            return indices.lower(ir.substitute(n, rename, memo), ranges, lowered)
+
         program_stores = [
-            Store(names[real.get(s[0], s[0])], *ir_pair(s, rename, memo), s[3], s[4] and bool(sizes[True]))
-            for s in stores
+            Store(
+                names[real.get(name, name)], final(index_node(index)), final(value), mode, element and bool(sizes[True])
+            )
+            for name, index, value, mode, element in stores
         ]
-        numbers = {reduced: [index_node(s) for s in sizes[reduced]] for reduced in sizes}
+        numbers = {reduced: [indices.lower(index_node(s), {}, {}) for s in sizes[reduced]] for reduced in sizes}
         everything = ir.walk(*[n for s in program_stores for n in (s.index, s.value)], *numbers[False], *numbers[True])
         symbols = [s for s in self.sizes_used if any(n.op == "leaf" and n.attr == str(s) for n in everything)]
         program = Program(
@@ -303,18 +319,38 @@ class FusedKernel(compat.SIMDKernel):
         }  # fmt: skip
         return built, launch
 
+    def _runs(self, entries: Sequence[Any]) -> list[sympy.Expr]:
+        """Lengths d of a range's runs where something is read at (x + c) // d or (x + c) % d, d dividing c; of runs that are long
+        enough for vectors, on CPU devices."""
+        if Target.of(V.graph.get_current_device_or_throw().index).schedule_class != "vector":
+            return []
+        divisors = {e.symbol(): e.divisor for e in entries}
+        runs = []
+        for index in [*(i for _, i in self.loaded), *(s[1] for s in self.recorded)]:
+            for e in index.atoms(compat.FloorDiv, compat.ModularIndexing):
+                x, *lengths = e.args
+                offset, rest = x.replace(compat.Identity, lambda e: e).as_coeff_Add()
+                cuts = [sympy.Mul(*lengths[: i + 1]) for i in range(len(lengths))] if rest in divisors else []
+                runs += [divisors[rest] * d for d in cuts if d.is_Integer and d >= MIN_RUN and offset % d == 0]
+        return runs
+
     def _along_rows(self, sizes: dict[bool, list[sympy.Expr]]) -> bool:
-        """Whether more loads are contiguous along the rows than along the reduced dimension."""
+        """Whether more accesses are contiguous along the rows than along the reduced dimension."""
+        if not sizes[True]:
+            return False
         votes = 0
-        for _, index in self.loaded:
-            step: dict[bool, Any] = {False: None, True: None}
-            for symbol, entry in self.range_tree_nodes.items():
-                if symbol in index.free_symbols and entry.divisor == 1:
-                    step[entry.root.is_reduction] = sympy.expand(index.subs(symbol, symbol + 1) - index)
-            if step[True] is None:
-                continue
-            votes += (step[True] == 1) - (step[False] == 1)
+        for index in [*(i for _, i in self.loaded), *(s[1] for s in self.recorded if s[4])]:
+            steps = {reduced: self._step(index, reduced) for reduced in (False, True)}
+            if steps[True] != 0:
+                votes += (steps[True] == 1) - (steps[False] == 1)
         return votes < 0
+
+    def _step(self, index: sympy.Expr, reduced: bool) -> sympy.Expr:
+        """How much an index grows from the first row, or reduced element, to the second."""
+        index = index.replace(compat.Identity, lambda e: e)
+        first = dict.fromkeys(self.range_tree_nodes, 0)
+        second = {s: int(e.divisor == 1 and e.root.is_reduction == reduced) for s, e in self.range_tree_nodes.items()}
+        return sympy.expand(index.subs(second) - index.subs(first))
 
     def call_kernel(self, name: str, node: Any = None, deallocate_ws: bool = True) -> None:
         wrapper = V.graph.wrapper_code
@@ -329,23 +365,24 @@ class FusedKernel(compat.SIMDKernel):
         wrapper.writeline(f"{name}({tuple_of(launch['buffers'])}, {', '.join(sizes)})")
 
 
-def ir_pair(store: tuple, rename: Any, memo: dict[ir.Node, Any]) -> tuple[ir.Node, ir.Node]:
-    return ir.substitute(index_node(store[1]), rename, memo), ir.substitute(store[2], rename, memo)
-
-
-def _dimensions(tree: Any, entries: Sequence[Any]) -> tuple[list[sympy.Expr], dict[str, Any]]:
+def _dimensions(
+    tree: Any, entries: Sequence[Any], runs: Sequence[sympy.Expr] = ()
+) -> tuple[list[sympy.Expr], dict[str, Any]]:
     """Dimensions of a range that make every entry (x // divisor) % length affine in them, fastest first; one dimension
-    where there are none. Also, per entry, how it is made of the dimensions' coordinates."""
+    where there are none. Also, per entry, how it is made of the dimensions' coordinates. runs: lengths at which to cut the range
+    as well, where that can be had."""
     numel = V.graph.sizevars.simplify(tree.numel)
     if compat.equal(numel, 1):
         return [], {str(e.symbol()): lambda leaves: ir.const(0, "i32") for e in entries}
     marks: list[sympy.Expr] = []
-    for m in [sympy.Integer(1), numel, *(m for e in entries for m in (e.divisor, e.divisor * e.length))]:
+    for m in [sympy.Integer(1), numel, *(m for e in entries for m in (e.divisor, e.divisor * e.length)), *runs]:
         m = V.graph.sizevars.simplify(m)
         if not any(compat.equal(m, o) for o in marks):
             marks.append(m)
     marks.sort(key=compat.hint)
     chain = all(compat.multiple_of(b, a) for a, b in itertools.pairwise(marks)) and compat.equal(marks[-1], numel)
+    if not chain and runs:
+        return _dimensions(tree, entries)
     if not chain:
 
         def general(entry: Any) -> Any:

@@ -215,6 +215,21 @@ class _Evaluation:
         for s, index, value in zip(stores, values[::2], values[1::2], strict=True):
             self._store(s, index, value)
 
+    def _lanes(self, along: str) -> int:
+        """Of vectors along a coordinate, or those whose names begin so: as many as the widest of what is accessed there allows."""
+        if self._scalar_only():
+            return 1
+        stores = self.program.stores
+        accesses = [(s.buffer, s.index) for s in stores]
+        accesses += [
+            (n.attr, n.args[0]) for n in ir.walk(*(n for s in stores for n in (s.index, s.value))) if n.op == "load"
+        ]
+        kinds = {name: dtype for name, dtype, _ in self.program.buffers}
+        moving = {
+            name for name, index in accesses if any(n.op == "leaf" and n.attr.startswith(along) for n in ir.walk(index))
+        }
+        return lanes_for([kinds[name] for name in moving])
+
     def _scalar_only(self) -> bool:
         return any(s.mode == "add" for s in self.program.stores)
 
@@ -234,7 +249,7 @@ class _Pointwise(_Evaluation):
         self.sizes = [self._size(n) for n in program.rows] or [ir.const(1, "u32")]
         if vector:
             assert per_task is not None
-            lanes = 1 if self._scalar_only() else lanes_for([t for _, t, _ in program.buffers])
+            lanes = self._lanes("x0")
             inner = size_of(program.rows[0]) if program.rows else 1
             if inner is not None:
                 while lanes > 1 and inner < lanes:
@@ -344,7 +359,7 @@ class _Reduction(_Evaluation, Rows):
         self._begin(program, target)
         k = self.k
         self.bufs = self.buffers
-        self.lanes = 1 if self._scalar_only() or not vector else lanes_for([t for _, t, _ in program.buffers])
+        self.lanes = self._lanes("x0" if along else "r") if vector else 1
         self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
         self.results = [e for s in program.stores for e in (s.index, s.value)]

@@ -15,6 +15,7 @@ from ..kernels.kernel import FLOAT8, NARROW_FLOATS, compute_dtype
 from . import compat
 from .compat import V
 from .dtypes import DTYPES
+from .indices import floor_division
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SMALL = ("i8", "i16", "u8", "u16")
@@ -158,11 +159,11 @@ def _positive(e: Any) -> bool:
 
 
 def _divide(a: ir.Node, b: ir.Node, positive: bool) -> ir.Node:
-    return ir.idiv(a, b) if positive else ir.floor_divide(a, b)
+    return ir.idiv(a, b) if positive else floor_division("quotient", a, b)
 
 
 def _modulo(a: ir.Node, b: ir.Node, positive: bool) -> ir.Node:
-    return ir.irem(a, b) if positive else ir.remainder(a, b)
+    return ir.irem(a, b) if positive else floor_division("remainder", a, b)
 
 
 # ---- ops ----------------------------------------------------------------------------------------------------------------
@@ -201,6 +202,33 @@ def _true_divide(a: Any, b: Any) -> ir.Node:
     if a.dtype not in ir.FLOATS and b.dtype not in ir.FLOATS:
         a, b = ir.cast(a, "f32"), ir.cast(b, "f32")
     return ir.div(a, b)
+
+
+def _short(x: ir.Node) -> ir.Node | None:
+    """The value in 32 bits, where it has no more."""
+    if x.op == "const" and x.dtype == "i64":
+        return ir.cast(x, "i32") if abs(x.attr) <= MAX_INDEX else None
+    x = x.args[0] if x.op == "cast" and x.dtype == "i64" else x
+    return x if x.dtype == "i32" else None
+
+
+def _comparison(name: str) -> Any:
+    """Comparisons of indices take 32 bits."""
+    f = getattr(ir, name)
+
+    def op(a: Any, b: Any) -> ir.Node:
+        a, b = nodes(a, b)
+        shorter = [_short(a), _short(b)]
+        for i, y in enumerate((b, a)):
+            index = shorter[i]
+            if index is None or shorter[1 - i] is not None or y.dtype != "i64" or name not in ("eq", "ne"):
+                continue
+            if index.op != "const" and not any(n.op == "load" for n in ir.walk(index)):
+                low = ir.cast(y, "i32")
+                shorter[1 - i] = ir.where(ir.eq(ir.cast(low, "i64"), y), low, -MAX_INDEX - 1)  # which no index is
+        return f(a, b) if None in shorter else f(*shorter)
+
+    return staticmethod(op)
 
 
 def _shift(f: Callable[[Any, Any], Any]) -> Any:
@@ -260,6 +288,8 @@ class Overrides(compat.OpOverrides):
     ) -> ir.Node:
         name = dtype_name(dtype)
         x = node(x)
+        if name in ("i32", *SMALL) and (short := _short(x)) is not None:
+            x = short
         if name in ("f16", "bf16"):
             x = ir.cast(x, "f32")
             return x if use_compute_types else ir.round_to(x, name)
@@ -306,7 +336,11 @@ class Overrides(compat.OpOverrides):
 
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> ir.Node:
-        return ir.where(_truth(condition), *nodes(a, b))
+        a, b = nodes(a, b)
+        short = (_short(a), _short(b)) if a.dtype == b.dtype == "i64" else (None,)
+        if None not in short:
+            return ir.cast(ir.where(_truth(condition), *short), "i64")
+        return ir.where(_truth(condition), a, b)
 
     @staticmethod
     def masked(mask: Any, body: Callable[[], Any], other: Any) -> Any:
@@ -350,7 +384,7 @@ class Overrides(compat.OpOverrides):
     mod = fmod = _binary(ir.fmod)
     pow, atan2, hypot = _binary(ir.pow), _binary(ir.atan2), _binary(ir.hypot)
     copysign, nextafter = _binary(ir.copysign), _binary(ir.nextafter)
-    eq, ne, lt, le, gt, ge = (_binary(getattr(ir, n)) for n in ("eq", "ne", "lt", "le", "gt", "ge"))
+    eq, ne, lt, le, gt, ge = (_comparison(n) for n in ("eq", "ne", "lt", "le", "gt", "ge"))
     bitwise_and = and_ = _binary(ir.and_)
     bitwise_or = or_ = _binary(ir.or_)
     bitwise_xor = xor = _binary(ir.xor)
