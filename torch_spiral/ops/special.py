@@ -96,23 +96,23 @@ def bessel_y1(x: Any) -> Any:
     return _y_domain(x, y, -INF)
 
 
-def i0e(x: Any) -> Any:
-    a = ir.abs(x)
-    return where(ir.le(a, 8.0), chebyshev(a / 2.0 - 2.0, t.I0_A), chebyshev(32.0 / a - 2.0, t.I0_B) / ir.sqrt(a))
+def _i(order: int, scaled: bool) -> Callable[[Any], Any]:
+    """I_0 and I_1, scaled: times exp(-|x|). Up to 8 by the power series, whose terms are all positive: Cephes' Chebyshev series
+    for exp(-x) I(x) cancel there."""
+
+    def f(x: Any) -> Any:
+        a = ir.abs(x)
+        terms = 24 if x.dtype == "f64" else 15
+        series = [1.0 / (math.factorial(k) * math.factorial(k + order)) for k in range(terms, -1, -1)]
+        small = polynomial(0.25 * a * a, series) * (0.5 * a if order else 1.0)
+        large = chebyshev(32.0 / a - 2.0, t.I1_B if order else t.I0_B) / ir.sqrt(a)
+        y = where(ir.le(a, 8.0), small * ir.exp(-a) if scaled else small, large if scaled else ir.exp(a) * large)
+        return where(ir.lt(x, 0.0), -y, y) if order else y
+
+    return f
 
 
-def i1e(x: Any) -> Any:
-    a = ir.abs(x)
-    y = where(ir.le(a, 8.0), chebyshev(a / 2.0 - 2.0, t.I1_A) * a, chebyshev(32.0 / a - 2.0, t.I1_B) / ir.sqrt(a))
-    return where(ir.lt(x, 0.0), -y, y)
-
-
-def i0(x: Any) -> Any:
-    return ir.exp(ir.abs(x)) * i0e(x)
-
-
-def i1(x: Any) -> Any:
-    return ir.exp(ir.abs(x)) * i1e(x)
+i0, i0e, i1, i1e = _i(0, False), _i(0, True), _i(1, False), _i(1, True)
 
 
 def _k(order: int, scaled: bool) -> Callable[[Any], Any]:
