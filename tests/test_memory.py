@@ -180,6 +180,33 @@ def test_larger_than_a_binding(device, clean_memory):
     assert not address <= y.data_ptr() < address + size
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, pytest.param(torch.float16, marks=pytest.mark.full), pytest.param(torch.bool, marks=pytest.mark.full)],
+)
+def test_operations_across_bindings(device, dtype, clean_memory):
+    """Fills, copies, pointwise operations, scattered stores and reductions of elements narrower than a word, on both sides of the
+    border between two bindings."""
+    p = torch.spiral.get_device_properties(device)
+    border = p.max_binding // dtype.itemsize
+    if p.max_binding + 4096 > min(p.max_allocation, 1 << 30):
+        pytest.skip("bindings see whole buffers")
+    x = torch.ones(border + 1001, dtype=dtype, device=device)
+    x[border - 5 : border + 6] = 0
+    assert x.count_nonzero().item() == x.numel() - 11
+    pattern = (torch.arange(x.numel() - 3) % 7 == 3).to(dtype)
+    x[3:].copy_(pattern.to(device))
+    y = x ^ x if dtype == torch.bool else x * x
+    strided = x[1::2]
+    strided.copy_(strided.logical_not())
+    wanted = torch.cat([torch.ones(3, dtype=dtype), pattern])
+    assert y.any().item() == (dtype != torch.bool)
+    wanted[1::2] = wanted[1::2].logical_not().to(dtype)
+    for part in (slice(0, 50), slice(border - 50, border + 50), slice(-50, None)):
+        assert torch.equal(x[part].cpu(), wanted[part])
+    assert x.count_nonzero().item() == wanted.count_nonzero().item()
+
+
 def test_the_budget_of_the_environment():
     code = "import torch; print(torch.spiral.get_memory_budget(), torch.spiral.mem_get_info()[1])"
 

@@ -279,6 +279,22 @@ fn copy(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) group
 }
 )";
 
+// Groups of four words: drivers copy large buffers at a fifth of the memory's rate (NVIDIA's, measured).
+const char* const kCopyWideSource = R"(
+struct Params { source: u32, destination: u32, count: u32, unused: vec2u }
+var<immediate> p: Params;
+@group(0) @binding(0) var<storage, read_write> source: array<vec4u>;
+@group(0) @binding(1) var<storage, read_write> destination: array<vec4u>;
+
+@compute @workgroup_size(256)
+fn copy(@builtin(global_invocation_id) id: vec3u, @builtin(num_workgroups) groups: vec3u) {
+  for (var i = id.x; i < p.count; i += groups.x * 256u) {
+    destination[p.destination + i] = source[p.source + i];
+  }
+}
+)";
+constexpr uint64_t kCopyWide = 1 << 20;  // bytes from which it is used
+
 // Whole words that cover bytes [offset, offset + size), and which bits of the outer ones belong to it.
 struct WordRange {
   uint32_t first, count, head, tail;
@@ -415,6 +431,17 @@ class WgpuEngine final : public Engine {
     auto* from = check_range(source, source_offset, size, "copy from");
     auto* to = check_range(destination, offset, size, "copy to");
     if (size == 0 || (from == to && source_offset == offset)) return;
+    if (from != to && size >= kCopyWide && source_offset % 16 == 0 && offset % 16 == 0) {
+      WgpuKernel* kernel = internal(copy_wide_kernel_, "copy_wide", kCopyWideSource, "copy", 2);
+      for (uint64_t part; size >= 16; source_offset += part, offset += part, size -= part) {
+        part = std::min(size, step_) / 16 * 16;
+        const Binding bindings[2] = {window(from, source_offset), window(to, offset)};
+        const uint32_t params[5] = {static_cast<uint32_t>((source_offset - bindings[0].offset) / 16),
+                                    static_cast<uint32_t>((offset - bindings[1].offset) / 16), static_cast<uint32_t>(part / 16)};
+        dispatch_words(kernel, bindings, 2, params, part / 16);
+      }
+      if (size == 0) return;
+    }
     if (from != to && source_offset % 4 == 0 && offset % 4 == 0 && size % 4 == 0) {
       end_pass();
       api_.CommandEncoderCopyBufferToBuffer(encoder(), from->buffer, source_offset, to->buffer, offset, size);
@@ -1092,7 +1119,7 @@ class WgpuEngine final : public Engine {
   std::deque<PendingRead> reads_;            // submitted
 
   std::vector<std::unique_ptr<WgpuKernel>> kernels_;
-  WgpuKernel *copy_kernel_ = nullptr, *fill_kernel_ = nullptr;
+  WgpuKernel *copy_kernel_ = nullptr, *copy_wide_kernel_ = nullptr, *fill_kernel_ = nullptr;
   std::unordered_map<uint32_t, WGPUBindGroupLayout> bind_group_layouts_;
   std::unordered_map<uint64_t, WGPUPipelineLayout> pipeline_layouts_;
   std::unordered_map<Words, WGPUBindGroup, HashWords> bind_groups_;

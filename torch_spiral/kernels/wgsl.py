@@ -279,7 +279,7 @@ class Wgsl(Language):
     def reference(self, k: Emitter, b: BufferDecl, position: str) -> str:
         """The array element at a position, in units of the array."""
         if b.windows > 1:
-            raise Unsupported(f"buffer {b.name}: atomic or partial stores to a buffer of several bindings")
+            raise Unsupported(f"buffer {b.name}: atomic operations on a buffer of several bindings")
         return f"{b.name}[{position}]"
 
     def _read(self, k: Emitter, b: BufferDecl, position: str) -> str:
@@ -326,6 +326,26 @@ class Wgsl(Language):
         ]
         text_ = f"fn {name}(i: u32, v: {self.element(k.target, b)}) {{\n" + "\n".join(body) + "\n}"
         k.line(f"{k.helper(name, text_)}({position}, {text});")
+
+    def mix(self, k: Emitter, b: BufferDecl, word: str, bits: str, mask: str) -> None:
+        """Replaces what `mask` covers of a word of a buffer of several bindings."""
+        per, name = self.window(k.target, b), f"{b.name}_mix"
+        body = []
+        for w in range(b.windows):
+            element = f"&{b.name}_{w}[i - {w}u * {per}u]"
+            body += [
+                f"  {'if' if not w else 'else if'} (i < {w + 1}u * {per}u) {{",
+                f"    if (mask == 0xffffffffu) {{ atomicStore({element}, bits); return; }}",
+                f"    var old = atomicLoad({element});",
+                "    loop {",
+                f"      let got = atomicCompareExchangeWeak({element}, old, (old & ~mask) | bits);",
+                "      if (got.exchanged) { break; }",
+                "      old = got.old_value;",
+                "    }",
+                "  }",
+            ]
+        text = f"fn {name}(i: u32, bits: u32, mask: u32) {{\n" + "\n".join(body) + "\n}"
+        k.line(f"{k.helper(name, text)}({word}, {bits}, {mask});")
 
     def _join(self, k: Emitter, low: str, high: str, dtype: str) -> str:
         if dtype == "f64":
@@ -412,6 +432,9 @@ class Wgsl(Language):
             per, bits = 4 // d.size, 8 * d.size
             word, shift = f"{at} >> {per // 2}u", k.fresh()
             k.line(f"let {shift} = ({at} & {per - 1}u) * {bits}u;")
+            if b.windows > 1:
+                self.mix(k, b, word, f"{new} << {shift}", f"{(1 << bits) - 1}u << {shift}")
+                return
             target = self.reference(k, b, word)
             old, got = k.fresh(), k.fresh()
             k.line(f"var {old} = atomicLoad(&{target});")

@@ -103,12 +103,12 @@ def reduce_rows(
     cuttable = splits and per_row and (reduced == 1 or bucket(sizes[reduced - 1]) >= 5)
     cut = cuttable and few and length >= enough
     layout = (
-        tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(outs, out_strides)),
-        tuple((x.dtype, stride_classes(s)) for (x, _), s in zip(ins, in_strides)),
+        tuple((x.dtype, stride_classes(s), x.windows) for (x, _), s in zip(outs, out_strides)),
+        tuple((x.dtype, stride_classes(s), x.windows) for (x, _), s in zip(ins, in_strides)),
     )
     pieces = (4 * t.compute_units if vector else pieces) if cut else 1
     if enabled is None and length + count >= 16:  # below a millisecond's fraction nothing is worth a search
-        operands = "|".join(d + "".join(c) for part in layout for d, c in part)
+        operands = "|".join(d + "".join(c) for part in layout for d, c, _ in part)
         picked: nest.RowSchedule = autotune.choose(
             "rows", f"{name} {operands} r{reduced} l{length} c{count}", nest.RowSchedule(schedule or "auto", pieces),
             lambda: nest.row_candidates(t, length, count, cuttable), [hint(n) for n in sizes],
@@ -290,7 +290,7 @@ def _kernel(
     def expression(r: Any, *args: Any) -> Any:
         result = function(*key, r, *args)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        results = [as_dtype(v, d) for v, (d, _) in zip(results, outs)]
+        results = [as_dtype(v, d) for v, (d, *_) in zip(results, outs)]
         return results[0] if len(results) == 1 else tuple(results)
 
     label = re.sub(r"\W+", "", "_".join([name, *(str(x) for x in key), *types]))
@@ -298,8 +298,8 @@ def _kernel(
     return make(
         target,
         label,
-        [nest.Operand(f"out{i}", d, layout) for i, (d, layout) in enumerate(outs)],
-        [nest.Operand(f"in{i}", d, layout) for i, (d, layout) in enumerate(ins)],
+        [nest.Operand(f"out{i}", *o) for i, o in enumerate(outs)],
+        [nest.Operand(f"in{i}", *o) for i, o in enumerate(ins)],
         expression,
         reduced=reduced,
         ndim=ndim,

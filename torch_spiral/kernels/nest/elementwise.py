@@ -442,6 +442,10 @@ class Pointwise(Declarations):
 
                     self._element(e, store)
             m, p, w = k.atom(mask), k.atom(packed), k.atom(word)
+            if out.windows > 1:
+                k.lang.mix(k.emitter, self.bufs[out.name].decl, w, p, m)  # type: ignore[attr-defined]
+                k.forget_loads()
+                return
             with k.If(ir.eq(mask, 0xFFFFFFFF)):
                 k.text(f"atomicStore(&{out.name}[{w}], {p});")
             with k.Else():
