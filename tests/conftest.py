@@ -13,6 +13,8 @@ import torch
 
 import torch_spiral  # noqa: F401
 
+torch.backends.cudnn.allow_tf32 = False  # on by default, and Triton's convolutions follow it: the CPU's have all digits
+
 
 def _one_device_per_engine() -> dict[str, int]:
     found: dict[str, int] = {}

@@ -91,8 +91,8 @@ def _fullgraph() -> bool:
 
 
 # Asserts on sizes cost a microsecond an input and check Inductor, not the program; combined kernels and templates of
-# Inductor's own are Triton's.
-CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "layout_optimization": False}
+# Inductor's own are Triton's. Layouts of convolutions: passes.reads_by_channels decides, graph by graph.
+CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "layout_optimization": True}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

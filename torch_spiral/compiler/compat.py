@@ -34,7 +34,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
-from torch._inductor.ir import ComputedBuffer, ExternKernel, TensorBox
+from torch._inductor.ir import ComputedBuffer, ExternKernel, FixedLayout, TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.output_code import CompiledFxGraph
@@ -104,6 +104,69 @@ def keep_operators(names: list[str]) -> None:
                 return (call if ours else lower)(*args, **kwargs)
 
             lowerings[op] = choose
+
+
+def read_convolutions_by_channels(wanted: Callable[[torch.fx.GraphModule], bool]) -> None:
+    """Has Inductor lay tensors out channels-last around the convolutions of graphs on spiral that `wanted` says yes to, and leave weights
+    as they are, with the conversions that autocast puts before them in inference: the kernels' packed forms, which are kept, are
+    made of the parameters themselves."""
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.kernel.conv import aten_convolution
+
+    aten, decide = torch.ops.aten, GraphLowering.decide_layout_opt
+
+    def decide_layout_opt(gm: torch.fx.GraphModule, *, is_inference: bool) -> bool:
+        nodes = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
+        if any(n.meta["val"].device.type == "spiral" for n in nodes):
+            return bool(config.layout_optimization) and wanted(gm)
+        return decide(gm, is_inference=is_inference)
+
+    GraphLowering.decide_layout_opt = staticmethod(decide_layout_opt)
+    upstream = lowerings[aten.convolution.default]
+
+    def parameter(weight: Any) -> Any:
+        """The input of the graph that the weight is, or is converted from for this convolution alone; or None."""
+        node: Any = V.graph.current_node.args[1]
+        if node.target is torch.ops.prims.convert_element_type.default and len(node.users) == 1:
+            node = node.args[0]
+        if node.op == "placeholder" and node.meta["val"].is_floating_point():
+            return V.graph.graph_inputs[node.target]
+        return None
+
+    def convolution(
+        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any,
+        groups: int,
+    ) -> Any:  # fmt: skip
+        given = (x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        if x.get_device().type != "spiral" or not V.graph.layout_opt or transposed or len(x.get_size()) != 4:
+            return upstream(*given)
+        x.realize()
+        x = ExternKernel.require_channels_last(x)
+        found = parameter(weight)
+        if found is None:
+            weight.realize()
+            weight = ExternKernel.require_channels_last(weight)
+        else:
+            weight = found
+        sizes = [int(n) for n in V.graph.current_node.meta["val"].shape]
+        _, c, h, w = sizes
+        layout = FixedLayout(x.get_device(), x.get_dtype(), sizes, [c * h * w, 1, w * c, c])
+        kwargs = {
+            "stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "transposed": False,
+            "output_padding": tuple(output_padding), "groups": groups,
+        }  # fmt: skip
+        args = [x, weight]
+        if bias is None:
+            kwargs = {"bias": None, **kwargs}
+        else:
+            bias = ExternKernel.realize_input(bias)
+            bias.freeze_layout()
+            args.append(bias)
+        return aten_convolution.bind(args, layout, list(kwargs), **kwargs).output_node()
+
+    for op in (aten.convolution, aten.convolution.default):
+        if op in lowerings:
+            lowerings[op] = convolution
 
 
 def call_directly(kinds: tuple[type, ...]) -> None:
@@ -321,10 +384,11 @@ __all__ = [
     "ops",
     "parts_of_compilation",
     "plain_inference",
+    "read_convolutions_by_channels",
     "register_backend_for_device",
-    "register_overrides",
     "register_interface_for_device",
     "register_lowering",
+    "register_overrides",
     "reorder_loops",
     "split_reductions",
     "symbol_is_type",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import _C, lowering
+from .. import _C
 from .. import device as spiral
 from . import compat
 
@@ -105,7 +105,7 @@ def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
     from .codegen import Scheduling, pieces
     from .ops import OPERATORS
-    from .passes import Passes
+    from .passes import Passes, reads_by_channels
     from .wrapper import Wrapper
 
     for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
@@ -115,8 +115,8 @@ def register() -> None:
     compat.reorder_loops()
     compat.split_reductions(pieces)
     compat.call_directly((_C.GraphCall,))
-    _C.set_recorder(torch._dynamo.disable(lowering._record, reason="lowerings are not part of what is compiled"))
     compat.keep_operators(OPERATORS)
+    compat.read_convolutions_by_channels(reads_by_channels)
 
 
 __all__ = ["Interface", "Overrides", "register"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class Operand:
     strides: tuple[int, ...]
     offset: int
 
+    def turned(self) -> Operand:
+        """With rows and columns exchanged."""
+        batch, row, column = self.strides
+        return replace(self, strides=(batch, column, row))
+
 
 def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, list[str | Operand]] | None:
     """(the buffer that the program writes, steps), or None. product: the buffer that holds the product [batch, rows, columns],
@@ -88,7 +93,15 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     acc = accumulators[0]
     sizes = [s.attr for s in program.rows]
     count = math.prod(sizes)
-    if store.index is not acc.args[0] or count != math.prod(shape) or count > LIMIT or acc.dtype != "f32":
+    if store.index is not acc.args[0] or count != math.prod(shape) or acc.dtype != "f32":
+        return None
+    if shape[0] > 2 and sizes and sizes[-1] % shape[0] == 0 and _affine(nodes, f"x{len(sizes) - 1}"):
+        sizes[-1], shape = (
+            2 * (sizes[-1] // shape[0]),
+            [2, *shape[1:]],
+        )  # the other items of the batch follow as the second does
+        count = math.prod(sizes)
+    if count > LIMIT:
         return None
     grid = (
         np.indices(list(reversed(sizes)), dtype=np.int64).reshape(len(sizes), -1)[::-1]
@@ -120,6 +133,19 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     except KeyError:
         return None
     return names.index(store.buffer), steps
+
+
+def _affine(nodes: Sequence[Node], leaf: str) -> bool:
+    """Whether all that is computed of a leaf of integers are sums and multiples of it."""
+    of: set[Node] = set()
+    for n in nodes:
+        if (n.op == "leaf" and n.attr == leaf) or any(a in of for a in n.args):
+            if n.op == "load":  # its value is another matter
+                continue
+            if n.op not in ("leaf", "add", "sub", "mul") or (n.op == "mul" and all(a in of for a in n.args)):
+                return False
+            of.add(n)
+    return True
 
 
 def _strides(index: np.ndarray) -> tuple[int, ...] | None:

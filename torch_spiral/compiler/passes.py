@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import device as spiral
+from ..kernels.block.conv import WIDE
 from ..kernels.kernel import Target
 from . import compat
 
@@ -37,6 +38,22 @@ class Passes(compat.CustomGraphModulePass):
     def uuid(self) -> str:
         """Part of the key of Inductor's caches on disk: what kernels are built for, device by device, and what builds them."""
         return f"{[Target.of(i) for i in range(spiral.device_count())]!r} {builder()}"
+
+
+def reads_by_channels(gm: fx.GraphModule) -> bool:
+    """Whether the convolutions of a graph gain from channels-last tensors: on devices of the schedule class `block`, where most of
+    their work is in convolutions with wide channels. Sizes must be known."""
+    total = wide = 0
+    for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
+        (x, w), out = (a.meta["val"] for a in n.args[:2]), n.meta["val"]
+        if not all(isinstance(s, int) for t in (x, w) for s in t.shape):
+            return False
+        if Target.of(x.device.index or 0).schedule_class != "block":
+            return False
+        work = out.numel() * w[0].numel()
+        total += work
+        wide += work * (x.ndim == 4 and w.shape[1] >= WIDE)
+    return 2 * wide > total
 
 
 # ---- attention, as models spell it out ------------------------------------------------------------------------------------
@@ -127,7 +144,12 @@ def _repeated(n: Any) -> Any:
         chain.append(_value(n).shape)
         place, n = n.args[1:], n.args[0]
     every = slice(None)
-    if place not in ((2,), ((every, every, None),), ((every, every, None, every, every),), ((every, every, None, ...),)):
+    if place not in (
+        (2,),
+        ((every, every, None),),
+        ((every, every, None, every, every),),
+        ((every, every, None, ...),),
+    ):
         return None
     x = _value(n)
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.device.type != "spiral":
@@ -250,4 +272,4 @@ def _has_product(n: Any) -> bool:
     return False
 
 
-__all__ = ["Passes", "builder", "fuse_attention"]
+__all__ = ["Passes", "builder", "fuse_attention", "reads_by_channels"]

@@ -74,7 +74,17 @@ def empty(sizes: Sequence[Any], strides: Sequence[Any], dtype: str) -> Tensor:
     dense = all(
         low.is_plain(a, 1) or _same(b, c) for a, b, c in zip(sizes, strides, low.contiguous_strides(sizes), strict=True)
     )
-    return low.empty(sizes, dtype, None if dense else strides)
+    return _marked(low.empty(sizes, dtype, None if dense else strides))
+
+
+def _marked(x: Tensor) -> Tensor:
+    """x, marked if it is channels-last."""
+    if x.ndim != 4 or x.is_contiguous:
+        return x
+    wanted = (None, 1, *low.contiguous_strides([*x.sizes[2:], x.sizes[1]])[:-1])
+    wanted = (product(x.sizes[1:]), *wanted[1:])
+    same = all(low.is_plain(n, 1) or _same(a, b) for n, a, b in zip(x.sizes, x.strides, wanted, strict=True))
+    return dataclasses.replace(x, flags=x.flags | low.CHANNELS_LAST) if same else x
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -87,7 +97,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def reinterpret(x: Tensor, sizes: Sequence[Any], strides: Sequence[Any], offset: Any = 0) -> Tensor:
     """reinterpret_tensor on handles."""
-    return x.view(sizes, strides, None if low.is_plain(offset, 0) else offset)
+    return _marked(x.view(sizes, strides, None if low.is_plain(offset, 0) else offset))
 
 
 class Externs:
@@ -103,9 +113,6 @@ class Externs:
         from ..ops.conv import _convolution
 
         out = empty(sizes, strides, x.dtype)
-        last = (strides[0], 1, *low.contiguous_strides([*sizes[2:], sizes[1]])[:-1]) if len(sizes) == 4 else ()
-        if last and all(_same(a, b) for a, b in zip(strides, last, strict=True)) and not out.is_contiguous:
-            out = dataclasses.replace(out, flags=out.flags | low.CHANNELS_LAST)
         return _convolution(
             x,
             weight,
@@ -126,7 +133,7 @@ def fused_product(
     kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], **options: Any
 ) -> None:
     """A matrix product ("mm", "bmm", "addmm", "baddbmm") or "convolution" with an epilogue. out takes the result [batch, rows, columns]
-    or [batch, channels, pixels], contiguous. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand."""
+    or [batch, channels, pixels], contiguous; of a convolution also channels-last, as options' sizes and strides say. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand."""
     from ..ops import contraction
     from ..ops.conv import _convolution
 
@@ -136,6 +143,7 @@ def fused_product(
         stride, padding, dilation, extra = (
             list(options[k]) for k in ("stride", "padding", "dilation", "output_padding")
         )
+        out = reinterpret(out, options["sizes"], options["strides"])
         _convolution(
             x, w, list(options["taps"]), bias, stride, padding, dilation, False, extra, options["groups"], terms, out
         )

@@ -250,6 +250,10 @@ class _Cutter:
                 return None
         return None
 
+    @property
+    def _block(self) -> bool:
+        return Target.of(self.wrapper.device_index).schedule_class == "block"
+
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 
     def _epilogues(self) -> None:
@@ -269,15 +273,12 @@ class _Cutter:
     def _epilogue(self, index: int, kind: str, call: ast.Call, out: str) -> None:
         """Looks for the epilogue of the product or convolution at `index`, whose result is `out`."""
         shape = _sizes(out)
-        if shape is None or not _contiguous(out):
-            return
         convolution = kind == "convolution"
+        last = convolution and self._block and _channels_last(out)
+        if shape is None or not (_contiguous(out) or last):
+            return
         if convolution:
-            keywords = {k.arg: k.value for k in call.keywords}
-            if (
-                Target.of(self.wrapper.device_index).schedule_class == "block"
-                or ast.unparse(keywords["transposed"]) != "False"
-            ):
+            if any(k.arg == "transposed" and ast.unparse(k.value) != "False" for k in call.keywords):
                 return
             shape = [shape[0], shape[1], math.prod(shape[2:])]
         names = {out}  # of the product's memory
@@ -305,10 +306,12 @@ class _Cutter:
         if len(products) != 1:
             return
         three = [1] * (3 - len(shape)) + shape
-        matched = match(program, products[0], three)
+        matched = match(program, products[0], [three[i] for i in (0, 2, 1)] if last else three)
         if matched is None:
             return
         target, steps = matched
+        if last:
+            steps = [s if isinstance(s, str) else s.turned() for s in steps]
         later = {n for s in self.statements[at + 1 :] if not isinstance(s, ast.Delete) for n in _loaded(s)}
         if later & (names - {buffers[target]}):
             return
@@ -318,7 +321,7 @@ class _Cutter:
                 if (
                     step.buffer == products[0]
                     or buffers[step.buffer] in names
-                    or (convolution and not _of_convolution(step, three))
+                    or (convolution and not _of_convolution(step, three, last))
                 ):
                     return
                 text.append(f"({step.kind!r}, {buffers[step.buffer]}, {step.strides}, {step.offset})")
@@ -326,9 +329,7 @@ class _Cutter:
                 text.append(repr(step))
         if convolution and not self._convolution(out, call):
             return
-        rest = "".join(
-            f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg not in ("out", "sizes", "strides")
-        )
+        rest = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
         args = ", ".join(ast.unparse(a) for a in call.args)
         fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){rest})"
         self.statements[at] = ast.parse(fused).body[0]
@@ -587,10 +588,10 @@ class _Cutter:
         self.out += ast.unparse(s).split("\n")
 
 
-def _of_convolution(operand: Operand, shape: Sequence[int]) -> bool:
-    """Whether the kernels of convolutions take an operand: one value a channel, or laid out as the result."""
+def _of_convolution(operand: Operand, shape: Sequence[int], last: bool) -> bool:
+    """Whether the kernels of convolutions take an operand: one value a channel, or laid out as the result. last: channels-last."""
     _, channels, pixels = shape
-    dense = (channels * pixels, pixels, 1)
+    dense = (channels * pixels, 1, channels) if last else (channels * pixels, pixels, 1)
     strides = [s if n > 1 else None for s, n in zip(operand.strides, shape, strict=True)]
     return operand.offset == 0 and any(
         all(s in (None, wanted) for s, wanted in zip(strides, layout, strict=True)) for layout in ((0, 1, 0), dense)
@@ -613,6 +614,17 @@ def _contiguous(name: str) -> bool:
     buffer = V.graph.try_get_buffer(name)
     layout = getattr(buffer, "layout", None)
     return layout is not None and layout.is_contiguous() and layout.offset == 0
+
+
+def _channels_last(name: str) -> bool:
+    layout = getattr(V.graph.try_get_buffer(name), "layout", None)
+    if layout is None or len(layout.size) != 4:
+        return False
+    _, c, h, w = layout.size
+    wanted = (c * h * w, 1, w * c, c)
+    return layout.offset == 0 and all(
+        n == 1 or s == t for n, s, t in zip(layout.size, layout.stride, wanted, strict=True)
+    )
 
 
 def _literal(e: ast.AST) -> bool:
