@@ -124,7 +124,7 @@ def gemv() -> None:
 
 
 def attention() -> None:
-    nr = G.schedule().nr
+    nr = G.block_schedule().nr
     for h, t, d, causal in ((12, 1024, 64, True), (12, 128, 64, False), (12, 197, 64, False)):
         q, k, v, g = (torch.randn(1, h, t, d, requires_grad=i < 3) for i in range(4))
         strides, tail = [h * t * d, t * d, d], [h, 1, t, t, d, d, *([0] if causal else []), d**-0.5]

@@ -300,7 +300,7 @@ class Attention:
             self.mask = torch.randn(b, 1, 1, tk).expand(b, h, tq, tk)
         elif mask == "bool":
             self.mask = (torch.rand(1, 1, tq, tk) > 0.5).index_fill(2, torch.tensor(3), False).expand(b, h, tq, tk)
-        self.nr = G.schedule().nr
+        self.nr = G.block_schedule().nr
         self.tail = [h, h // hk, tq, tk, d, dv, *([0] if causal else []), d**-0.5]
         self.masks = [self.mask] if mask else []
         self.mask_strides = list(self.mask.stride()) if mask else []

@@ -15,7 +15,7 @@ from .. import autotune
 from ..kernels.block import attention as block
 from ..kernels.simt import attention as simt
 from ..kernels.vector import attention as vector
-from ..kernels.vector.gemm import schedule
+from ..kernels.vector.gemm import block_schedule
 from ..lowering import (
     Tensor,
     build,
@@ -109,7 +109,7 @@ def _tuned(
 def _pack(x: Tensor, kind: str) -> Tensor:
     """x [B, H, T, D] as the "columns" or "rows" that the vector kernels read, in float32."""
     batch, heads, t, d = x.sizes
-    nr = schedule().nr
+    nr = block_schedule().nr
     groups = (cdiv(2 * target().compute_units, batch * heads), 1, batch * heads)
     sb, sh, st = x.strides[:3]
     if kind == "columns":

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..kernel import Kernel, Target
 from ..opencl import POINTEE
-from .gemm import Schedule, cdiv, micro, pack_b, schedule
+from .gemm import Schedule, block_schedule, cdiv, micro, pack_b
 from .source import finish, prelude, vector_width
 
 BLOCK = 64  # columns of a tile
@@ -33,12 +33,12 @@ V exp2v(V x) {  // relative error 2e-7; below -126.5 it is 0, NaN propagates; x 
 
 def column_schedule(s: Schedule | None = None) -> Schedule:
     """Schedule of pack_b for "columns": B[D, T] into panels [cdiv(T, nr), D, nr]. D is at most 256."""
-    return replace(s or schedule(), kc=MAX_HEAD)
+    return replace(s or block_schedule(), kc=MAX_HEAD)
 
 
 def row_schedule(s: Schedule | None = None) -> Schedule:
     """Schedule of pack_b for "rows": B[T, D] into [cdiv(T, 64), cdiv(D, nr), min(64, rest), nr]."""
-    return replace(s or schedule(), kc=BLOCK)
+    return replace(s or block_schedule(), kc=BLOCK)
 
 
 def pack_columns(target: Target, dtype: str) -> Kernel:
@@ -214,7 +214,7 @@ def attention_forward(
     those of all sequences together. Grid: (cdiv(the longest, 48), sequences * H, 1).
     """
     assert not varlen or (causal and not mask)
-    s = schedule("f32", width or vector_width())
+    s = block_schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
     first, end = _blocks(varlen)
     if varlen:
@@ -313,7 +313,7 @@ def attention_decode(
     split (few queries and heads for the compute units; not causal): group_id(2) is one of several runs of `span` keys. O [runs, B, H,
     Tq, Dv] (f32) and L [runs, B, H, Tq] are contiguous; simt's merge() finishes. span (u32) is the last scalar. Grid: (Tq, B * H, runs).
     """
-    w = schedule("f32", width or vector_width()).w
+    w = block_schedule("f32", width or vector_width()).w
     n, ku = 256, 4  # keys of a chunk, keys at a time
     kptr = " ".join(
         f"const __global {POINTEE[dtype]}* k{j} = Ki + (long)(n0 + min(t + {j}u, cols - 1)) * kt; V s{j} = (V)(0); T r{j} = 0;"
@@ -404,7 +404,7 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
     Buffers: O, G (gradient of O), L (from the forward), D. Scalars: ob, oh, ot, gb, gh, gt (i64), H, Tq, Dv (u32).
     Grid: (cdiv(Tq, 64), B * H, 1).
     """
-    w = schedule("f32", width or vector_width()).w
+    w = block_schedule("f32", width or vector_width()).w
     body = f"""
   const uint bh = get_group_id(1), b = bh / H, h = bh % H, q0 = get_group_id(0) * {BLOCK}u, T_ = get_num_groups(0) * {BLOCK}u;
   O += (long)b * ob + (long)h * oh; G += (long)b * gb + (long)h * gh; L += (ulong)bh * Tq; D += (ulong)bh * 2 * T_;
@@ -452,7 +452,7 @@ def attention_backward(
     Grid: (tasks a head: any number, B * Hk, 1).
     varlen: as in attention_forward; spans is the last buffer, the number of sequences (u32) the last scalar.
     """
-    s = schedule("f32", width or vector_width())
+    s = block_schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
     zero = "for (ulong j = 0; j < {n}; j += {w}u) store{w}((V)(0), 0, {p} + j);"
     size = f"(ulong)NB * {_block_rows(s) * nr}u"
@@ -562,7 +562,7 @@ def _block_rows(s: Schedule) -> int:
 
 def sums(keys: Any, head: Any, s: Schedule | None = None) -> Any:
     """Elements of a task's sums of dK or dV: [cdiv(keys, 64)][group of mr keys][cdiv(head, nr)][mr][nr]."""
-    s = s or schedule()
+    s = s or block_schedule()
     return cdiv(keys, BLOCK) * _block_rows(s) * cdiv(head, s.nr) * s.nr
 
 
@@ -572,7 +572,7 @@ def attention_backward_sum(target: Target, dtype: str, width: int | None = None)
     Buffers: Ks, Vs, dK, dV. Scalars: dkb, dkh, dkt, dvb, dvh, dvt (i64), splits (tasks a head), Hk, Tk, D, Dv (u32), scale (f32).
     Grid: (cdiv(Tk, 64), B * Hk, 1).
     """
-    s = schedule("f32", width or vector_width())
+    s = block_schedule("f32", width or vector_width())
     w, mr, nr, block = s.w, s.mr, s.nr, _block_rows(s)
     parts = " ".join(
         f"""{{ const uint NP = ({depth} + {nr - 1}u) / {nr}u; const ulong whole = (ulong)get_num_groups(0) * {block * nr}u * NP;

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..kernel import Kernel, Target
 from ..opencl import POINTEE
-from .gemm import NO_EPILOGUE, Epilogue, Schedule, micro, pack_macros, schedule
+from .gemm import NO_EPILOGUE, Epilogue, Schedule, block_schedule, micro, pack_macros
 from .source import compute_dtype, finish, math_functions, prelude, transpose
 
 SLACK = 64  # elements that X must have beyond its end: vectors read past the last pixel
@@ -24,7 +24,7 @@ PIXELS = 128  # of a block
 
 def conv_schedule(compute: str = "f32", width: int | None = None) -> Schedule:
     """The matrix product's tile with blocks of 128 pixels, or of 256 taps for the gradient of the weights."""
-    s = schedule(compute, width)
+    s = block_schedule(compute, width)
     return Schedule(s.w, s.mr, s.nv, 96, 256 if compute == "f32" else 128, 256)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernel import Kernel, Target
+from ..kernel import DTYPES, Kernel, Target
 from ..opencl import POINTEE
 from .source import (
     activation,
@@ -55,9 +55,17 @@ class Schedule:
 def schedule(compute: str = "f32", width: int | None = None) -> Schedule:
     """The default schedule of a compute dtype: 24 accumulators of 32 registers with AVX-512, 12 of 16 with AVX2."""
     width = width or vector_width()
-    w = lanes(width, compute)
+    if width == 16 or compute not in ("f32", "f64"):  # integers need a register for their products
+        return block_schedule(compute, width)
+    # Four rows by three vectors take fewer loads than six by two, and leave fewer rows over.
+    return Schedule(lanes(width, compute), 4, 3, 256, 128, 66 * lanes(width, compute))
+
+
+def block_schedule(compute: str = "f32", width: int | None = None) -> Schedule:
+    """The schedule of kernels whose blocks have a power of two of columns (attention, convolution)."""
+    width = width or vector_width()
     nv = 4 if width == 16 else 2
-    return Schedule(w, 6, nv, 192 if nv == 2 else 96, 128, 512)
+    return Schedule(lanes(width, compute), 6, nv, 192 if nv == 2 else 96, 128, 512)
 
 
 def candidates(compute: str = "f32", width: int | None = None) -> list[Schedule]:
@@ -269,6 +277,13 @@ def pack_macros(compute: str, w: int, dtype: str) -> tuple[int, str]:
 
 UNROLL_K = 4
 
+# Fetches the panel behind this one, which comes from memory, bit by bit: the tiles i = p..pe - 1 of this panel take turns.
+PREFETCH_PANEL = (
+    "const uint l_ = kc * {nr}u / {line}u, le_ = l_ * (i - p + 1) / (pe - p); "
+    "for (uint j_ = l_ * (i - p) / (pe - p); j_ < le_; j_++) PREFETCH(Bk + kc * {nr}u + j_ * {line}u);"
+)
+BALANCED = "uint balanced(uint n, uint most) { const uint parts = max((n + most - 1) / most, 1u); return (n + parts - 1) / parts; }\n"
+
 
 def micro(
     s: Schedule, b_step: str, kc: str, load: Callable[[int, int], str] | None = None, a_k: int = 0, a_row: int = 1
@@ -417,7 +432,9 @@ def gemm(
           Bb[k_ * {nr} + j] = j < n ? LD_{b_dtype}(Bk + (long)k_ * bk + j) : (T)0;"""
     )
     loop = f"{{ const __global {bptr}* b_ = Bk; {loop_packed} }}"
-    if not packed:
+    if packed:
+        loop = f"{{ {PREFETCH_PANEL.format(nr=nr, line=64 // DTYPES[compute].size)} }} {loop}"
+    else:
         loop = f"if (!edge) {loop} else {{ const T* b_ = Bb; {loop_edge} }}"
     vec_store = "\n".join(
         f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
@@ -456,10 +473,12 @@ def gemm(
   const uint pn0 = (ulong)NP * get_group_id(1) / get_num_groups(1), pn1 = (ulong)NP * (get_group_id(1) + 1) / get_num_groups(1);
   A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
   {"".join(f"e{i} += (long)get_group_id(2) * e{i}b; " for i, *_ in ep.operands)}
-  for (uint p = p0; p < p1; p += {s.mc // mr}u) {{
-    const uint pe = min(p + {s.mc // mr}u, p1);
-    for (uint q0 = pn0; q0 < pn1; q0 += {s.nc // nr}u) {{
-      const uint qn = min({s.nc // nr}u, pn1 - q0);
+  // Blocks of about the same size: B's panels would come from memory once more for a few rows left over.
+  const uint ps = balanced(p1 - p0, {s.mc // mr}u), qs = balanced(pn1 - pn0, {s.nc // nr}u);
+  for (uint p = p0; p < p1; p += ps) {{
+    const uint pe = min(p + ps, p1);
+    for (uint q0 = pn0; q0 < pn1; q0 += qs) {{
+      const uint qn = min(qs, pn1 - q0);
       uint k0 = kb;
       do {{
         const uint kc = min({s.kc}u, ke - k0); const bool first = k0 == kb, last = k0 + kc >= ke;
@@ -512,7 +531,7 @@ def gemm(
         name,
         [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers, *offs],
         [*scalars, ("ALL_M" if grouped == "rows" else "M", "u32"), ("N", "u32"), ("K", "u32")],
-        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + store_rows(ep, out, c_layout, w),
+        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + BALANCED + store_rows(ep, out, c_layout, w),
         body,
     )
 

@@ -40,6 +40,10 @@ def prelude(compute: str, w: int, storages: tuple[str, ...]) -> str:
     t = POINTEE[compute]
     out = [
         '#define UNROLL _Pragma("unroll")',
+        # The standard's prefetch() does nothing in PoCL.
+        "#ifdef __has_builtin\n#if __has_builtin(__builtin_prefetch)\n"
+        "#define PREFETCH(p) __builtin_prefetch((const void*)(size_t)(p))\n#endif\n#endif\n"
+        "#ifndef PREFETCH\n#define PREFETCH(p) prefetch(p, 1)\n#endif",
         f"typedef {t} T; typedef {t}{w} V; typedef {'long' if t in ('double', 'long') else 'int'}{w} U;",
     ]
     if compute in ("f32", "f64"):
