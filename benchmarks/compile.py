@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import language
 from benchmarks.device import randn
 from benchmarks.harness import ROOT, Contender, Reading, Step, Work, arguments, model_zoo, run_suite
 
@@ -109,26 +110,12 @@ def training(name: str, batch: int) -> Make:
     return make
 
 
-def decode(name: str = "gpt2", seen: int = 128) -> Make:
-    """One token with a static KV cache that holds 128."""
+def decode(name: str = "gpt2") -> Make:
+    """One token with a static KV cache, 128 tokens seen."""
 
     def make(device: torch.device, compile: Callable[[Any], Any]) -> Step:
-        from transformers import StaticCache
-
-        zoo = model_zoo()
-        module = zoo.MODELS[name].build("real").eval().to(device)
-        cache = StaticCache(config=module.config, max_cache_len=2 * seen)
-        ids = torch.ones(1, seen, dtype=torch.long, device=device)
-        with torch.no_grad():
-            module(ids, past_key_values=cache, use_cache=True)
-        compiled = compile(module)
-        position = torch.tensor([seen], device=device)
-
-        def step() -> None:
-            with torch.no_grad():
-                compiled(ids[:, :1], past_key_values=cache, cache_position=position, use_cache=True)
-
-        return step
+        module = model_zoo().MODELS[name].build("real").eval().to(device)
+        return language.decoding(module, compile(module), device)
 
     return make
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import billion, overhead
+from benchmarks import language, overhead
 from benchmarks.harness import Contender, Reading, Step, Work, arguments, model_zoo, run_suite, time_work
 from torch_spiral.testing import devices
 
@@ -131,23 +131,12 @@ def decode(name: str) -> Callable[[torch.device], dict[str, Contender]]:
     """One token in bfloat16 with a static KV cache, 128 tokens seen: torch CUDA eager and torch.compile(backend="spiral")."""
 
     def make(device: torch.device, compiled: bool) -> Step:
-        from transformers import StaticCache
-
         module = (
-            billion.llama(device) if name == "llama" else model_zoo().MODELS[name].build("real").eval().to(device, BF16)
+            language.llama(device)
+            if name == "llama"
+            else model_zoo().MODELS[name].build("real").eval().to(device, BF16)
         )
-        cache = StaticCache(config=module.config, max_cache_len=256)
-        ids = torch.ones(1, 128, dtype=torch.long, device=device)
-        with torch.no_grad():
-            module(ids, past_key_values=cache, use_cache=True)
-        run = torch.compile(module, backend="spiral") if compiled else module
-        position = torch.tensor([128], device=device)
-
-        def step() -> None:
-            with torch.no_grad():
-                run(ids[:, :1], past_key_values=cache, cache_position=position, use_cache=True)
-
-        return step
+        return language.decoding(module, torch.compile(module, backend="spiral") if compiled else module, device)
 
     def contenders(device: torch.device) -> dict[str, Contender]:
         torch._dynamo.reset()
@@ -172,7 +161,7 @@ def streaming(name: str, parameters: Callable[[], int]) -> Callable[[torch.devic
 
 def parameters(name: str) -> int:
     with torch.device("meta"):
-        module = billion.llama(torch.device("meta")) if name == "llama" else model_zoo().MODELS[name].build("real")
+        module = language.llama(torch.device("meta")) if name == "llama" else model_zoo().MODELS[name].build("real")
     return sum(p.numel() for p in module.parameters())
 
 
@@ -180,9 +169,9 @@ def training_memory(device: torch.device) -> float:
     """Peak memory of training GPT with 1.1 billion parameters, of torch CUDA's. CUDA runs in a process of its own: autograd of torch
     2.11 takes no CUDA tensors where another accelerator is registered."""
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    command = [sys.executable, "-m", "benchmarks.billion", "--device", "cuda"]
+    command = [sys.executable, "-m", "benchmarks.language", "--device", "cuda"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    theirs, ours = json.loads(done.stdout.splitlines()[-1]), billion.train(device)
+    theirs, ours = json.loads(done.stdout.splitlines()[-1]), language.train(device)
     print(f"    {ours['parameters']:,} parameters, loss {ours['losses'][0]:.3f} to {ours['losses'][-1]:.3f} in {len(ours['losses'])} steps"
           f" (CUDA {theirs['losses'][-1]:.3f}), {ours['seconds']:.3f} s a step (CUDA {theirs['seconds']:.3f}),"
           f" peak {ours['peak'] / 2**30:.1f} GiB (CUDA {theirs['peak'] / 2**30:.1f})")  # fmt: skip

@@ -1,6 +1,6 @@
-"""Language models of a billion parameters: GPT for training, Llama's shape for decoding; weights are drawn on the device.
+"""Language models: decoding token by token, and a billion parameters, drawn on the device: GPT for training, Llama's shape.
 
-python -m benchmarks.billion --device spiral     twenty training steps: a line of JSON
+python -m benchmarks.language --device spiral     twenty training steps: a line of JSON
 
 Without an import of torch_spiral, so that CUDA's side is what PyTorch alone does.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ def llama(device: torch.device, layers: int = 16, hidden: int = 2048) -> Any:
     )  # fmt: skip
     with device:
         return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def decoding(
+    module: Any, run: Callable[..., Any], device: torch.device, seen: int = 128, room: int = 384
+) -> Callable[[], None]:
+    """A step of one token with a static KV cache, batch 1; after `room` tokens it goes back to the first, with `seen` in the cache.
+    run: the module, or what it was compiled to."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=module.config, max_cache_len=seen + room)
+    ids = torch.ones(1, seen, dtype=torch.long, device=device)
+    with torch.no_grad():
+        module(ids, past_key_values=cache, use_cache=True)
+    token, left = ids[:, :1], room
+
+    def step() -> None:
+        nonlocal left
+        if not left:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(seen)
+            left = room
+        left -= 1
+        with torch.no_grad():
+            run(token, past_key_values=cache, use_cache=True)
+
+    return step
 
 
 def gpt(device: torch.device, layers: int = 20, hidden: int = 2048) -> Any:
