@@ -19,6 +19,10 @@
 #else
 #include <dlfcn.h>
 #endif
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
 
 namespace spiral {
 namespace {
@@ -749,6 +753,14 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
   // A PoCL binary holds a kernel for any workgroup size. PoCL would compile it once more for the size of each launch, which ours
   // fix in the source already: a third of the time of a first launch, and again where a binary of our cache is loaded.
   setenv("POCL_WORK_GROUP_SPECIALIZATION", "0", /*overwrite=*/0);
+#endif
+#ifdef __linux__
+  // PoCL's threads, woken together by one that is running, often end up on one processor, and a kernel of a few milliseconds is
+  // over before the scheduler moves them. Thread i then stays on processor i: only where the process may use all of them.
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0 && CPU_COUNT(&allowed) == sysconf(_SC_NPROCESSORS_CONF)) {
+    setenv("POCL_AFFINITY", "1", /*overwrite=*/0);
+  }
 #endif
 
   cl_uint count = 0;
