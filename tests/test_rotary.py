@@ -41,4 +41,5 @@ def test_one_kernel_each(device, backward):
     for x, want in zip(got, step(rotary, "cpu")[0]):
         torch.testing.assert_close(x.cpu(), want, rtol=1e-5, atol=1e-5)
     assert len(forward.launches) == 2
-    assert back is None or len(back.launches) == 2
+    copies = 0 if torch.__version__ >= "2.12" else 2  # 2.11 hands over gradients as contiguous
+    assert back is None or len(back.launches) == 2 + copies
