@@ -127,6 +127,89 @@ def _upsample_1d(e: Element, kind: str, align: bool, inner: bool, small: bool) -
     return ir.clamp(ir.floor(result + 0.5), 0.0, 255.0) if small else result
 
 
+# ---- bytes in two dimensions: fixed point, as upstream ------------------------------------------------------------------------------
+
+# Weights are computed in float64 where the device has it, divided by their sum and rounded to multiples of 2^-p, so that 16 bits
+# hold them all; each dimension's sums of products with bytes are then exact, and rounded once.
+
+
+def _weights(e: Element, kind: str, align: bool, o: Any, use: Callable[[Any, Any], None]) -> None:
+    """use(input index, weight) for the taps of output coordinate o; taps beyond a border count for the element there."""
+    if kind in AA_SUPPORT:
+        aa = _Antialias(e, kind, o)
+        total = e.k.var(aa.dtype, 0.0, o.lanes)
+
+        def inside(j: Any) -> Any:
+            return ir.where(ir.lt(j, aa.count), aa.weight(aa.first + j), 0.0)
+
+        e.loop([aa.most], lambda j: total.set(total + inside(j[0])))
+        whole = e.k.let(ir.where(ir.eq(total, 0.0), 1.0, total))
+        e.loop([aa.most], lambda j: use(ir.clamp(aa.first + j[0], 0, e["in"] - 1), inside(j[0]) / whole))
+        return
+    taps = [(e.k.let(i), e.k.let(w)) for i, w in _taps(kind, align, o, e["scale"], e["in"], e["out"])]
+    for n, (i, w) in enumerate(taps):
+        for at, more in taps[n + 1 :]:
+            w = w + ir.where(ir.eq(at, i), more, 0.0)
+        for at, _ in taps[:n]:
+            w = ir.where(ir.eq(at, i), 0.0, w)
+        use(i, w)
+
+
+def _largest_weight(e: Element, kind: str, align: bool) -> Any:
+    most = e.var(e["scale"].dtype, 0.0)
+    _weights(e, kind, align, e.at[0], lambda i, w: most.set(ir.maximum(most, w)))
+    return most
+
+
+def _fraction_bits(e: Element) -> Any:
+    """p, from the largest weight of each output: the most bits, up to 22, that leave the largest one 16 bits."""
+    most = e.var(e.buffers["most"].compute, 0.0)
+    e.loop([e["out"]], lambda o: most.set(ir.maximum(most, e.load("most", [o[0]]))))
+    bits: Any = ir.const(0, "i32")
+    for p in range(22):
+        bits = bits + ir.cast(ir.lt(most * float(2 << p) + 0.5, 32768.0), "i32")
+    return bits
+
+
+def _bytes_1d(e: Element, kind: str, align: bool, inner: bool) -> Any:
+    """One dimension of [outer, length(, inner)]."""
+    lead, o, rest = e.at[0], e.at[1], list(e.at[2:])
+    bits = e.k.let(e.load("bits", [ir.const(0, "i32")]))
+    unit = e.k.let(ir.cast(ir.shl(ir.const(1, "i32"), bits), e["scale"].dtype))
+    total = e.var("i32", 0)
+
+    def add(i: Any, w: Any) -> None:
+        w = w * unit
+        fixed = ir.cast(ir.where(ir.lt(w, 0.0), w - 0.5, w + 0.5), "i32")  # towards zero
+        total.set(total + fixed * ir.cast(e.load("x", [lead, i, *rest]), "i32"))
+
+    _weights(e, kind, align, o, add)
+    rounded = total + ir.shr(ir.shl(ir.const(1, "i32"), bits), ir.const(1, "i32"))
+    return ir.minimum(ir.shr(ir.maximum(rounded, 0), bits), 255)
+
+
+def _forward_bytes(kind: str, x: Tensor, align: bool, scales: Sequence[Any], out: Tensor) -> None:
+    """The last dimension first, with bytes in between."""
+    dtype = "f64" if target().float64 else "f32"
+    x = contiguous(x)
+    for d in (1, 0):
+        size, length = x.sizes[x.ndim - 2 + d], out.sizes[x.ndim - 2 + d]
+        scale = (dtype, _scale(size, length, scales[d], align))
+        scalars = {"in": size, "out": length, "scale": scale}
+        most, bits = empty([length], dtype), empty([1], "i32")
+        gather(_largest_weight, [most], {}, scalars, (kind, align))
+        gather(_fraction_bits, [bits], {"most": most}, {"out": length})
+        final = out if d == 0 and out.is_contiguous else None
+        x = _pass(
+            _bytes_1d, x, x.ndim - 2 + d, length, "u8", scale, (size, length), (kind, align), final, more={"bits": bits}
+        )
+    if x is not out:
+        copy_to(out, x)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------------
+
+
 def _downsample_1d(e: Element, kind: str, align: bool, inner: bool) -> Any:
     """The gradient of one dimension of [outer, length(, inner)]: e.at is of the input."""
     lead, i, rest = e.at[0], e.at[1], list(e.at[2:])
@@ -187,8 +270,8 @@ def _scale(size: Any, out: Any, scale: Any, align: bool) -> Any:
 
 
 def _pass(body: Callable[..., Any], x: Tensor, dim: int, length: Any, out_dtype: str, scale: Any, sizes: tuple[Any, Any],
-          static: tuple, out: Tensor | None = None, scalar: bool = False) -> Tensor:  # fmt: skip
-    """One dimension of the contiguous x, which gets `length`."""
+          static: tuple, out: Tensor | None = None, scalar: bool = False, more: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+    """One dimension of the contiguous x, which gets `length`. more: what else the body loads."""
     new = [*x.sizes[:dim], length, *x.sizes[dim + 1 :]]
     result = empty(new, out_dtype) if out is None else out
     outer: Any = 1
@@ -200,7 +283,7 @@ def _pass(body: Callable[..., Any], x: Tensor, dim: int, length: Any, out_dtype:
         rest = rest * s
     tail = [] if last else [rest]
     gather(
-        body, [result.view([outer, length, *tail])], {"x": x.view([outer, x.sizes[dim], *tail])},
+        body, [result.view([outer, length, *tail])], {"x": x.view([outer, x.sizes[dim], *tail]), **(more or {})},
         {"in": sizes[0], "out": sizes[1], "scale": scale}, (*static[:2], not last, *static[2:]), scalar_elements=scalar and last,
     )  # fmt: skip
     return result
@@ -211,6 +294,9 @@ def _forward(n: int, kind: str, x: Tensor, align: bool, scales: Sequence[Any], o
     ins, outs = x.sizes[-n:], out.sizes[-n:]
     scale = [(kind_type, _scale(i, o, s, align)) for i, o, s in zip(ins, outs, scales)]
     small = x.dtype == "u8" and not kind.startswith("nearest")
+    if small and n == 2:
+        _forward_bytes(kind, x, align, scales, out)
+        return
     if kind in AA_SUPPORT or small:
         # One dimension after the other, the last one first, with intermediate results in the input's dtype as upstream.
         x = contiguous(x)
