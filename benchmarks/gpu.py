@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import language, overhead
-from benchmarks.harness import Contender, Reading, Step, Work, arguments, model_zoo, run_suite, time_work
+from benchmarks.harness import Contender, Reading, Step, Timing, Work, arguments, model_zoo, run_suite, time_work
 from torch_spiral.testing import devices
 
 CUDA = torch.device("cuda")
@@ -224,8 +226,76 @@ def list_rows(engine: str) -> list[Work | Reading]:
     return found
 
 
+class Apart:
+    """A row that a process of its own prepares, which takes most of the time, beside others; it is timed when all are ready."""
+
+    def __init__(self, work: Work, engine: str, seconds: float) -> None:
+        self.work = work
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--engine",
+            engine,
+            "--row",
+            work.name,
+            "--seconds",
+            str(seconds),
+        ]
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+        )
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("::"):
+                return line[2:]
+        self.errors.seek(0)
+        raise RuntimeError("\n".join(self.errors.read().splitlines()[-3:]))
+
+    def ready(self) -> Work:
+        try:
+            self._line()
+        except RuntimeError as error:
+            return replace(self.work, elsewhere=functools.partial(self._fail, error))
+        return replace(self.work, elsewhere=self._time)
+
+    def _fail(self, error: RuntimeError) -> Timing:
+        raise error
+
+    def _time(self) -> Timing:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return Timing(**json.loads(self._line()))
+
+
+def run_row(name: str, engine: str, seconds: float) -> None:
+    """The other end of Apart."""
+    device = devices.resolve("spiral", engine)
+    work = next(r for r in list_rows(engine) if r.name == name)
+    assert isinstance(work, Work)
+    contenders = work.contenders(device)
+    for c in contenders.values():
+        for _ in range(3):
+            c.step()
+        devices.synchronize(c.device)
+    print("::ready", flush=True)
+    sys.stdin.readline()
+    timing = time_work(replace(work, contenders=lambda _: contenders), device, seconds=seconds)
+    print("::" + json.dumps(asdict(timing)), flush=True)
+
+
 def main() -> int:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--row", help="prepare this row, wait for a line, then time it")
+    args = parser.parse_args()
+    if args.row:
+        run_row(args.row, args.engine, args.seconds)
+        return 0
     if not torch.cuda.is_available():
         print("this compares with torch's CUDA backend, and there is none here", file=sys.stderr)
         return 2
@@ -233,7 +303,15 @@ def main() -> int:
     status = 0
     for engine in engines:
         args.engine = engine
-        status |= run_suite("gpu", list_rows(engine), args)
+        rows = list_rows(engine)
+        wanted = [r for r in rows if not args.only or any(w in r.name for w in args.only.split(","))]
+        apart = {
+            r.name: Apart(r, engine, args.seconds)
+            for r in wanted
+            if isinstance(r, Work) and r.name.startswith("model ")
+        }
+        prepared = {name: a.ready() for name, a in apart.items()}
+        status |= run_suite("gpu", [prepared.get(r.name, r) for r in rows], args)
     return status
 
 
