@@ -44,7 +44,7 @@ from torchgen.utils import Target
 
 # Natives that CPU and CUDA share and that are nevertheless not registered: overload -> reason.
 RUNTIME = "defined by the runtime"
-COMPRESSED = "a composite (torch_spiral/ops/sparse.py)"
+COMPRESSED = "a composite (torch_spiral/ops/sparse_compressed.py)"
 SPARSE_COO = "registered by sparse.cpp, with what else makes sparse tensors"
 QUANTIZED = "makes quantized tensors, which spiral does not have"
 NESTED = "makes nested tensors, which spiral does not have"
