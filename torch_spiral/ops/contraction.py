@@ -14,7 +14,9 @@ from ..kernels.simt import gemm as simt
 from ..kernels.vector import gemm as vector
 from ..kernels.vector.gemm import Epilogue
 from ..lowering import (
+    Size,
     Tensor,
+    about,
     bucket,
     build,
     cdiv,
@@ -91,7 +93,8 @@ def product(
     if is_zero(a.sizes[2]):
         _no_products(out, add, terms, activation)
         return
-    if is_zero(b.strides[0]) and bucket(a.sizes[1]) < 5 and bucket(a.sizes[1]) < bucket(out.sizes[0]):
+    rows = a.sizes[1]
+    if is_zero(b.strides[0]) and isinstance(rows, int | Size) and bucket(rows) < min(5, bucket(out.sizes[0])):
         # One matrix for all of a batch of few rows each, as where the batch is the second dimension: many rows of a small batch.
         turned = [(kind, None if x is None else broadcast(x, out.sizes).transpose(0, 1)) for kind, x in terms]
         bias = (add[0], broadcast(add[1], out.sizes).transpose(0, 1)) if add else None
@@ -438,8 +441,8 @@ def _block_product(
         precision = "fast" if fast else ""
     elif precision is None:
         precision = dot_precision(a.dtype if a.dtype == b.dtype else compute)
-    about = [1 << bucket(x) for x in (m, n, k, batch)]
-    if (precision == "tf32" and about[0] >= 64 and about[1] >= 64) or narrow:
+    sizes = [1 << about(x) for x in (m, n, k, batch)]
+    if (precision == "tf32" and sizes[0] >= 64 and sizes[1] >= 64) or narrow:
         # The tensor cores read tf32 and float8 along the reduction only.
         if not _unit(a, 2):
             a = contiguous(a)
@@ -462,18 +465,18 @@ def _block_product(
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     work = lambda: 2 * m * n * k * batch  # noqa: E731
     if is_one(m) and b_layout == "t" and compute == "f32" and not narrow:
-        row = block.row_schedule(t, b.dtype, about[1], about[2], about[3])
+        row = block.row_schedule(t, b.dtype, sizes[1], sizes[3])
         kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, c_layout, epilogue)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
         return
     tiles = _described(a, a_layout) and _described(b, b_layout)
-    s = block.schedule(t, a.dtype, precision, about[0], about[1], about[3], a_layout == "n" and b_layout == "t", tiles)
-    count = block.splits(t, s, *about) if compute in ("f32", "f64") else 1
+    s = block.schedule(t, a.dtype, precision, sizes[0], sizes[1], sizes[3], a_layout == "n" and b_layout == "t", tiles)
+    count = block.splits(t, s, *sizes) if compute in ("f32", "f64") else 1
     if compute == "f32" and "s" not in a_layout + b_layout:
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
         choice = _tuned(
-            key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *about)
+            key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *sizes)
         )
         s, count = choice.schedule, choice.splits
     if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):

@@ -13,7 +13,7 @@ from typing import Any
 from ..kernel import DTYPES, FLOAT8, Kernel, Target, compute_dtype
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
-from . import STORAGE, EpilogueText, cdiv, power_of_two, template
+from . import STORAGE, EpilogueText, cdiv, template
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,8 @@ def programs(target: Target, s: Schedule) -> int:
 
 @dataclass(frozen=True)
 class RowSchedule:
-    """A program sums `columns` columns, in steps of k."""
+    """A program sums `columns` columns, in steps of k: of 16 bytes an invocation, so that a warp reads along one column and its sum
+    needs no shared memory."""
 
     columns: int
     k: int
@@ -367,13 +368,13 @@ class RowSchedule:
         return f"{self.columns}x{self.k}w{self.warps}"
 
 
-def row_schedule(target: Target, dtype: str, n: int, k: int, batch: int) -> RowSchedule:
-    """For about n columns: some four programs a compute unit, each with 16 bytes an invocation of several columns under way."""
-    step = min(max(power_of_two(k), 64), 16 * 128 // DTYPES[dtype].size)
-    columns = 16
-    while columns > 2 and n * batch < 4 * target.compute_units * columns:
-        columns //= 2
-    return RowSchedule(columns, step)
+ROW_UNROLLED = 8  # steps whose loads are under way together
+
+
+def row_schedule(target: Target, dtype: str, n: int, batch: int) -> RowSchedule:
+    """For about n columns: some four programs a compute unit."""
+    columns = 8 if n * batch >= 32 * target.compute_units else 4
+    return RowSchedule(columns, 32 * 16 // DTYPES[dtype].size)
 
 
 def row_product(
@@ -388,17 +389,18 @@ def row_product(
         "z = (tl.program_id(0) // tiles).to(tl.int64)",
         f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
         f"rk = tl.arange(0, {s.k})",
-        f"pa = a + z * ab + rk * {ak}",
+        # Each column has its own copy of A, from the cache: no invocation waits for another's.
+        f"pa = a + z * ab + (tl.zeros([{s.columns}], tl.int32)[:, None] + rk[None, :]) * {ak}",
         "pb = b + z * bb + tl.where(rb < n, rb, 0)[:, None] * bn + rk[None, :]",
         f"sums = tl.zeros([{s.columns}, {s.k}], tl.float32)",
-        f"for i in range(0, k // {s.k}):",
-        "    sums += tl.load(pa).to(tl.float32)[None, :] * tl.load(pb).to(tl.float32)",
+        f"for i in tl.range(0, k // {s.k}, loop_unroll_factor={ROW_UNROLLED}):",
+        "    sums += tl.load(pa).to(tl.float32) * tl.load(pb).to(tl.float32)",
         f"    pa += {s.k} * {ak}",
         f"    pb += {s.k}",
         f"rest = k % {s.k}",
         "if rest > 0:",
-        "    x = tl.load(pa, mask=rk < rest, other=0).to(tl.float32)",
-        "    sums += x[None, :] * tl.load(pb, mask=rk[None, :] < rest, other=0).to(tl.float32)",
+        "    left = rk[None, :] < rest",
+        "    sums += tl.load(pa, mask=left, other=0).to(tl.float32) * tl.load(pb, mask=left, other=0).to(tl.float32)",
         "acc = tl.sum(sums, 1)[None, :]",
         "ra = tl.zeros([1], tl.int64)",
         "inside = (rb < n)[None, :]",
