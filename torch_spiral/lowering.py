@@ -114,12 +114,14 @@ Number = Union["Sym", int, float]
 class Sym:
     """A number of the call: a slot, a constant, or an expression over them. kind is "i" (int64) or "f" (double)."""
 
-    __slots__ = ("_hint", "_recorder", "_ref", "factor", "kind")
+    __slots__ = ("_hint", "_recorder", "_ref", "about", "factor", "kind")
 
     def __init__(self, ref: tuple[str, int], kind: str, recorder: Recorder, hint: int | float):
         self._ref, self.kind, self._recorder, self._hint = ref, kind, recorder, hint
         self.factor = 1
         """A power of two up to 16 that divides it in every call of the plan."""
+        self.about = 0
+        """The sum of the buckets of the sizes that it is a product of."""
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -251,6 +253,11 @@ def divisible_by(n: Number, k: int) -> bool:
 def bucket(n: Number) -> int:
     """floor(log2(n)) as the plan's key knows it; 0 where it doesn't."""
     return max(n, 1).bit_length() - 1 if isinstance(n, int) else n.bucket if isinstance(n, Size) else 0
+
+
+def about(n: Number) -> int:
+    """bucket(n), and for a product of sizes about the logarithm of its value."""
+    return n.about if isinstance(n, Sym) and not isinstance(n, Size) else bucket(n)
 
 
 @dataclass(frozen=True)
@@ -676,6 +683,9 @@ def _binary(code: str, a: Number, b: Number) -> Any:
             return a
         if is_plain(a, 0) or is_plain(b, 0):
             return 0
+        result = r.node(code, r.lift(a), r.lift(b))
+        result.about = about(a) + about(b)
+        return result
     elif is_plain(b, 0) and code in ("Add", "Sub"):
         return a
     elif is_plain(a, 0) and code == "Add":
