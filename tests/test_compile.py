@@ -1,5 +1,6 @@
 """torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
 
+import copy
 import math
 import os
 import re
@@ -222,6 +223,49 @@ def test_convolution_batch_norm_and_relu_are_one_kernel(device, k, groups, resid
         got = torch.compile(m, backend="spiral", fullgraph=True)(x.to(device))
     assert got.stride() == expected.stride()
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_convolutions_channels_last(device, monkeypatch, tmp_path, train):
+    """As the compiler lays them out for Triton; the layout is right on any engine."""
+    from torch_spiral.compiler import passes
+
+    monkeypatch.setattr(passes, "reads_by_channels", lambda gm: True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # whose keys know nothing of this choice
+
+    def block(i, o, k, stride=1):
+        return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = block(3, 16, 3, 2), block(16, 16, 3)
+            self.c, self.d = block(16, 24, 3, 2), block(16, 24, 1, 2)
+
+        def forward(self, x):
+            x = F.max_pool2d(self.a(x).relu(), 2)
+            x = (self.b(x) + x).relu()
+            return (self.c(x) + self.d(x)).relu().mean((2, 3))
+
+    torch.manual_seed(0)
+    m, x = Net().train(train), torch.randn(2, 3, 20, 18)
+    ours = copy.deepcopy(m).to(device)
+    compiled = torch.compile(ours, backend="spiral", fullgraph=True)
+    if not train:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x.to(device)).cpu(), m(x), rtol=1e-4, atol=1e-5)
+            if torch.spiral.get_device_properties(device).engine == "cuda":
+                names = [
+                    n for n in kernels(ours, x.to(device)) if not n.startswith("copy")
+                ]  # those of weights are kept
+                assert sum("_last" in n for n in names) == 4 and len(names) <= 9, names
+        return
+    got, expected = compiled(x.to(device)), m(x)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    for p, q in zip(ours.parameters(), m.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_epilogues_with_constants_and_casts(device):

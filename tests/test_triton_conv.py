@@ -112,7 +112,7 @@ else:
         "dilated": ((1, 20, 9, 9), (5, 20, 3, 3), {"dilation": 2, "padding": 2}),
         "grouped": ((2, 48, 5, 6), (36, 16, 3, 3), {"groups": 3, "padding": 1}),
         "downsample": ((3, 40, 6, 5), (17, 40, 1, 1), {"stride": 2}),
-        "stem": ((1, 3, 70, 64), (9, 3, 7, 7), {"stride": 2, "padding": 3}),
+        "stem": ((1, 3, 18, 15), (9, 3, 7, 7), {"stride": 2, "padding": 3}),
         "row of taps": ((2, 5, 6, 7), (7, 5, 2, 3), {"padding": 1}),
         "3d": ((1, 17, 4, 5, 3), (18, 17, 2, 3, 1), {"padding": 1}),
         "1d": ((2, 17, 20), (18, 17, 5), {"padding": 2}),
@@ -129,7 +129,7 @@ else:
         got, names = forward(machine, x, w, bias, **kw)
         close(got, expected)
         assert got.is_contiguous()
-        if case != "row of taps":  # small and of few channels: not worth a copy
+        if shape[1] >= block.WIDE:  # of few channels a copy would not pay
             assert any("_last" in n for n in names), names
         if x.ndim == 4:
             got, names = forward(machine, last(x), last(w), bias, **kw)
@@ -139,10 +139,10 @@ else:
 
     @pytest.mark.parametrize("splits", [1, 3])
     @pytest.mark.parametrize("channels_last", [False, True])
-    @pytest.mark.parametrize("k, groups", [(3, 1), (1, 1), (3, 2), (3, 36)])
+    @pytest.mark.parametrize("k, groups", [(3, 1), (1, 1), (3, 2), (3, 18)])
     def test_epilogue(machine, monkeypatch, splits, channels_last, k, groups):
         """Batch norm, a residual and an activation; whole and of partial sums."""
-        schedule = gemm.Schedule(32, 32, 16, 4, 1)
+        schedule = gemm.Schedule(64, 64, 32, 4, 1)
         monkeypatch.setattr(block, "choices", lambda *_: [gemm.Choice(schedule, splits)])
         x, w = values(torch.float32, 2, 36, 5, 6), values(torch.float32, 36, 36 // groups, k, k)
         mean, scale, r = values(torch.float32, 36), values(torch.float32, 36), values(torch.float32, 2, 36, 5, 6)
@@ -156,7 +156,7 @@ else:
         expected = F.conv2d(x.double(), w.double(), None, 1, k // 2, 1, groups)
         expected = ((expected - mean[:, None, None]) * scale[:, None, None] + r).relu()
         close(got, expected)
-        by_channels = k == 3 and groups < 36
+        by_channels = k == 3 and groups < 18
         names = [n for n in names if not n.startswith("copy")]
         assert len(names) == (2 if splits > 1 and by_channels else 1), names
 

@@ -103,20 +103,20 @@ class Overrides(compat.DeviceOpOverrides):
 @functools.cache
 def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
+    from . import passes
     from .codegen import Scheduling, pieces
     from .ops import OPERATORS
-    from .passes import Passes, reads_by_channels
     from .wrapper import Wrapper
 
     for name in ["spiral", *(f"spiral:{i}" for i in range(spiral.device_count()))]:
         compat.register_interface_for_device(name, Interface)
     compat.register_overrides("spiral", Overrides())
-    compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=Passes())
+    compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=passes.Passes())
     compat.reorder_loops()
     compat.split_reductions(pieces)
     compat.call_directly((_C.GraphCall,))
     compat.keep_operators(OPERATORS)
-    compat.read_convolutions_by_channels(reads_by_channels)
+    compat.read_convolutions_by_channels(lambda gm: passes.reads_by_channels(gm))
 
 
 __all__ = ["Interface", "Overrides", "register"]

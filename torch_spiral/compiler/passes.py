@@ -42,8 +42,8 @@ class Passes(compat.CustomGraphModulePass):
 
 def reads_by_channels(gm: fx.GraphModule) -> bool:
     """Whether the convolutions of a graph gain from channels-last tensors: on devices of the schedule class `block`, where most of
-    their work is in convolutions with wide channels. Sizes must be known."""
-    total = wide = 0
+    their work is in convolutions with wide channels, rather than in grouped ones with narrow groups. Sizes must be known."""
+    wide = narrow = 0
     for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
         (x, w), out = (a.meta["val"] for a in n.args[:2]), n.meta["val"]
         if not all(isinstance(s, int) for t in (x, w) for s in t.shape):
@@ -51,9 +51,10 @@ def reads_by_channels(gm: fx.GraphModule) -> bool:
         if Target.of(x.device.index or 0).schedule_class != "block":
             return False
         work = out.numel() * w[0].numel()
-        total += work
-        wide += work * (x.ndim == 4 and w.shape[1] >= WIDE)
-    return 2 * wide > total
+        readable = x.ndim == 4 and w.shape[1] >= WIDE
+        wide += work * readable
+        narrow += work * (not readable and n.args[8] != 1)
+    return wide > narrow
 
 
 # ---- attention, as models spell it out ------------------------------------------------------------------------------------
