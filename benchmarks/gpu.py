@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,10 @@ Make = Callable[[torch.device], Step]
 
 
 def randn(device: torch.device, *shape: int, dtype: torch.dtype = F32, grad: bool = False) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    """A million random numbers, over and over: to draw more takes longer than to measure."""
+    count = math.prod(shape)
+    few = torch.randn(min(count, (1 << 20) + 7), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x = few.repeat(-(-count // few.numel()))[:count].view(shape).clone()
     return x.requires_grad_() if grad else x
 
 
@@ -89,11 +93,11 @@ def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torc
 
     def measure(device: torch.device) -> float:
         def copy(where: torch.device) -> Step:
-            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
+            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
             return lambda: y.copy_(x)
 
         def ours(where: torch.device) -> Step:
-            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
+            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
             return lambda: fn(x, y)
 
         pair = {"copy": Contender(copy(CUDA), CUDA), "ours": Contender(ours(device), device)}
@@ -152,7 +156,7 @@ def streaming(name: str, parameters: Callable[[], int]) -> Callable[[torch.devic
 
     def measure(device: torch.device) -> float:
         def copy(where: torch.device) -> Step:
-            x, y = (randn(where, 1 << 18).repeat(1 << 10) for _ in range(2))
+            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
             return lambda: y.copy_(x)
 
         pair = {"copy": Contender(copy(CUDA), CUDA), "token": decode(name)(device)["spiral compiled"]}
