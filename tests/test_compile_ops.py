@@ -80,7 +80,7 @@ def test_every_operator(op, opencl_device):
 
 @pytest.fixture
 def opencl_device():
-    from tests.conftest import ENGINES
+    from conftest import ENGINES
 
     index = ENGINES.get("opencl", next(iter(ENGINES.values()), 0))
     with torch.spiral.device(index):

@@ -24,6 +24,7 @@ from typing import Any, Union
 from . import _C
 from .kernels import ir
 from .kernels.kernel import DTYPES, FLOAT8, Kernel, Target
+from .untraced import untraced
 
 # In the order of Code in csrc/dispatch/plan.h.
 CODES = {
@@ -1081,6 +1082,7 @@ def composite(*names: str, key: str = "PrivateUse1") -> Callable:
             _library = torch.library.Library("aten", "IMPL")
         autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 
+        @untraced
         @functools.wraps(function)
         def body(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(autocast):
@@ -1098,6 +1100,7 @@ sparse_composite = functools.partial(composite, key="SparsePrivateUse1")
 """composite, for calls with a sparse COO tensor."""
 
 
+@untraced
 def _record(op: int, name: str, device: int, described: tuple) -> dict:
     """Called by C++ for a call without a plan."""
     arguments, slots, operands = described

@@ -8,6 +8,7 @@ import torch
 
 from torch_spiral import _C
 
+from ..untraced import untraced
 from ._devices import Device, _get_device_index
 
 
@@ -20,11 +21,13 @@ def _generator(device: Device) -> torch.Generator:
     return torch.ops.spiral._default_generator(_get_device_index(device))
 
 
+@untraced
 def get_rng_state(device: Device = "spiral") -> torch.Tensor:
     """The state of a device's generator: uint8 [16] on the CPU."""
     return _generator(device).get_state()
 
 
+@untraced
 def set_rng_state(new_state: torch.Tensor, device: Device = "spiral") -> None:
     """Restores what get_rng_state() gave. RuntimeError for a state of another kind."""
     _generator(device).set_state(new_state.cpu())
