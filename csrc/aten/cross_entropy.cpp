@@ -24,8 +24,8 @@ using torch::autograd::variable_list;
 // Nothing between the caller and the device that wants to see ATen's own operators.
 bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet seen{
-      c10::DispatchKey::Python,    c10::DispatchKey::Functionalize,        c10::DispatchKey::FuncTorchBatched,
-      c10::DispatchKey::Conjugate, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::ZeroTensor};
+      c10::DispatchKey::Python,   c10::DispatchKey::Functionalize,        c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::Negative, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::ZeroTensor};
   return t.device().is_privateuseone() && !t.key_set().has_any(seen) && !t._fw_grad(/*level=*/0).defined();
 }
 
