@@ -536,9 +536,54 @@ def test_other_devices_keep_their_own_text():
     assert "cuda" in get_device_op_overrides("cuda").device_guard(0)
 
 
+def test_several_streams(device):
+    """In a graph, around one, and where they break it."""
+    first, second = torch.spiral.Stream(device), torch.Stream(device)
+
+    def inside(x, w):
+        here = torch.accelerator.current_stream()
+        y = x @ w
+        first.wait_stream(here)
+        with first:
+            z = y.relu() @ w
+        event = first.record_event()
+        with second:
+            second.wait_event(event)
+            u = z.softmax(-1)
+        here.wait_stream(second)
+        return u + y, z
+
+    def expected(x, w):
+        y = x @ w
+        z = y.relu() @ w
+        return z.softmax(-1) + y, z
+
+    def breaking(x, w):
+        with torch.spiral.stream(first):
+            return expected(x, w)
+
+    x, w = torch.randn(2, 20, 20)
+    there = on(device, (x, w))
+    for f, full in ((inside, True), (breaking, False)):
+        torch.testing.assert_close(
+            on("cpu", torch.compile(f, backend="spiral", fullgraph=full)(*there)), expected(x, w), rtol=1e-5, atol=1e-5
+        )
+    f = torch.compile(expected, backend="spiral", fullgraph=True)
+    for i in range(4):  # each call reads what the one before wrote, on another stream
+        with (first, second)[i % 2]:
+            there = (f(*there)[0], there[1])
+            assert torch.spiral.current_stream(device) == (first, second)[i % 2]
+        x = expected(x, w)[0]
+    torch.testing.assert_close(there[0].cpu(), x, rtol=1e-4, atol=1e-4)
+
+
 def test_the_default_backend_in_a_new_process():
+    """What runs before a first graph makes Dynamo know the device is not traced: this asks for the state of the random numbers."""
     code = """
         import torch
+        from torch.testing._internal.common_methods_invocations import wrapper_set_seed
+        ones = torch.ones(1, device="spiral")
+        assert torch.compile(lambda x: wrapper_set_seed(torch.Tensor.item, x))(ones) == 1
         f = torch.compile(lambda x: x.softmax(-1) * 2, fullgraph=True)
         x = torch.randn(4, 10)
         assert torch.allclose(f(x.to("spiral")).cpu(), x.softmax(-1) * 2, atol=1e-6)
@@ -801,7 +846,7 @@ def test_generated_source():
     """The host side of a graph, whole."""
     from torch._inductor.utils import run_and_get_code
 
-    from tests.conftest import ENGINES
+    from conftest import ENGINES
 
     if "opencl" not in ENGINES:
         pytest.skip("the expected text is for OpenCL")
