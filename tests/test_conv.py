@@ -58,3 +58,28 @@ def test_transposed(device, case, dtype):
     want = gradients(function, [t.double() for t in (x, w, b)], output_padding=1, **kwargs)
     got = gradients(function, [t.to(device) for t in (x, w, b)], output_padding=1, **kwargs)
     check(got, want, 2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    "x_shape, co", [((3, 257, 7, 7), 300), ((1, 256, 5, 9), 33), ((2, 300, 1, 1), 24), ((2, 256, 37), 40)]
+)
+def test_products_of_few_pixels(device, x_shape, co, layout):
+    """1x1 with many channels, in both directions."""
+    if layout == "channels_last" and len(x_shape) != 4:
+        pytest.skip("two dimensions")
+    torch.manual_seed(co)
+    x, w, b = (
+        torch.randn(2 * x_shape[0], *x_shape[1:])[::2],
+        torch.randn(co, x_shape[1], *x_shape[2:])[..., :1],
+        torch.randn(co),
+    )
+    w = w[..., :1, :] if len(x_shape) == 4 else w
+    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
+    want = gradients(function, [t.double() for t in (x, w, b)])
+    on_device = x.contiguous().to(device)
+    if layout == "channels_last":
+        on_device = on_device.to(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        on_device = x.repeat_interleave(2, 0).to(device)[::2]
+    check(gradients(function, [on_device, w.contiguous().to(device), b.to(device)]), want, 2e-6)

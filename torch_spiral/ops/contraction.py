@@ -361,7 +361,7 @@ def _vector_product(
     ab, bb, cb = (_batch_stride(x) for x in (a, b, out))
     am, ak, cm, cn = a.strides[1], a.strides[2], out.strides[1], out.strides[2]
     floating = compute in ("f32", "f64")
-    if floating and a_layout == "n" and b_layout == "t" and (is_one(m) or (bucket(m) <= 2 and bucket(k) >= 5)):
+    if floating and a_layout == "n" and b_layout == "t" and (is_one(m) or (about(m) <= 2 and about(k) >= 5)):
         kernel = build(vector.gemm_dot, a.dtype, b.dtype, out.dtype, 1 if is_one(m) else 0, c_layout, epilogue)
         launch(
             kernel, [a, b, out, *operands], scalars([ab, am, bb, b.strides[2], cb, cm, cn], [m, n, k]),
@@ -381,7 +381,7 @@ def _vector_product(
         s = _tuned(key, (m, n, k, batch), s, lambda: vector.candidates(compute))
     p, pb = _panels(b, s, compute)
     # Few tiles and a long reduction: split it among the compute units.
-    if floating and bucket(m) <= 6 and bucket(n) <= 7 and bucket(k) >= 11:
+    if floating and about(m) <= 6 and about(n) <= 7 and about(k) >= 11:
         splits = 2 * units
         partial = empty((splits, batch, m, n), compute)
         kernel = build(vector.gemm, a.dtype, compute, compute, a_layout, "packed", "n", Epilogue(), True, s)
@@ -393,7 +393,7 @@ def _vector_product(
         launch(finish, [partial, out, *operands], _ordered(None, named), (minimum(m, units), 1, batch))
         return
     kernel = build(vector.gemm, a.dtype, compute, out.dtype, a_layout, "packed", c_layout, epilogue, False, s)
-    if bucket(m) <= 7:
+    if about(m) <= 7:
         groups = vector.gemm_groups_wide(s, m, n, batch, units, minimum)
     else:
         groups = vector.gemm_groups(s, m, n, batch, units)
@@ -582,6 +582,7 @@ def _simt_product(
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     skinny = (
         compute == "f32"
+        and isinstance(m, int | Size)
         and bucket(m) <= 3
         and a_layout == "n"
         and b_layout in ("n", "t")

@@ -23,6 +23,7 @@ from ..kernels.vector.gemm import Epilogue
 from ..lowering import (
     CHANNELS_LAST,
     Tensor,
+    about,
     bucket,
     build,
     cdiv,
@@ -42,7 +43,7 @@ from ..lowering import (
     structured,
     target,
 )
-from .common import contiguous, copy_to
+from .common import broadcast, contiguous, copy_to
 from .contraction import _epilogue_strides, _ordered, convolution_precision, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
@@ -171,9 +172,16 @@ def _pointwise(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, terms: Te
         rows, result = x.view([1, n * p, c], [0, c, 1]), out.view([1, n * p, co], [0, co, 1])
         matrix_product(rows, matrix(w, 1, 0), result, terms=_by_pixels(bias, terms, n, co, p), precision=precision)
         return
+    added: Terms = [] if bias is None else [("add", bias.view([1, co, 1], [0, bias.strides[0], 0]))]
+    added = [*added, *terms]
+    if target().schedule_class == "vector" and about(p) < 6 and bucket(c) >= 8:
+        # Panels of columns are wider than those of rows, and fit few pixels badly.
+        b = w.view([n, c, co], [0, w.strides[1], w.strides[0]])
+        turned = [(kind, None if y is None else broadcast(y, out.sizes).transpose(1, 2)) for kind, y in added]
+        matrix_product(x.transpose(1, 2), b, out.transpose(1, 2), terms=turned)
+        return
     a = w.view([n, co, c], [0, w.strides[0], w.strides[1]])
-    add = [] if bias is None else [("add", bias.view([1, co, 1], [0, bias.strides[0], 0]))]
-    matrix_product(a, x, out, terms=[*add, *terms], precision=precision)
+    matrix_product(a, x, out, terms=added, precision=precision)
 
 
 def _by_pixels(bias: Tensor | None, terms: Terms, n: Any, co: Any, p: Any) -> list[tuple[str, Tensor | None]]:
