@@ -631,6 +631,7 @@ def test_rows_that_begin_anywhere(gpu, d):
         assert (np.delete(got, np.s_[2 : 2 + rows * d]) == 7).all()
 
 
+@pytest.mark.full  # PoCL compiles it for ten seconds
 @pytest.mark.parametrize("d", [2, 1030])
 def test_narrow_rows_on_gpus(gpu, d):
     """float16 rows, and the place of the largest element."""
