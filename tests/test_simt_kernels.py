@@ -179,17 +179,6 @@ def test_gemm_schedules(target, schedule):
     check_gemm(target, schedule, 132, 260, 72, vec=True)
 
 
-@pytest.mark.parametrize("layout", ["nnn", "tts"])
-def test_gemm_of_two_stages(target, layout, monkeypatch):
-    """Two tiles in shared memory by turns: an odd number of steps, a step that k cuts, splits, several tiles a workgroup."""
-    monkeypatch.setattr(G, "MAX_GROUPS", 2)
-    schedule = G.Schedule(32, 32, 16, 4, 4, unroll=1, stages=2)
-    a, b, c = layout
-    check_gemm(target, schedule, 37, 41, 83, batch=2, a=a, b=b, c=c)
-    check_gemm(target, schedule, 40, 33, 700, splits=3, a=a, b=b)
-    check_gemm(target, schedule, 64, 64, 16, a=a, b=b, vec=True)
-
-
 def reference_epilogue(x, bias, res, beta):
     y = np.maximum(x * 0.5 + bias, 0) + beta * res
     return y

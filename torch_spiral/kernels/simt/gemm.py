@@ -35,8 +35,6 @@ class Schedule:
     registers of a second workgroup.
     unroll: steps of k written out (0: tile_k); fewer compile faster, which counts where compiling takes seconds
     (lavapipe).
-    stages: tiles of A and of B in shared memory. With two, what is prefetched is stored in the step that loads it: compilers
-    begin a load early where they see its use, and late where that is in the next step; and one barrier a step is enough.
     """
 
     tile_m: int
@@ -48,7 +46,6 @@ class Schedule:
     prefetch: bool = True
     chunk: int = 32
     unroll: int = 0
-    stages: int = 1
 
     @property
     def threads(self) -> int:
@@ -63,12 +60,11 @@ class Schedule:
             + ("_p" if self.prefetch else "")
             + f"_c{self.chunk}"
             + (f"_u{self.unroll}" if self.unroll else "")
-            + (f"_s{self.stages}" if self.stages > 1 else "")
         )
 
     def workgroup_memory(self, itemsize: int = 4) -> int:
         """Bytes, at most (one vector of padding a row of A and of B)."""
-        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4) * self.stages
+        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4)
 
     def fits(self, target: Target, itemsize: int = 4) -> bool:
         return (
@@ -163,12 +159,11 @@ def candidates(target: Target, dtype: str, m: int, n: int, k: int, batch: int) -
         lanes_m, lanes_n = tm // rm, tn // rn
         widths = [0, *(w for w in (8, 16) if lanes_n % w == 0 and lanes_m % (32 // w) == 0)]
         for lanes in [0] if software else widths:
-            for prefetch, stages in ((False, 1),) if software else ((True, 1), (False, 1), (True, 2)):
+            for prefetch in (False,) if software else (True, False):
                 for chunk in (0, 32, 64):
                     if rm * rn * (2 if chunk else 1) > 128:  # registers
                         continue
-                    unroll = 1 if software else 0
-                    s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll, stages)
+                    s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
                     if s.fits(target):
                         found += [
                             Choice(s, splits) for splits in split_counts(target, cdiv(m, tm) * cdiv(n, tn) * batch, k)
@@ -217,8 +212,8 @@ class TileLoader:
         self.pitch = pitch or rows // 4 + (1 if unit == "k" else 0)
         self.width = width
 
-    def declare(self, stages: int = 1) -> None:
-        self.t.shared(self.shared, self.dtype, self.tile_k * self.pitch * stages)
+    def declare(self) -> None:
+        self.t.shared(self.shared, self.dtype, self.tile_k * self.pitch)
 
     def place(self, step: int) -> tuple[str, str]:
         """(row, k) of this invocation's l-th load, within the tile."""
@@ -267,24 +262,23 @@ class TileLoader:
                 t.add(f"{p}_v{step} = {value};")
             t.add(f"{p}_i{step} += {advance};")
 
-    def store(self, stage: str = "") -> None:
-        """Registers to shared memory, to the tile with that number (text), if there are several."""
+    def store(self) -> None:
+        """Registers to shared memory."""
         t, p = self.t, self.shared
-        tile = f"{stage} * {self.tile_k * self.pitch}u + " if stage else ""
         for step in range(self.loads):
             row, k = self.place(step)
             guarded = self.partial and step == self.loads - 1
             if guarded:
                 t.open(f"lid < {self.count - step * t.threads}u")
             if self.vec and self.unit == "r":
-                t.add(f"{p}[{tile}{k} * {self.pitch}u + {row} / 4u] = {p}_v{step};")
+                t.add(f"{p}[{k} * {self.pitch}u + {row} / 4u] = {p}_v{step};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
-                    place = f"{tile}({k} + {j}u) * {self.pitch}u + {row} / 4u"
-                    t.put_component(p, place, f"({row} % 4u)", f"{p}_v{step}.{c}", self.dtype)
+                    t.put_component(
+                        p, f"({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}.{c}", self.dtype
+                    )
             else:
-                place = f"{tile}{k} * {self.pitch}u + {row} / 4u"
-                t.put_component(p, place, f"({row} % 4u)", f"{p}_v{step}", self.dtype)
+                t.put_component(p, f"{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype)
             if guarded:
                 t.end()
 
@@ -540,9 +534,8 @@ def gemm(
     lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
     la = TileLoader(t, "a", "ta", s.tile_m, s.tile_k, "r" if a == "t" else "k", vec_a, a != "s", full_k)
     lb = TileLoader(t, "b", "tb", s.tile_n, s.tile_k, "k" if b == "t" else "r", vec_b, b != "s", full_k)
-    double = s.stages > 1
-    la.declare(s.stages)
-    lb.declare(s.stages)
+    la.declare()
+    lb.declare()
     chunked = s.chunk > 0 and acc == "f32"
     c_acc = Accumulators(t, "c", s.thread_m, s.thread_n, acc, chunked)
 
@@ -577,41 +570,27 @@ def gemm(
     la.begin("a_base", "row0", rows_end, "a_row", "a_col", "k_begin")
     lb.begin("b_base", "col0", "n", "b_col", "b_row", "k_begin")
     c_acc.declare()
-    if s.prefetch or double:
+    if s.prefetch:
         t.open("k_begin < k_end")
         la.load("k_begin", "k_end")
         lb.load("k_begin", "k_end")
         t.end()
-    if double:
-        t.var("stage", "0u")
-        la.store("0u")
-        lb.store("0u")
-        t.barrier()
     if chunked:
         t.var("run", "0u")
     t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
-    if not s.prefetch and not double:
+    if not s.prefetch:
         la.load("k0", "k_end")
         lb.load("k0", "k_end")
-    if not double:
-        la.store()
-        lb.store()
-        t.barrier()
-    if s.prefetch or double:
+    la.store()
+    lb.store()
+    t.barrier()
+    if s.prefetch:
         t.let("k1", f"k0 + {s.tile_k}u")
         t.open("k1 < k_end")
         la.load("k1", "k_end")
         lb.load("k1", "k_end")
         t.end()
-    if double:
-        t.let("from_a", f"stage * {s.tile_k * la.pitch}u + ty")
-        t.let("from_b", f"stage * {s.tile_k * lb.pitch}u + tx")
-    ty, tx = ("from_a", "from_b") if double else ("ty", "tx")
-    c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k, ty, tx, unroll=s.unroll)
-    if double:
-        t.add("stage = 1u - stage;")
-        la.store("stage")
-        lb.store("stage")
+    c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k, unroll=s.unroll)
     if chunked:
         runs = s.chunk // s.tile_k
         if runs > 1:
