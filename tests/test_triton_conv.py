@@ -12,6 +12,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_by_the_interpreter():
         run_by_the_interpreter(__file__)
 
+    def test_choices_fill_the_device_and_no_more():
+        from torch_spiral.kernels.block import conv, gemm
+        from torch_spiral.kernels.kernel import Target
+
+        target = Target(language="triton", schedule_class="block", engine="cuda", compute_units=132, capability=90)
+        few = conv.choices(target, "bf16", "", 49, 512, 9, 512, 1)[0]
+        s = few.schedule
+        assert 66 <= -(-49 // s.m) * -(-512 // s.n) * few.splits <= 264
+        many = conv.choices(target, "bf16", "", 32 * 784, 128, 9, 128, 1)[0]
+        assert many.splits == 1 and many.schedule.m * many.schedule.n >= 128 * 64
+        assert conv.choices(target, "bf16", "", 180, 12, 3, 24, 1, 32)[0].splits == 1  # a second kernel would cost more
+        assert gemm.schedule(target, "bf16", "", 100352, 64, 1, True, True).n == 64  # no columns beyond the matrix
+
 else:
     import contextlib
     from types import SimpleNamespace

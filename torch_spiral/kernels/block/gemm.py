@@ -101,7 +101,8 @@ def schedule(
         else SINGLE
     )
     enough = target.compute_units * (3 if size <= 2 else 6) // 4  # by measurement
-    found = next((s for s in choices if -(-m // s.m) * -(-n // s.n) * batch >= enough), choices[-1])
+    fitting = (s for s in choices if s.n <= n and -(-m // s.m) * -(-n // s.n) * batch >= enough)
+    found = next(fitting, choices[-1])
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
 
 
