@@ -79,3 +79,12 @@ def test_exp_over_its_whole_range(device):
     usual = exact.float().isfinite() & (exact > 2.0**-125)
     assert ((got - exact).abs() <= 3 * 2.0**-23 * exact)[usual].all()
     assert ((got - exact)[exact <= 2.0**-125].abs() <= 2.0**-125).all()
+
+
+@pytest.mark.parametrize("f", [torch.sin, torch.cos, torch.tan], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("large", [1e6, 1e30, math.inf])
+def test_small_angles_beside_large_ones(device, f, large):
+    """In one vector: a large angle must not send the others where they lose their digits."""
+    small = torch.randn(256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 1, 256)
+    x = torch.stack([torch.full_like(small, large), small], 1)
+    torch.testing.assert_close(f(x.to(device)).cpu()[:, 1], f(small.double()).float())

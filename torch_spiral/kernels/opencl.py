@@ -134,8 +134,9 @@ class OpenCL(Language):
         if op == "extract":
             return f"{args[0]}.s{node.attr:x}" + (" & 1" if dtype == "bool" else "")
         if vector and dtype == "f32" and op in FASTER_REDUCED:
-            x = args[0]
-            return f"any(fabs({x}) > 5e4f) ? {op}({x}) : {emitter.function(node, lanes)}({x})"
+            x, large = args[0], f"fabs({args[0]}) > 5e4f"
+            # Lane by lane: beside large ones PoCL's are wrong for small ones (sin(1e-9) as 0.016).
+            return f"select({emitter.function(node, lanes)}({x}), any({large}) ? {op}({x}) : {x}, {large})"
         if vector and dtype == "f32" and op in FASTER_LOWERED:
             return None
         if op in (NATIVE if dtype == "f32" else NATIVE_F64):
