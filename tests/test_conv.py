@@ -83,3 +83,25 @@ def test_products_of_few_pixels(device, x_shape, co, layout):
     elif layout == "sliced":
         on_device = x.repeat_interleave(2, 0).to(device)[::2]
     check(gradients(function, [on_device, w.contiguous().to(device), b.to(device)]), want, 2e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "x_shape, w_shape, kwargs",
+    [
+        ((3, 20, 7, 7), (13, 20, 3, 3), {"padding": 1}),
+        ((5, 6, 5, 9), (8, 3, 3, 2), {"stride": (2, 1), "padding": 2, "dilation": 2, "groups": 2}),
+        ((2, 9, 21), (7, 9, 4), {"stride": 3}),
+    ],
+)
+def test_images_of_few_pixels(device, x_shape, w_shape, kwargs, channels_last):
+    """On CPUs they share blocks of pixels."""
+    if channels_last and len(x_shape) != 4:
+        pytest.skip("two dimensions")
+    torch.manual_seed(0)
+    x, w, b = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
+    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
+    want = gradients(function, [x.double(), w.double(), b.double()], **kwargs)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    check(gradients(function, [t.to(device) for t in (x, w, b)], **kwargs), want, 2e-6)

@@ -22,6 +22,7 @@ from ..kernels.vector import conv as vector
 from ..kernels.vector.gemm import Epilogue
 from ..lowering import (
     CHANNELS_LAST,
+    Size,
     Tensor,
     about,
     bucket,
@@ -307,12 +308,28 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     if out.is_contiguous:
         strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
     channels = c // g.groups
+    known = all(isinstance(i, int | Size) for i in _spatial(x))
+    few = known and product([_about(i) for i in _spatial(x)]) < 128 * product(g.stride)
     if not flip:
         extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
         padded = _pad(x, extents, (1, 1, 1), g.padding)
         p = _weights(w, co // g.groups, channels, g, None)
         _vector_product(
-            padded, p, bias, terms, out, strides, o, g.taps, extents, g.stride, g.dilation, g.groups, n, channels
+            padded,
+            p,
+            bias,
+            terms,
+            out,
+            strides,
+            o,
+            g.taps,
+            extents,
+            g.stride,
+            g.dilation,
+            g.groups,
+            n,
+            channels,
+            few=few,
         )
         return
     apart = 1 < g.stride[0] * g.stride[1] * g.stride[2] <= MAX_PHASES
@@ -333,20 +350,25 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         p = _weights(w, co // g.groups, channels, g, phase) if product(taps) else padded
         _vector_product(
             source, p, bias, terms, result, [*strides[:2], *(a * b for a, b in zip(strides[2:], steps))],
-            [p.outputs(size) for p, size in zip(phase, o)], taps, extents, (1, 1, 1), spread, g.groups, n, channels, apart,
+            [p.outputs(size) for p, size in zip(phase, o)], taps, extents, (1, 1, 1), spread, g.groups, n, channels, apart, few,
         )  # fmt: skip
 
 
 def _vector_product(
     padded: Tensor, p: Tensor, bias: Tensor | None, terms: Terms, out: Tensor, strides: Sequence[Any], o: Sequence[Any],
     taps: Sequence[int], extents: Sequence[Any], step: Sequence[int], dilation: Sequence[int], groups: int, n: Any, channels: Any,
-    apart: bool = False,
+    apart: bool = False, few: bool = False,
 ) -> None:  # fmt: skip
     """The convolution of n padded images with packed weights into the pixels `o` of out, which has these strides. apart: they are not
-    consecutive."""
+    consecutive. few: an image has few of them."""
     epilogue, operands, operand_strides = _epilogue(bias, terms)
     m, k = out.sizes[1] // groups, channels * product(taps)
     s = vector.conv_schedule(DTYPES[out.dtype].compute)
+    flat = is_one(o[0]) and taps[0] == 1 and is_one(extents[0])
+    if few and flat and bucket(n) >= 1 and all(shape == "m" for _, _, _, shape in epilogue.operands):
+        # The images as the depth of one, its steps as long as an image: they share panels of pixels.
+        o, step, strides = [n, *o[1:]], [channels * groups, *step[1:]], [0, strides[1], strides[0], *strides[3:]]
+        n, apart = 1, True
     kernel = build(vector.conv, out.dtype, out.is_contiguous and not apart, epilogue)
     launch(
         kernel, [padded, p, out, *operands],
