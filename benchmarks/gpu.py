@@ -101,7 +101,7 @@ def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torc
             return lambda: fn(x, y)
 
         pair = {"copy": Contender(copy(CUDA), CUDA), "ours": Contender(ours(device), device)}
-        return time_work(Work("", lambda _: pair), device, seconds=2).ratio["copy"] * moved / 2
+        return time_work(Work("", lambda _: pair), device, seconds=0.2).ratio["copy"] * moved / 2
 
     return measure
 
@@ -160,7 +160,7 @@ def streaming(name: str, parameters: Callable[[], int]) -> Callable[[torch.devic
             return lambda: y.copy_(x)
 
         pair = {"copy": Contender(copy(CUDA), CUDA), "token": decode(name)(device)["spiral compiled"]}
-        return time_work(Work("", lambda _: pair), device, seconds=2).ratio["copy"] * 2 * parameters() / (8 << 28)
+        return time_work(Work("", lambda _: pair), device, seconds=0.2).ratio["copy"] * 2 * parameters() / (8 << 28)
 
     return measure
 
