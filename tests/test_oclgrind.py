@@ -75,6 +75,7 @@ CASES = {
     "adaptive_pool": "F.adaptive_avg_pool2d(im, (3, 2))",
     "bilinear": "F.interpolate(im, scale_factor=1.7, mode='bilinear')",
     "nearest": "F.interpolate(im, scale_factor=2)",
+    "bytes": "F.interpolate((im.detach().abs() * 20).byte(), size=(3, 8), mode='bicubic', antialias=True)",
     "grid_sample": "F.grid_sample(im, im[:, :2].permute(0, 2, 3, 1).tanh().detach())",
     "pad reflect": "F.pad(im, (1, 2, 2, 1), 'reflect')",
     "pad": "F.pad(im, (1, 2, 0, 1))",
