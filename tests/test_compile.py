@@ -536,6 +536,23 @@ def test_other_devices_keep_their_own_text():
     assert "cuda" in get_device_op_overrides("cuda").device_guard(0)
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True, "capturable": True}, {"fused": True}], ids=str)
+def test_an_optimizers_step(device, options):
+    """Its parameters belong to the graph; what counts steps is on the CPU unless it says otherwise."""
+
+    def train(device, compiled):
+        parameters = [(torch.arange(n) / 10).to(device).requires_grad_() for n in (3, 8, 50)]
+        optimizer = torch.optim.AdamW(parameters, lr=0.01, **(options if compiled else {}))
+        step = torch.compile(optimizer.step, backend="spiral") if compiled else optimizer.step
+        for i in range(3):
+            optimizer.zero_grad()
+            sum((p * (p - i)).sin().sum() for p in parameters).backward()
+            step()
+        return [p.detach().cpu() for p in parameters]
+
+    torch.testing.assert_close(train(device, True), train(torch.device("cpu"), False), rtol=1e-5, atol=1e-6)
+
+
 def test_several_streams(device):
     """In a graph, around one, and where they break it."""
     first, second = torch.spiral.Stream(device), torch.Stream(device)
@@ -844,9 +861,8 @@ def test_explain_as_a_picture(device, tmp_path):
 
 def test_generated_source():
     """The host side of a graph, whole."""
-    from torch._inductor.utils import run_and_get_code
-
     from conftest import ENGINES
+    from torch._inductor.utils import run_and_get_code
 
     if "opencl" not in ENGINES:
         pytest.skip("the expected text is for OpenCL")

@@ -63,11 +63,12 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
 
 
 def _direct(module: dict[str, Any] | None, arguments: int) -> Callable[..., Any] | None:
-    """The generated function itself, for graphs that need nothing of AOTAutograd around them."""
-    if module is None or "call" not in module:
+    """The generated function itself, for graphs that need nothing of AOTAutograd around them. arguments: how many Dynamo passes;
+    AOTAutograd adds the parameters that a graph holds."""
+    if module is None or module.get("arguments") != arguments:
         return None
     if "direct" in module:
-        return module["direct"] if module["arguments"] == arguments else None
+        return module["direct"]
     call = module["call"]
     return lambda *args: call(list(args))
 

@@ -148,8 +148,9 @@ class Wrapper(compat.PythonWrapperCodegen):
         lines = cutter.cut()
         hosts.append(tuple(cutter.steps))
         direct = cutter.direct()
+        self.header.writeline(f"arguments = {len(V.graph.graph_input_names)}")
         if direct is not None:
-            self.header.writeline(f"direct, arguments = graph_0.direct({direct}), {len(V.graph.graph_input_names)}")
+            self.header.writeline(f"direct = graph_0.direct({direct})")
         self.wrapper_call.clear()
         with self.wrapper_call.indent():
             for line in lines:
@@ -203,6 +204,8 @@ class _Cutter:
         if len(self.calls) != 1:
             return None
         read, write, sizes, roots = self.calls[0]
+        if any(map(_on_host, read)):
+            return None
         inputs = V.graph.graph_inputs
         arguments = [
             str(inputs[name]) if inputs[name] is not None and SIZE.match(str(inputs[name])) else name
@@ -532,7 +535,8 @@ class _Cutter:
         )
         self.wrapper.header.writeline(f"call_{number} = graph_{number}.call")
         self.wrapper.header.writeline("")
-        call = f"call_{number}({', '.join([*read, *write, *sizes])})"
+        there = [f"{n}.to('spiral:{self.wrapper.device_index}')" if _on_host(n) else n for n in read]
+        call = f"call_{number}({', '.join([*there, *write, *sizes])})"
         self.out.append(f"({', '.join(roots)},) = {call}" if roots else call)
         self.calls.append((read, write, list(sizes), list(roots)))
         self.out += made
@@ -654,6 +658,13 @@ def _shape(e: ast.AST) -> tuple[list[int], list[int]] | None:
     if layout is None or not all(getattr(s, "is_Integer", isinstance(s, int)) for s in layout.stride):
         return None
     return sizes, [int(s) for s in layout.stride]  # type: ignore[return-value]
+
+
+def _on_host(name: str) -> bool:
+    """Whether a kernel reads a number that lies on the CPU, as an optimizer's count of steps does."""
+    buffer = V.graph.try_get_buffer(name)
+    device = None if buffer is None else buffer.get_device()
+    return device is not None and device.type == "cpu"
 
 
 def _natural(name: str) -> tuple[str, int]:
