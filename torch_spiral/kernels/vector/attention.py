@@ -265,7 +265,9 @@ def attention_forward(
   for (uint r = 0; r < rows; r++) {{
     const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
     L[q0 + r] = M_[r] == -INFINITY ? -INFINITY : (M_[r] + log2(Z[r])) * 0.69314718f;
-    for (uint d = 0; d < Dv; d++) ST_{dtype}(O + (long)(q0 + r) * ot + d, o[d / {nr}u * {mr * nr} + d % {nr}u] * z);
+    __global {POINTEE[dtype]}* o_ = O + (long)(q0 + r) * ot; uint d = 0;
+    for (; d + {w}u <= Dv; d += {w}u) STV_{dtype}(o_ + d, load{w}(0, o + d / {nr}u * {mr * nr} + d % {nr}u) * z);
+    for (; d < Dv; d++) ST_{dtype}(o_ + d, o[d / {nr}u * {mr * nr} + d % {nr}u] * z);
   }}
 """
     strides = ["qb", "qh", "qt", "ob", "oh", "ot"] + (["mb", "mh", "mq", "mk"] if mask else [])
