@@ -583,7 +583,7 @@ def _simt_product(
     skinny = (
         compute == "f32"
         and isinstance(m, int | Size)
-        and bucket(m) <= 3
+        and (is_one(m) or 1 <= bucket(m) <= 3)  # 0: not known
         and a_layout == "n"
         and b_layout in ("n", "t")
         and c_layout == "n"
