@@ -126,7 +126,9 @@ def reference(a, b, scale_a=1.0, scale_b=1.0, bias=None):
 def close(got, want):
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(got.dtype, 0.13)
     if torch.spiral.get_device_properties(got.device).engine == "cuda":
-        tolerance = max(tolerance, 2**-9)  # Hopper's tensor cores keep 14 bits of a sum of float8 products; of the largest: atol
+        tolerance = max(
+            tolerance, 2**-9
+        )  # Hopper's tensor cores keep 14 bits of a sum of float8 products; of the largest: atol
     torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item() / 8)
 
 

@@ -182,7 +182,11 @@ def test_larger_than_a_binding(device, clean_memory):
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.uint8, pytest.param(torch.float16, marks=pytest.mark.full), pytest.param(torch.bool, marks=pytest.mark.full)],
+    [
+        torch.uint8,
+        pytest.param(torch.float16, marks=pytest.mark.full),
+        pytest.param(torch.bool, marks=pytest.mark.full),
+    ],
 )
 def test_operations_across_bindings(device, dtype, clean_memory):
     """Fills, copies, pointwise operations, scattered stores and reductions of elements narrower than a word, on both sides of the

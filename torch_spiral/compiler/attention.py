@@ -57,7 +57,12 @@ def plan(
         return None
     # One query of each head: the query heads that share keys become queries of one head.
     fold = queries == 1 and kv_heads != heads
-    if dropout or wanted[3] or (bias_of(backward, node) is not None and bias is None) or (fold and (backward or causal)):
+    if (
+        dropout
+        or wanted[3]
+        or (bias_of(backward, node) is not None and bias is None)
+        or (fold and (backward or causal))
+    ):
         return None
     added = None
     if bias is not None:
@@ -117,7 +122,9 @@ def forward(
 def _folded(x: Any, heads: int) -> Any:
     """x [B, H, 1, …] as [B, heads, H / heads, …]."""
     many = x.sizes[1] // heads
-    return x.view((x.sizes[0], heads, many, *x.sizes[3:]), (x.strides[0], x.strides[1] * many, x.strides[1], *x.strides[3:]))
+    return x.view(
+        (x.sizes[0], heads, many, *x.sizes[3:]), (x.strides[0], x.strides[1] * many, x.strides[1], *x.strides[3:])
+    )
 
 
 def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:
