@@ -36,7 +36,7 @@ class Schedule:
 
 def forward_schedule(dtype: str, head: int, rows: int) -> Schedule:
     """head: the larger head dimension; rows: of queries a workgroup, as csrc/aten/attention.cpp has it."""
-    queries = max(2 << rows, 16)
+    queries = min(max(2 << rows, 16), 128)
     if dtype == "f32":
         return Schedule(min(queries, 64), 32 if head > 64 else 64, 4, 2)
     if head <= 64:
