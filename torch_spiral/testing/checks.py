@@ -22,8 +22,9 @@ import torch
 from torch_spiral.testing.devices import spiral_available
 
 spiral_available()
-# Upstream's helpers freeze such flags. It is on by default, and Triton's convolutions follow it: the CPU's have all digits.
-torch.backends.cudnn.allow_tf32 = False
+# On by default, and Triton's convolutions follow it: the CPU's have all digits. Upstream's helpers freeze such flags.
+if torch.backends.cudnn.allow_tf32:
+    torch.backends.cudnn.allow_tf32 = False
 
 from torch.testing import assert_close  # noqa: E402
 from torch.testing._internal import common_methods_invocations  # noqa: E402
