@@ -91,19 +91,18 @@ def cross_entropy(device: torch.device) -> Step:
 def bandwidth(fn: Callable[[Tensor, Tensor], Any], moved: int) -> Callable[[torch.device], float]:
     """Share of the copy rate of torch's CUDA backend that fn reaches over 1 GB; moved is fn's traffic in tensors."""
 
-    def measure(device: torch.device) -> float:
-        def copy(where: torch.device) -> Step:
-            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
-            return lambda: y.copy_(x)
+    return lambda device: of_a_copy(Contender(on_a_gigabyte(fn, device), device)) * moved / 2
 
-        def ours(where: torch.device) -> Step:
-            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
-            return lambda: fn(x, y)
 
-        pair = {"copy": Contender(copy(CUDA), CUDA), "ours": Contender(ours(device), device)}
-        return time_work(Work("", lambda _: pair), device, seconds=0.2).ratio["copy"] * moved / 2
+def on_a_gigabyte(fn: Callable[[Tensor, Tensor], Any], device: torch.device) -> Step:
+    x, y = randn(device, 1 << 28), randn(device, 1 << 28)
+    return lambda: fn(x, y)
 
-    return measure
+
+def of_a_copy(ours: Contender) -> float:
+    """The time in which torch's CUDA backend copies 1 GB, of ours."""
+    copy = Contender(on_a_gigabyte(lambda x, y: y.copy_(x), CUDA), CUDA)
+    return time_work(Work("", lambda _: {"copy": copy, "ours": ours}), ours.device, seconds=0.2).ratio["copy"]
 
 
 def model(name: str, batch: int, autocast: bool) -> Callable[[torch.device], dict[str, Contender]]:
@@ -133,36 +132,28 @@ def model(name: str, batch: int, autocast: bool) -> Callable[[torch.device], dic
     return contenders
 
 
-def decode(name: str) -> Callable[[torch.device], dict[str, Contender]]:
-    """One token in bfloat16 with a static KV cache, 128 tokens seen: torch CUDA eager and torch.compile(backend="spiral")."""
+def token(name: str, device: torch.device, compiled: bool) -> Contender:
+    """A step of one token in bfloat16 with a static KV cache, 128 tokens seen."""
+    module = (
+        language.llama(device) if name == "llama" else model_zoo().MODELS[name].build("real").eval().to(device, BF16)
+    )
+    run = torch.compile(module, backend="spiral") if compiled else module
+    return Contender(language.decoding(module, run, device), device)
 
-    def make(device: torch.device, compiled: bool) -> Step:
-        module = (
-            language.llama(device)
-            if name == "llama"
-            else model_zoo().MODELS[name].build("real").eval().to(device, BF16)
-        )
-        return language.decoding(module, torch.compile(module, backend="spiral") if compiled else module, device)
+
+def decode(name: str) -> Callable[[torch.device], dict[str, Contender]]:
+    """Contenders: torch CUDA eager and torch.compile(backend="spiral")."""
 
     def contenders(device: torch.device) -> dict[str, Contender]:
         torch._dynamo.reset()
-        return {"torch": Contender(make(CUDA, False), CUDA), "spiral compiled": Contender(make(device, True), device)}
+        return {"torch": token(name, CUDA, False), "spiral compiled": token(name, device, True)}
 
     return contenders
 
 
-def streaming(name: str, parameters: Callable[[], int]) -> Callable[[torch.device], float]:
-    """At which share of the copy rate the weights are read for a token."""
-
-    def measure(device: torch.device) -> float:
-        def copy(where: torch.device) -> Step:
-            x, y = randn(where, 1 << 28), randn(where, 1 << 28)
-            return lambda: y.copy_(x)
-
-        pair = {"copy": Contender(copy(CUDA), CUDA), "token": decode(name)(device)["spiral compiled"]}
-        return time_work(Work("", lambda _: pair), device, seconds=0.2).ratio["copy"] * 2 * parameters() / (8 << 28)
-
-    return measure
+def streaming(name: str) -> Callable[[torch.device], float]:
+    """At which share of the copy rate the weights are read for a token: they are 2 bytes each, and a copy moves 8 << 28."""
+    return lambda device: of_a_copy(token(name, device, True)) * 2 * parameters(name) / (8 << 28)
 
 
 def parameters(name: str) -> int:
@@ -224,8 +215,8 @@ def list_rows(engine: str) -> list[Work | Reading]:
                 found.append(Work(f"model {name} b{batch} {kind}", model(name, batch, autocast), bars))
     for name in ("gpt2", "llama"):
         found.append(Work(f"decode {name}, bf16", decode(name), {"torch": 2.5}))
-        share = streaming(name, functools.partial(parameters, name))
-        found.append(Reading(f"decode {name}, share of the rate at which weights stream", share, "", at_least=0.5))
+        share = f"decode {name}, share of the rate at which weights stream"
+        found.append(Reading(share, streaming(name), "", at_least=0.5))
     found.append(Reading("training gpt of 1.1 billion, peak memory of CUDA's", training_memory, "", at_most=1.3))
     return found
 

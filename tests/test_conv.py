@@ -30,6 +30,16 @@ def check(got, want, tolerance):
         assert (x.cpu().double() - y).norm() <= tolerance * y.norm().clamp(min=1e-30)
 
 
+def check_convolution(device, x_shape, w_shape, kwargs, channels_last):
+    """A convolution with a bias and its gradients, against float64 on the CPU."""
+    x, w, b = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
+    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
+    want = gradients(function, [x.double(), w.double(), b.double()], **kwargs)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    check(gradients(function, [t.to(device) for t in (x, w, b)], **kwargs), want, 2e-6)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_strided_gradients(device, case, channels_last):
@@ -37,12 +47,7 @@ def test_strided_gradients(device, case, channels_last):
     if channels_last and (len(x_shape) != 4 or kwargs.get("groups")):
         pytest.skip("two dimensions, one group")
     torch.manual_seed(len(case))
-    x, w, b = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
-    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
-    want = gradients(function, [x.double(), w.double(), b.double()], **kwargs)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    check(gradients(function, [t.to(device) for t in (x, w, b)], **kwargs), want, 2e-6)
+    check_convolution(device, x_shape, w_shape, kwargs, channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,9 +104,4 @@ def test_images_of_few_pixels(device, x_shape, w_shape, kwargs, channels_last):
     if channels_last and len(x_shape) != 4:
         pytest.skip("two dimensions")
     torch.manual_seed(0)
-    x, w, b = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
-    function = getattr(torch.nn.functional, f"conv{len(x_shape) - 2}d")
-    want = gradients(function, [x.double(), w.double(), b.double()], **kwargs)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    check(gradients(function, [t.to(device) for t in (x, w, b)], **kwargs), want, 2e-6)
+    check_convolution(device, x_shape, w_shape, kwargs, channels_last)

@@ -479,19 +479,29 @@ class Rows(Declarations):
                 with k.If(q < groups):
                     group(q, totals, kept)
         elif any(m.blocked for m, _ in now):
-            j = k.var("u32", lid)
-            with k.While(lambda: j < groups):
-                accs = self._accumulators(now, 1)
-                stop = k.let(ir.minimum(groups, j + 32 * size))
-                with k.While(lambda: j < stop):
-                    q = j.as_node()
-                    group(q, accs)
-                    j.set(q + size)
-                for (m, _), a, b in zip(now, totals, accs, strict=True):
-                    self._combine(m, a, [x.as_node() for x in b])
+            self._by_blocks(now, totals, lid, groups, 32, lambda j, stop, accs: self._one_by_one(j, stop, accs, group))
         else:
             with k.For(lid, groups, size) as q:
                 group(q, totals)
+
+    def _by_blocks(
+        self, now: list, totals: list, first: Any, end: Any, steps: int, block: Callable[[Any, Any, list], None]
+    ) -> None:
+        """An invocation's sums of first, first + workgroup … below end as sums of blocks' sums, of so many steps each. block(j, stop,
+        accumulators) adds up a block and moves j, a variable, to its end."""
+        k = self.k
+        j = k.var("u32", first)
+        with k.While(lambda: j < end):
+            accs = self._accumulators(now, 1)
+            block(j, k.let(ir.minimum(end, j + steps * self.workgroup)), accs)
+            for (m, _), a, b in zip(now, totals, accs, strict=True):
+                self._combine(m, a, [x.as_node() for x in b])
+
+    def _one_by_one(self, j: Any, stop: Any, accs: list, add: Callable[[Any, list], None]) -> None:
+        with self.k.While(lambda: j < stop):
+            t = j.as_node()
+            add(t, accs)
+            j.set(t + self.workgroup)
 
     def _read_again(self) -> list[Operand]:
         """The operands that several loops read, element by element."""
@@ -767,20 +777,15 @@ class Rows(Declarations):
                     with k.If(t < end):
                         body(t, totals)
             elif any(m.blocked for m, _ in now):
-                j = k.var("u32", first + lid)
-                with k.While(lambda: j < end):
-                    accs = self._accumulators(now, 1)
-                    stop = k.let(ir.minimum(end, j + 128 * size))
+
+                def block(j: Any, stop: Any, accs: list) -> None:
                     if each > 1:
                         several(j.as_node(), stop, accs)
                         j.set(j + 128 * size)
                     else:
-                        with k.While(lambda: j < stop):
-                            t = j.as_node()
-                            body(t, accs)
-                            j.set(t + size)
-                    for (m, _), a, b in zip(now, totals, accs, strict=False):
-                        self._combine(m, a, [x.as_node() for x in b])
+                        self._one_by_one(j, stop, accs, body)
+
+                self._by_blocks(now, totals, first + lid, end, 128, block)
             elif each > 1:
                 several(first + lid, end, totals)
             else:
