@@ -273,4 +273,4 @@ def _has_product(n: Any) -> bool:
     return False
 
 
-__all__ = ["Passes", "builder", "fuse_attention", "reads_by_channels"]
+__all__ = ["Passes", "builder", "fuse_attention", "reads_by_channels", "share_keys"]
