@@ -425,24 +425,25 @@ def test_enqueueing_is_asynchronous(engine):
     kernel = compile_axpy(engine)
     # lavapipe blocks a submission until the one before is done: no more than two of them. NVIDIA's OpenCL queues
     # about a thousand launches.
+    groups = (2, 1, 1)  # both write all: a single one may run on the calling thread
     launches = 10000 if engine.properties["schedule_class"] == "vector" else 250
     n = 1 << 10
     memories = [engine.allocate(4 << 20) for _ in range(3)]
     while True:  # until all launches take a second or so; the shortest of three, as a busy machine delays some
         block = axpy_block(engine, n=n, a=1.0)
-        engine.enqueue(kernel, memories, block, (1, 1, 1))
+        engine.enqueue(kernel, memories, block, groups)
         times = []
         for _ in range(3):
             engine.synchronize()
             began = time.perf_counter()
-            engine.enqueue(kernel, memories, block, (1, 1, 1), 100)
+            engine.enqueue(kernel, memories, block, groups, 100)
             engine.synchronize()
             times.append(time.perf_counter() - began)
         if min(times) > 100 / launches or n == 1 << 20:
             break
         n *= 2
     began = time.perf_counter()
-    engine.enqueue(kernel, memories, block, (1, 1, 1), launches)
+    engine.enqueue(kernel, memories, block, groups, launches)
     event = engine.record()
     queued = time.perf_counter() - began
     assert not engine.query(event)
@@ -450,6 +451,36 @@ def test_enqueueing_is_asynchronous(engine):
     total = time.perf_counter() - began
     assert engine.query(event)
     assert queued < 0.5 * total, f"{queued:.3f} of {total:.3f} s"
+
+
+def test_launches_of_one_workgroup_keep_the_order(engine):
+    """On PoCL the calling thread runs them where nothing is queued, and other threads where something is."""
+    kernel = compile_axpy(engine)
+    n = 1 << 18
+    x, y, z = (engine.allocate(4 * n) for _ in range(3))
+    engine.write(y, 0, np.ones(n, np.float32))
+
+    few, all_ = (lambda a: axpy_block(engine, n=2, a=a)), (lambda a: axpy_block(engine, n=n, a=a))
+    for start in range(3):
+        engine.fill(x, 0, 4 * n, 0)
+        engine.enqueue(kernel, [x, y, z], few(0.0), (1, 1, 1))  # z[:2] = 1
+        assert (np.frombuffer(engine.read(z, 0, 8), np.float32) == 1).all()
+        engine.enqueue(kernel, [x, y, z], all_(0.0), (2, 1, 1))  # z = 1
+        engine.enqueue(kernel, [z, y, x], few(2.0), (1, 1, 1))  # x[:2] = 3, must wait for it
+        engine.copy(x, 0, x, 4 * (n - 1), 4)  # x[-1] = 3
+        engine.write(y, 0, np.full(1, start, np.float32))  # y[0] = start
+        engine.enqueue(kernel, [x, y, z], all_(1.0), (2, 1, 1))
+        result = np.frombuffer(engine.read(z, 0, 4 * n), np.float32)
+        assert (result[[0, 1, 2, -1]] == [3 + start, 4, 1, 4]).all()
+        engine.write(y, 0, np.ones(1, np.float32))
+    if engine.properties["timestamps"]:
+        start = engine.record(timed=True)
+        for _ in range(10):
+            engine.enqueue(kernel, [x, y, z], all_(0.0), (1, 1, 1))
+        end = engine.record(timed=True)
+        engine.synchronize()
+        # One processor cannot read and write 30 MB in less: the events enclose what was enqueued between them.
+        assert engine.elapsed_ms(start, end) > 0.05
 
 
 def test_an_event_needs_no_explicit_flush(engine):

@@ -42,6 +42,9 @@ constexpr int kStagingSegments = 4;
 
 constexpr uint32_t kFillWorkgroup = 256;
 
+// Up to so many bytes a copy by the calling thread costs less than waking another.
+constexpr uint64_t kInlineBytes = 64 << 10;
+
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 const char* error_name(cl_int code) {
@@ -173,6 +176,7 @@ struct Found {
   const Api* api;
   cl_platform_id platform;
   cl_device_id device;
+  cl_device_id inline_device;  // null, or the same processor and memory, with commands run by the thread that enqueues them
   std::string platform_version;
   std::string build_options;
   bool migrate;  // whether buffers must be touched to find out that they don't fit
@@ -234,11 +238,17 @@ struct CLMemory final : Memory {
   uint64_t id;  // never used again, unlike handles
 };
 
+struct Compiled {
+  cl_kernel handle = nullptr;
+  std::vector<uint64_t> bound;  // ids of the memories that the arguments hold now
+};
+
 struct CLKernel final : Kernel {
-  cl_kernel handle;
+  Compiled queued, inlined;  // the second from its first launch of one workgroup on
+  bool inlinable = true;     // until the inline device refuses it
+  std::string entry;
   uint32_t bindings, params_size;
   size_t workgroup[3];
-  std::vector<uint64_t> bound;  // ids of the memories that the arguments hold now
 };
 
 KernelSource fill_source() {
@@ -281,9 +291,14 @@ class OpenCLEngine final : public Engine {
       : found_(std::move(found)), api_(*found_.api), properties_(std::move(properties)) {
     const intptr_t context_properties[] = {CL_CONTEXT_PLATFORM, reinterpret_cast<intptr_t>(found_.platform), 0};
     cl_int code = CL_SUCCESS;
-    context_ = api_.clCreateContext(context_properties, 1, &found_.device, nullptr, nullptr, &code);
+    const cl_device_id devices[] = {found_.device, found_.inline_device};
+    context_ = api_.clCreateContext(context_properties, found_.inline_device ? 2 : 1, devices, nullptr, nullptr, &code);
     CL_CHECK(code, "opening ", properties_.name);
     queue_ = api_.clCreateCommandQueue(context_, found_.device, properties_.timestamps ? CL_QUEUE_PROFILING_ENABLE : 0, &code);
+    if (code == CL_SUCCESS && found_.inline_device) {
+      inline_queue_ = api_.clCreateCommandQueue(context_, found_.inline_device, 0, &code);
+      if (code != CL_SUCCESS) api_.clReleaseCommandQueue(queue_);
+    }
     if (code != CL_SUCCESS) api_.clReleaseContext(context_);
     CL_CHECK(code, "creating a queue on ", properties_.name);
     objects_ = 2;
@@ -300,7 +315,11 @@ class OpenCLEngine final : public Engine {
       api_.clFinish(queue_);
       api_.clReleaseMemObject(staging_memory_);
     }
-    for (auto& kernel : kernels_) api_.clReleaseKernel(kernel->handle);
+    for (auto& kernel : kernels_) {
+      api_.clReleaseKernel(kernel->queued.handle);
+      if (kernel->inlined.handle) api_.clReleaseKernel(kernel->inlined.handle);
+    }
+    if (inline_queue_) api_.clReleaseCommandQueue(inline_queue_);
     api_.clReleaseCommandQueue(queue_);
     api_.clReleaseContext(context_);
   }
@@ -333,7 +352,6 @@ class OpenCLEngine final : public Engine {
   }
 
   void free(Memory* memory) override {
-    if (!is_forked()) release_held();
     // OpenCL itself keeps the buffer until the commands that use it have finished.
     if (memory && !is_forked()) api_.clReleaseMemObject(static_cast<CLMemory*>(memory)->handle);
     delete memory;
@@ -342,8 +360,9 @@ class OpenCLEngine final : public Engine {
   void write(Memory* memory, uint64_t offset, const void* data, uint64_t size) override {
     check_range(memory, offset, size, "write");
     if (size == 0) return;
-    if (size > kStagingSegment) {
-      CL_CHECK(api_.clEnqueueWriteBuffer(queue_, handle(memory), true, offset, size, data, 0, nullptr, nullptr), "writing ",
+    if (size > kStagingSegment || runs_inline(size)) {
+      const cl_command_queue queue = idle() ? inline_queue_ : queue_;
+      CL_CHECK(api_.clEnqueueWriteBuffer(queue, handle(memory), true, offset, size, data, 0, nullptr, nullptr), "writing ",
                size, " bytes");
       return;
     }
@@ -357,7 +376,12 @@ class OpenCLEngine final : public Engine {
   void read(Memory* memory, uint64_t offset, void* data, uint64_t size) override {
     check_range(memory, offset, size, "read");
     if (size == 0) return synchronize();
-    const cl_int code = api_.clEnqueueReadBuffer(queue_, handle(memory), true, offset, size, data, 0, nullptr, nullptr);
+    if (inline_queue_ && !idle()) {  // the thread that waits copies as well as another would
+      keep(api_.clFinish(queue_), "queued work");
+      finished();
+    }
+    const cl_command_queue queue = inline_queue_ ? inline_queue_ : queue_;
+    const cl_int code = api_.clEnqueueReadBuffer(queue, handle(memory), true, offset, size, data, 0, nullptr, nullptr);
     finished();
     throw_kept();
     CL_CHECK(code, "reading ", size, " bytes");
@@ -377,8 +401,11 @@ class OpenCLEngine final : public Engine {
     if (size == 0) return;
     TORCH_CHECK(src != dst || src_offset + size <= dst_offset || dst_offset + size <= src_offset,
                 "OpenCL: the source and the destination of a copy overlap");
-    keep(api_.clEnqueueCopyBuffer(queue_, handle(src), handle(dst), src_offset, dst_offset, size, 0, nullptr, nullptr), "a copy");
-    count_command();
+    const bool now = runs_inline(size);
+    keep(api_.clEnqueueCopyBuffer(now ? inline_queue_ : queue_, handle(src), handle(dst), src_offset, dst_offset, size, 0,
+                                  nullptr, nullptr),
+         "a copy");
+    enqueued(now);
   }
 
   void fill(Memory* memory, uint64_t offset, uint64_t size, uint8_t value) override {
@@ -386,8 +413,10 @@ class OpenCLEngine final : public Engine {
     if (size == 0) return;
     if (properties_.schedule_class == ScheduleClass::Vector && !checked_) {
       // A pattern of one byte has no alignment, and PoCL makes it a memset: three times as fast as a wide pattern.
-      keep(api_.clEnqueueFillBuffer(queue_, handle(memory), &value, 1, offset, size, 0, nullptr, nullptr), "a fill");
-      count_command();
+      const bool now = runs_inline(size);
+      keep(api_.clEnqueueFillBuffer(now ? inline_queue_ : queue_, handle(memory), &value, 1, offset, size, 0, nullptr, nullptr),
+           "a fill");
+      enqueued(now);
       return;
     }
     // On a GPU NVIDIA's clEnqueueFillBuffer ignores 4 GiB, faults at large offsets and is slow.
@@ -408,7 +437,7 @@ class OpenCLEngine final : public Engine {
                 source.params_size, " bytes; ", properties_.name, " takes ", properties_.max_params);
     TORCH_CHECK(source.bindings <= uint64_t(properties_.max_bindings), "OpenCL: ", source.name, " takes ", source.bindings,
                 " buffers; ", properties_.name, " allows ", properties_.max_bindings);
-    cl_program program = build(source);
+    cl_program program = build(source, found_.device);
     cl_int code = CL_SUCCESS;
     cl_kernel handle = api_.clCreateKernel(program, source.entry.c_str(), &code);
     api_.clReleaseProgram(program);  // the kernel keeps it
@@ -417,11 +446,11 @@ class OpenCLEngine final : public Engine {
 
     auto kernel = std::make_unique<CLKernel>();
     kernel->name = source.name;
-    kernel->handle = handle;
+    kernel->entry = source.entry;
+    kernel->queued = {handle, std::vector<uint64_t>(source.bindings, 0)};
     kernel->bindings = source.bindings;
     kernel->params_size = source.params_size;
     std::copy(source.workgroup, source.workgroup + 3, kernel->workgroup);
-    kernel->bound.assign(source.bindings, 0);
     CLKernel* result = kernel.get();
     kernels_.push_back(std::move(kernel));
 
@@ -446,55 +475,31 @@ class OpenCLEngine final : public Engine {
     const uint32_t most = std::max({groups[0], groups[1], groups[2]});
     TORCH_CHECK(most <= properties_.max_workgroups, "OpenCL: kernel ", kernel->name, ": ", most, " workgroups; ",
                 properties_.name, " takes ", properties_.max_workgroups, " per dimension");
-    // On a CPU device each command handed over wakes a thread: a run of tiny ones is handed over together.
-    if (groups[0] == 1 && groups[1] == 1 && groups[2] == 1 && count <= kHeldBindings && kernel->params_size <= kHeldParams &&
-        properties_.type == DeviceType::CPU) {
-      Held& h = held_[held_count_++];
-      h.kernel = kernel;
-      h.count = count;
-      for (uint32_t i = 0; i < count; i++) h.memories[i] = static_cast<CLMemory*>(bindings[i].memory);
-      std::memcpy(h.params, params, kernel->params_size);
-      if (held_count_ == kHeld) release_held();
-      return;
-    }
-    release_held();
-    const CLMemory* memories[kMaxBindings];
-    for (uint32_t i = 0; i < count; i++) memories[i] = static_cast<CLMemory*>(bindings[i].memory);
-    launch(kernel, memories, count, params, groups);
-  }
-
-  void launch(CLKernel* kernel, const CLMemory* const* memories, uint32_t count, const void* params, const uint32_t groups[3]) {
+    const bool now = idle() && groups[0] == 1 && groups[1] == 1 && groups[2] == 1 && compile_inline(kernel);
+    Compiled& compiled = now ? kernel->inlined : kernel->queued;
     cl_int code = CL_SUCCESS;
     for (uint32_t i = 0; i < count && code == CL_SUCCESS; i++) {
-      if (kernel->bound[i] == memories[i]->id) continue;
-      code = api_.clSetKernelArg(kernel->handle, i, sizeof(cl_mem), &memories[i]->handle);
-      kernel->bound[i] = code == CL_SUCCESS ? memories[i]->id : 0;
+      auto* memory = static_cast<CLMemory*>(bindings[i].memory);
+      if (compiled.bound[i] == memory->id) continue;
+      code = api_.clSetKernelArg(compiled.handle, i, sizeof(cl_mem), &memory->handle);
+      compiled.bound[i] = code == CL_SUCCESS ? memory->id : 0;
     }
     if (code == CL_SUCCESS && kernel->params_size > 0) {
-      code = api_.clSetKernelArg(kernel->handle, count, kernel->params_size, params);
+      code = api_.clSetKernelArg(compiled.handle, count, kernel->params_size, params);
     }
     if (code == CL_SUCCESS) {
       const size_t global[3] = {groups[0] * kernel->workgroup[0], groups[1] * kernel->workgroup[1],
                                 groups[2] * kernel->workgroup[2]};
       const cl_uint dimensions = global[2] > 1 ? 3 : global[1] > 1 ? 2 : 1;
-      code = api_.clEnqueueNDRangeKernel(queue_, kernel->handle, dimensions, nullptr, global, kernel->workgroup, 0, nullptr,
-                                         nullptr);
+      code = api_.clEnqueueNDRangeKernel(now ? inline_queue_ : queue_, compiled.handle, dimensions, nullptr, global,
+                                         kernel->workgroup, 0, nullptr, nullptr);
     }
     if (code != CL_SUCCESS) keep(code, kernel->name.c_str());
-    count_command();
-  }
-
-  // Hands over the launches that were held back. Precedes every other command.
-  void release_held() {
-    const uint32_t n = held_count_;
-    held_count_ = 0;
-    constexpr uint32_t one[3] = {1, 1, 1};
-    for (uint32_t i = 0; i < n; i++) launch(held_[i].kernel, held_[i].memories, held_[i].count, held_[i].params, one);
+    enqueued(now);
   }
 
   void flush() override {
     check_not_forked();
-    release_held();
     if (commands_ == 0) return;
     keep(api_.clFlush(queue_), "a flush");
     flushed();
@@ -502,7 +507,6 @@ class OpenCLEngine final : public Engine {
 
   void synchronize() override {
     check_not_forked();
-    release_held();
     keep(api_.clFinish(queue_), "waiting");
     finished();
     throw_kept();
@@ -510,10 +514,10 @@ class OpenCLEngine final : public Engine {
 
   std::unique_ptr<EventHandle> record(bool timed) override {
     check_not_forked();
-    release_held();
     TORCH_CHECK(!timed || properties_.timestamps, "OpenCL: ", properties_.name, " has no timestamps");
     cl_event handle = marker();
     commands_++;
+    if (timed) queued_++;  // what is timed after it must not run before the marker does
     return std::make_unique<CLEvent>(api_, handle, flushes_, timed);
   }
 
@@ -549,24 +553,26 @@ class OpenCLEngine final : public Engine {
     cl_event busy_until = nullptr;
   };
 
-  static constexpr uint32_t kHeld = 256, kHeldBindings = 8, kHeldParams = 256, kMaxBindings = 256;
-  struct Held {
-    CLKernel* kernel;
-    uint32_t count;
-    const CLMemory* memories[kHeldBindings];
-    alignas(8) char params[kHeldParams];
-  };
-  Held held_[kHeld];
-  uint32_t held_count_ = 0;
+  // Whether nothing is queued. A command that the calling thread runs then keeps the order of commands.
+  bool idle() const { return inline_queue_ && queued_ == 0; }
+
+  bool runs_inline(uint64_t bytes) const { return idle() && bytes <= kInlineBytes; }
 
   static cl_mem handle(Memory* memory) { return static_cast<CLMemory*>(memory)->handle; }
 
   // Before every command on memory.
   void check_range(Memory* memory, uint64_t offset, uint64_t size, const char* what) {
     check_not_forked();
-    release_held();
     TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, "OpenCL: a ", what, " of ", size, " bytes at ", offset,
                 " exceeds an allocation of ", memory->size);
+  }
+
+  void enqueued(bool inlined) {
+    if (inlined) {
+      keep(api_.clFinish(inline_queue_), "a command");  // it has run already, if the driver is what it was
+    } else {
+      count_command();
+    }
   }
 
   void count_command() {
@@ -642,58 +648,93 @@ class OpenCLEngine final : public Engine {
     return place;
   }
 
-  cl_program build(const KernelSource& source) {
-    const DeviceProperties& p = properties_;
-    const Digest key = cache_key({"opencl", found_.platform_version, p.name, p.vendor, p.driver, p.api_version,
-                                  found_.build_options, source.source});
+  // PoCL wakes its threads for each command, which takes as long as a kernel on 50,000 elements, and a kernel of one workgroup
+  // has no use for them. Its second driver runs the same machine code on the thread that enqueues, but refuses the other's
+  // binaries by the id behind their magic number: it is given them under its own, so that nothing is compiled twice.
+  bool compile_inline(CLKernel* kernel) {
+    if (kernel->inlined.handle || !kernel->inlinable) return kernel->inlinable;
+    constexpr size_t kId = 8, kIdSize = 8;
+    kernel->inlinable = false;
+    if (inline_id_.empty()) {
+      KernelSource probe;
+      probe.name = probe.entry = "nothing";
+      probe.source = "__kernel void nothing(__global uint* memory) {}";
+      cl_program program = build(probe, found_.inline_device);
+      inline_id_ = binary_of(program).substr(kId, kIdSize);
+      api_.clReleaseProgram(program);
+    }
+    cl_program queued = nullptr;
+    CL_CHECK(api_.clGetKernelInfo(kernel->queued.handle, CL_KERNEL_PROGRAM, sizeof(queued), &queued, nullptr), "kernel ",
+             kernel->name);
+    std::string binary = binary_of(queued);
+    if (inline_id_.size() != kIdSize || binary.compare(0, kId, std::string("poclbin\0", kId)) != 0) return false;
+    binary.replace(kId, kIdSize, inline_id_);
+    cl_program program = load(binary, found_.inline_device);
+    if (!program) return false;
     cl_int code = CL_SUCCESS;
+    kernel->inlined = {api_.clCreateKernel(program, kernel->entry.c_str(), &code), std::vector<uint64_t>(kernel->bindings, 0)};
+    api_.clReleaseProgram(program);  // the kernel keeps it
+    if (code != CL_SUCCESS) return false;
+    objects_ += 2;
+    return kernel->inlinable = true;
+  }
+
+  cl_program load(const std::string& binary, cl_device_id device) {
+    cl_int code = CL_SUCCESS;
+    const size_t size = binary.size();
+    const auto* data = reinterpret_cast<const unsigned char*>(binary.data());
+    cl_program program = api_.clCreateProgramWithBinary(context_, 1, &device, &size, &data, nullptr, &code);
+    if (code != CL_SUCCESS) return nullptr;
+    if (api_.clBuildProgram(program, 1, &device, found_.build_options.c_str(), nullptr, nullptr) == CL_SUCCESS) return program;
+    api_.clReleaseProgram(program);
+    return nullptr;
+  }
+
+  cl_program build(const KernelSource& source, cl_device_id device) {
+    const DeviceProperties& p = properties_;
+    const Digest key = cache_key({"opencl", found_.platform_version, device_string(api_, device, CL_DEVICE_NAME), p.vendor, p.driver, p.api_version,
+                                  found_.build_options, source.source});
     if (const auto binary = cache_load(key)) {
-      const size_t size = binary->size();
-      const auto* data = reinterpret_cast<const unsigned char*>(binary->data());
-      cl_program program = api_.clCreateProgramWithBinary(context_, 1, &found_.device, &size, &data, nullptr, &code);
-      if (code == CL_SUCCESS) {
-        code = api_.clBuildProgram(program, 1, &found_.device, found_.build_options.c_str(), nullptr, nullptr);
-        if (code == CL_SUCCESS) {
-          objects_++;
-          return program;
-        }
-        api_.clReleaseProgram(program);
+      if (cl_program program = load(*binary, device)) {
+        objects_++;
+        return program;
       }
       // The driver doesn't take its own binary (it was updated under the same version, say): build from source.
     }
 
     const char* text = source.source.c_str();
     const size_t length = source.source.size();
+    cl_int code = CL_SUCCESS;
     cl_program program = api_.clCreateProgramWithSource(context_, 1, &text, &length, &code);
     CL_CHECK(code, "kernel ", source.name);
     objects_++;
-    code = api_.clBuildProgram(program, 1, &found_.device, found_.build_options.c_str(), nullptr, nullptr);
+    code = api_.clBuildProgram(program, 1, &device, found_.build_options.c_str(), nullptr, nullptr);
     if (code != CL_SUCCESS) {
-      const std::string log = build_log(program);
+      const std::string log = build_log(program, device);
       api_.clReleaseProgram(program);
       const std::string path = save_failed_kernel(source.name, p.name + ", " + p.driver, source.source, log);
       TORCH_CHECK(false, "OpenCL: kernel ", source.name, " does not compile for ", p.name, ": ", describe(code), "\n",
                   first_lines(log, 10), path.empty() ? "" : "\nSource and build log: ", path);
     }
-    store(key, program);
+    if (const std::string binary = binary_of(program); !binary.empty()) cache_store(key, binary);
     return program;
   }
 
-  void store(const Digest& key, cl_program program) {
-    size_t size = 0;
-    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARY_SIZES, sizeof(size), &size, nullptr) != CL_SUCCESS || size == 0) return;
-    std::string binary(size, '\0');
-    char* data = binary.data();
-    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARIES, sizeof(data), &data, nullptr) == CL_SUCCESS) {
-      cache_store(key, binary);
-    }
+  // Empty where the driver gives none. The program was built for one device, though the context may have two.
+  std::string binary_of(cl_program program) {
+    size_t sizes[2] = {}, bytes = 0;
+    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARY_SIZES, sizeof(sizes), sizes, &bytes) != CL_SUCCESS) return {};
+    std::string binary(sizes[0] + sizes[1], '\0');
+    char* data[2] = {sizes[0] ? binary.data() : nullptr, sizes[1] ? binary.data() + sizes[0] : nullptr};
+    if (api_.clGetProgramInfo(program, CL_PROGRAM_BINARIES, bytes, data, nullptr) != CL_SUCCESS) return {};
+    return binary;
   }
 
-  std::string build_log(cl_program program) {
+  std::string build_log(cl_program program, cl_device_id device) {
     size_t size = 0;
-    api_.clGetProgramBuildInfo(program, found_.device, CL_PROGRAM_BUILD_LOG, 0, nullptr, &size);
+    api_.clGetProgramBuildInfo(program, device, CL_PROGRAM_BUILD_LOG, 0, nullptr, &size);
     std::string log(size, '\0');
-    if (size) api_.clGetProgramBuildInfo(program, found_.device, CL_PROGRAM_BUILD_LOG, size, log.data(), nullptr);
+    if (size) api_.clGetProgramBuildInfo(program, device, CL_PROGRAM_BUILD_LOG, size, log.data(), nullptr);
     log.resize(std::strlen(log.c_str()));
     return log;
   }
@@ -708,7 +749,8 @@ class OpenCLEngine final : public Engine {
   const Api& api_;
   DeviceProperties properties_;
   cl_context context_ = nullptr;
-  cl_command_queue queue_ = nullptr;
+  cl_command_queue queue_ = nullptr, inline_queue_ = nullptr;
+  std::string inline_id_;
   std::vector<std::unique_ptr<CLKernel>> kernels_;
   Kernel* fill_kernel_ = nullptr;
   const bool checked_ = std::getenv("SPIRAL_MEMORY_EXACT") != nullptr;  // a memory checker takes no note of clEnqueueFillBuffer
@@ -741,19 +783,16 @@ std::string platform_string(const Api& api, cl_platform_id platform, cl_uint wha
   return text;
 }
 
-}  // namespace
-
-std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library, std::string& why) {
-  check_not_forked();
-  std::vector<std::unique_ptr<Adapter>> adapters;
-  const Api* api = load_api(library, why);
-  if (!api) return adapters;
-  watch_fork();  // drivers start their threads when they are first asked for devices
 #ifndef _WIN32
-  // A PoCL binary holds a kernel for any workgroup size. PoCL would compile it once more for the size of each launch, which ours
-  // fix in the source already: a third of the time of a first launch, and again where a binary of our cache is loaded.
+// Precedes the platform's first answer about devices, which is when it reads the environment. What the user has set stays.
+void configure_pocl(const std::string& version) {
+  const size_t at = version.find("PoCL ");
+  if (at == std::string::npos) return;
+  // A binary holds a kernel for any workgroup size. PoCL would compile it once more for the size of each launch, which ours fix
+  // in the source already: a third of the time of a first launch, and again where a binary of our cache is loaded.
   setenv("POCL_WORK_GROUP_SPECIALIZATION", "0", /*overwrite=*/0);
-#endif
+  // The CPU twice: with threads, and for `compile_inline`. The drivers' names changed with version 4.
+  setenv("POCL_DEVICES", std::atoi(version.c_str() + at + 5) < 4 ? "pthread basic" : "cpu cpu-minimal", /*overwrite=*/0);
 #ifdef __linux__
   // PoCL's threads, woken together by one that is running, often end up on one processor, and a kernel of a few milliseconds is
   // over before the scheduler moves them. Thread i then stays on processor i: only where the process may use all of them.
@@ -762,6 +801,33 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
     setenv("POCL_AFFINITY", "1", /*overwrite=*/0);
   }
 #endif
+}
+#endif
+
+// PoCL's driver that runs commands on the calling thread, beside the one with threads: null where there is none.
+cl_device_id find_inline(const Api& api, const std::vector<cl_device_id>& devices) {
+  cl_device_id minimal = nullptr;
+  bool threads = false;
+  for (cl_device_id device : devices) {
+    const std::string name = device_string(api, device, CL_DEVICE_NAME);
+    const auto starts = [&](const char* text) { return name.rfind(text, 0) == 0; };
+    if (starts("basic-") || starts("cpu-minimal-")) {
+      minimal = device;
+    } else if (starts("pthread-") || starts("cpu-")) {
+      threads = true;
+    }
+  }
+  return threads ? minimal : nullptr;
+}
+
+}  // namespace
+
+std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library, std::string& why) {
+  check_not_forked();
+  std::vector<std::unique_ptr<Adapter>> adapters;
+  const Api* api = load_api(library, why);
+  if (!api) return adapters;
+  watch_fork();  // drivers start their threads when they are first asked for devices
 
   cl_uint count = 0;
   const cl_int code = api->clGetPlatformIDs(0, nullptr, &count);
@@ -773,11 +839,17 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
   std::vector<cl_platform_id> platforms(count);
   api->clGetPlatformIDs(count, platforms.data(), nullptr);
   for (cl_platform_id platform : platforms) {
+#ifndef _WIN32
+    configure_pocl(platform_string(*api, platform, CL_PLATFORM_VERSION));
+#endif
     cl_uint device_count = 0;
     if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, 0, nullptr, &device_count) != CL_SUCCESS) continue;
     std::vector<cl_device_id> devices(device_count);
     if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, device_count, devices.data(), nullptr) != CL_SUCCESS) continue;
+    const bool pocl = platform_string(*api, platform, CL_PLATFORM_VERSION).find("PoCL") != std::string::npos;
+    const cl_device_id inline_device = pocl ? find_inline(*api, devices) : nullptr;
     for (cl_device_id device : devices) {
+      if (device == inline_device) continue;
       const std::string version = device_string(*api, device, CL_DEVICE_VERSION);  // "OpenCL 1.2 …"
       const char* missing = nullptr;
       if (!device_value<cl_bool>(*api, device, CL_DEVICE_AVAILABLE)) missing = "is not available";
@@ -797,7 +869,8 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
         options += " -cl-fp32-correctly-rounded-divide-sqrt";
       }
       const bool cpu = adapter->properties.schedule_class == ScheduleClass::Vector;
-      adapter->found = {api, platform, device, platform_string(*api, platform, CL_PLATFORM_VERSION), options, !cpu};
+      adapter->found = {api, platform, device, cpu ? inline_device : nullptr,
+                        platform_string(*api, platform, CL_PLATFORM_VERSION), options, !cpu};
       adapters.push_back(std::move(adapter));
     }
   }
