@@ -91,6 +91,20 @@ def test_views_of_a_fused_projection(device):
         close(a, b, 2e-6)
 
 
+@pytest.mark.parametrize("queries", [3, 9])
+def test_probabilities_of_the_backward_pass_add_up_to_one(device, queries):
+    """With a gradient of ones, dv adds up to the number of queries; at scores of 100, whatever kernel took the forward pass."""
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(2, 8, n, 64) for n in (queries, 6, 6))
+    q, k = (x / x.norm(dim=-1, keepdim=True) * 28 for x in (q, q[:, :, :1] + 0.3 * k))
+    leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*leaves)
+    dv = torch.autograd.grad(out, leaves[2], torch.ones_like(out))[0]
+    # The logsumexp is kept as one float32, whose last half digit is 4e-6 here.
+    sums = dv.cpu().double().sum(2)
+    torch.testing.assert_close(sums, torch.full_like(sums, queries), rtol=4e-6, atol=0)
+
+
 def test_any_strides(device):
     """No unit stride along the head, an expanded key, an expanded gradient."""
     torch.manual_seed(2)

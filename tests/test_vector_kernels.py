@@ -83,6 +83,15 @@ def close(got: torch.Tensor, want: torch.Tensor, eps: float) -> None:
 
 STEPS = {"alpha": 0.5, "beta": 2.0}
 BIAS_GELU_RESIDUAL = ("alpha", ("add", "f32", "n"), "gelu", ("add", "f32", "mn"))
+EPSILON = 1e-3
+
+
+def batch_norm(along: str) -> tuple:
+    """(x - mean) / sqrt(variance + EPSILON) * 0.5 * weight + bias of every row ("m") or column ("n")."""
+    rsqrt, half = G.rsqrt_step(EPSILON), G.constant_step("mul", 0.5)
+    return (("sub", "f32", along), (rsqrt, "f32", along), half, ("mul", "f32", along), ("add", "f32", along))
+
+
 CASES = [
     # dtype, layouts of A, B and C, (batch, M, N, K), epilogue
     ("f32", "n", "n", "n", (1, 100, 70, 300), ()),
@@ -96,6 +105,8 @@ CASES = [
     ("i8", "t", "n", "n", (1, 9, 33, 11), ()),
     ("u8", "n", "t", "n", (1, 3, 5, 70), ()),
     ("f32", "n", "n", "n", (1, 5, 6, 0), (("add", "f32", "n"), "relu")),
+    ("f32", "n", "n", "n", (2, 270, 70, 33), (*batch_norm("m"), ("add", "f32", "mn"), "relu")),
+    ("f32", "n", "t", "g", (1, 13, 600, 40), (*batch_norm("n"), ("add", "f32", "s"), "silu")),
 ]
 
 
@@ -113,11 +124,15 @@ class Product:
         for step in steps:
             if step == "alpha":
                 ref, factors = ref * STEPS["alpha"], [*factors, STEPS["alpha"]]
+            elif isinstance(step, str) and G.is_constant(step):
+                ref = ref * G.number(step)
             elif isinstance(step, str):
                 ref = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[step](ref)
             else:
                 kind, dt, broadcast = step
                 t = make({"n": (1, 1, n), "m": (1, m, 1), "mn": (bt, m, n), "s": (bt, m, n)}[broadcast], dt)
+                if kind.startswith("rsqrt"):
+                    t = t.abs()
                 e = t.expand(bt, m, n)
                 self.operands.append(t)
                 self.extra += [
@@ -127,7 +142,11 @@ class Product:
                 ]
                 if kind == "beta":
                     factors.append(STEPS["beta"])
-                ref = ref * t.double() if kind == "mul" else ref + t.double() * (STEPS["beta"] if kind == "beta" else 1)
+                v = t.double()
+                if kind.startswith("rsqrt"):
+                    ref = ref / (v + EPSILON).sqrt()
+                else:
+                    ref = {"mul": ref * v, "sub": ref - v, "add": ref + v, "beta": ref + STEPS["beta"] * v}[kind]
         self.extra += factors
         self.ref = ref
         self.cn = 1 if cl == "n" else 2
@@ -376,7 +395,7 @@ def test_attention_backward(case, splits):
     a = Attention(*case)
     b, h, hk, tq, tk, d, dv = a.dims
     o, lse = a.forward()
-    delta = result(b * h * 2 * cdiv(tq, 64) * 64)
+    delta = result(b * h * 3 * cdiv(tq, 64) * 64)
     launch(
         A.attention_delta(TARGET, a.dtype),
         [o, a.g, lse, delta],

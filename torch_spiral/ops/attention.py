@@ -66,7 +66,7 @@ def backward(
     if ds is not None and causal:
         fill_bytes(ds, 0)  # the kernels skip what no query sees
     if target().schedule_class == "vector":
-        _vector_backward(g, q, k, v, mask, out, lse, causal, scale, dq, dk, dv, ds)
+        _vector_backward(g, q, k, v, mask, out, lse, causal, scale, rows, dq, dk, dv, ds)
     elif target().schedule_class == "block":
         _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, dq, dk, dv, ds)
     else:
@@ -151,28 +151,35 @@ def _vector_forward(
         kernel = build(vector.attention_decode, *key)
         launch(kernel, [q, k, v, out, lse, *masks], [*_bht(q, k, v, out), *tail], (queries, batch * heads, 1))
     else:
-        kernel = build(vector.attention_forward, *key)
-        buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
-        launch(
-            kernel,
-            buffers,
-            [*_bht(q, out), *tail],
-            (cdiv(queries, vector.ROWS), batch * heads, 1),
-            _work(q, k, v, causal),
-        )
+        _vector_tiles(q, k, v, mask, causal, scale, out, lse)
+
+
+def _vector_tiles(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, out: Tensor, lse: Tensor
+) -> None:
+    batch, heads, queries, _ = q.sizes
+    masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
+    kernel = build(vector.attention_forward, q.dtype, causal, mask.dtype if mask is not None else None)
+    buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
+    scalars = [*_bht(q, out), *mask_strides, *_sizes(q, k, v, causal, scale)]
+    launch(kernel, buffers, scalars, (cdiv(queries, vector.ROWS), batch * heads, 1), _work(q, k, v, causal))
 
 
 def _vector_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+    rows: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     kv_heads, keys = k.sizes[1], k.sizes[2]
+    if rows <= 2:
+        # attention_decode adds in another order: with its sums, the probabilities from these scores would not add up to 1.
+        out, lse = empty(out.sizes, out.dtype), empty(lse.sizes, "f32")
+        _vector_tiles(q, k, v, mask, causal, scale, out, lse)
     masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
     key = (q.dtype, causal, mask.dtype if mask is not None else None)
     tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
     blocks = cdiv(queries, vector.BLOCK)
-    delta = empty((batch * heads, 2, blocks * vector.BLOCK), "f32")
+    delta = empty((batch * heads, 3, blocks * vector.BLOCK), "f32")
     kernel = build(vector.attention_delta, q.dtype)
     launch(kernel, [out, g, lse, delta], [*_bht(out, g), heads, queries, v.sizes[3]], (blocks, batch * heads, 1))
     # Tasks a key head: few heads for the compute units are cut, into parts of at least four blocks of queries and sums of at

@@ -136,7 +136,7 @@ def varlen_backward(
     (_, heads, queries, d), sequences, kv_heads, keys = q.sizes, spans.sizes[0], k.sizes[1], k.sizes[2]
     if t.schedule_class == "vector":
         blocks = cdiv(queries, vector.BLOCK)
-        delta = empty((heads, 2, blocks * vector.BLOCK), "f32")
+        delta = empty((heads, 3, blocks * vector.BLOCK), "f32")
         kernel = build(vector.attention_delta, q.dtype)
         launch(kernel, [out, g, lse, delta], [*_bht(out, g), heads, queries, v.sizes[3]], (blocks, heads, 1))
         most = minimum(cdiv(longest_q, 4 * vector.ROWS), cdiv(1 << 26, kv_heads * keys * (d + v.sizes[3])))

@@ -29,6 +29,14 @@ V exp2v(V x) {  // relative error 2e-7; below -126.5 it is 0, NaN propagates; x 
   return p * as_V(as_U(t) << 23);
 }
 """
+# Constants in two parts: scores of 100 would lose half the digits that a probability has left to a product rounded on the way.
+LOGSUMEXP = r"""
+#define LOG2E 1.44269504f
+#define LOG2E_REST 1.9259630e-8f
+T logsumexp(T top, T sum) {  // natural, from a maximum in base 2 and the sum of powers of 2 less that
+  return top == -INFINITY ? -INFINITY : fma(top, 0.69314718f, fma(top, -1.9046542e-9f, log2(sum) * 0.69314718f));
+}
+"""
 
 
 def column_schedule(s: Schedule | None = None) -> Schedule:
@@ -53,7 +61,7 @@ def pack_rows(target: Target, dtype: str) -> Kernel:
 
 def _module(w: int, dtypes: tuple[str, ...]) -> str:
     exp2 = EXP2.replace("as_V", f"as_float{w}").replace("as_U", f"as_int{w}").replace("convert_U", f"convert_int{w}")
-    return prelude("f32", w, dtypes) + exp2 + "#define LOG2E 1.44269504f\n"
+    return prelude("f32", w, dtypes) + exp2 + LOGSUMEXP
 
 
 def _hmax(w: int) -> str:
@@ -264,7 +272,7 @@ def attention_forward(
   }}
   for (uint r = 0; r < rows; r++) {{
     const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
-    L[q0 + r] = M_[r] == -INFINITY ? -INFINITY : (M_[r] + log2(Z[r])) * 0.69314718f;
+    L[q0 + r] = logsumexp(M_[r], Z[r]);
     __global {POINTEE[dtype]}* o_ = O + (long)(q0 + r) * ot; uint d = 0;
     for (; d + {w}u <= Dv; d += {w}u) STV_{dtype}(o_ + d, load{w}(0, o + d / {nr}u * {mr * nr} + d % {nr}u) * z);
     for (; d < Dv; d++) ST_{dtype}(o_ + d, o[d / {nr}u * {mr * nr} + d % {nr}u] * z);
@@ -369,7 +377,7 @@ def attention_decode(
     }}
   }}
   const T inv = z == 0 ? 0 : 1 / z;
-  L[({"(ulong)get_group_id(2) * get_num_groups(1) + bh" if split else "(ulong)bh"}) * Tq + row] = m == -INFINITY ? -INFINITY : (m + log2(z)) * 0.69314718f;
+  L[({"(ulong)get_group_id(2) * get_num_groups(1) + bh" if split else "(ulong)bh"}) * Tq + row] = logsumexp(m, z);
   for (uint d = 0; d < Dv; d++) ST_{out}(O + d, Os[d] * inv);
 """
     strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
@@ -401,7 +409,8 @@ def attention_decode(
 
 
 def attention_delta(target: Target, dtype: str, width: int | None = None) -> Kernel:
-    """What the backward kernels need of each query: D[B * H, 2, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2 and sum(dO * O), 0 in padding.
+    """What the backward kernels need of each query: D[B * H, 3, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2, what its rounding
+    left, and sum(dO * O); 0 in padding.
 
     Buffers: O, G (gradient of O), L (from the forward), D. Scalars: ob, oh, ot, gb, gh, gt (i64), H, Tq, Dv (u32).
     Grid: (cdiv(Tq, 64), B * H, 1).
@@ -409,17 +418,17 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
     w = block_schedule("f32", width or vector_width()).w
     body = f"""
   const uint bh = get_group_id(1), b = bh / H, h = bh % H, q0 = get_group_id(0) * {BLOCK}u, T_ = get_num_groups(0) * {BLOCK}u;
-  O += (long)b * ob + (long)h * oh; G += (long)b * gb + (long)h * gh; L += (ulong)bh * Tq; D += (ulong)bh * 2 * T_;
+  O += (long)b * ob + (long)h * oh; G += (long)b * gb + (long)h * gh; L += (ulong)bh * Tq; D += (ulong)bh * 3 * T_;
   for (uint t = q0; t < q0 + {BLOCK}u; t++) {{
-    T sum = 0, l = 0;
+    T sum = 0, l = 0, rest = 0;
     if (t < Tq) {{
       V x = (V)(0); uint d = 0; const __global {POINTEE[dtype]}* o = O + (long)t * ot; const __global {POINTEE[dtype]}* g = G + (long)t * gt;
       for (; d + {w}u <= Dv; d += {w}u) x = fma(LDV_{dtype}(o + d), LDV_{dtype}(g + d), x);
       sum = vsum(x);
       for (; d < Dv; d++) sum = fma(LD_{dtype}(o + d), LD_{dtype}(g + d), sum);
-      l = L[t] == -INFINITY ? 0 : L[t] * LOG2E;
+      if (L[t] != -INFINITY) {{ l = L[t] * LOG2E; rest = fma(L[t], LOG2E, -l) + L[t] * LOG2E_REST; }}
     }}
-    D[t] = l; D[T_ + t] = sum;
+    D[t] = l; D[T_ + t] = rest; D[2 * T_ + t] = sum;
   }}
 """
     return finish(
@@ -492,7 +501,7 @@ def attention_backward(
   Kc += (ulong)hx * NPk * D * {nr}; Vc += (ulong)hx * NPk * Dv * {nr};
   {sums}
   for (uint h = hk * group; h < (hk + 1) * group; h++) {{
-    const uint bh = b * H + h; const __global T* Dn = Dl + (ulong)bh * 2 * Td;
+    const uint bh = b * H + h; const __global T* Dn = Dl + (ulong)bh * 3 * Td;
     const __global {POINTEE[dtype]}* Q_ = Q + (long)b * qb + (long)h * qh; const __global {POINTEE[dtype]}* G_ = G + (long)b * gb + (long)h * gh;
     {"const __global " + POINTEE[mask] + "* mask = mask_ + (long)b * mb + (long)h * mh;" if mask else ""}
     {sequences}
@@ -513,9 +522,9 @@ def attention_backward(
           for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r++) {{
             const uint row = min(q0 + r, last); T* S_ = S + r * {BLOCK}; T* P_ = P + r * {BLOCK};
             if (!({_whole(mask, causal, varlen)})) {{ {_masking(mask, causal, w, varlen)} {"for (uint j = 0; j < skip; j++) P_[j] = 0;" if varlen else ""} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
-            const V l = (V)(Dn[row]), delta = (V)(Dn[Td + row]);
+            const V l = (V)(Dn[row]), rest = (V)(Dn[Td + row]), delta = (V)(Dn[2 * Td + row]);
             UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
-              const V p = exp2v(load{w}(j, S_) - l); store{w}(p * (load{w}(j, P_) - delta), j, P_); {f"store{w}(p, j, S_);" if keys else ""}
+              const V p = exp2v(load{w}(j, S_) - l - rest); store{w}(p * (load{w}(j, P_) - delta), j, P_); {f"store{w}(p, j, S_);" if keys else ""}
             }}
             {"if (q0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
           }}
