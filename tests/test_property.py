@@ -331,6 +331,11 @@ def along(x: Tensor, dim: Any) -> int:
     return 1 if not x.ndim else x.shape[dim]
 
 
+def median(x: Tensor, dim: int) -> Tensor:
+    """torch.median; on the CPU of a contiguous copy, because it reads beyond a dimension of stride 0 (torch 2.13)."""
+    return torch.median(x.contiguous() if x.device.type == "cpu" else x, dim).values
+
+
 REDUCTIONS: dict[str, Reduction] = {
     "sum": Reduction(torch.sum, largest, dtypes=INTEGERS),
     "mean": Reduction(torch.mean, lambda x, d, k: x.abs().mean(d, keepdim=k)),
@@ -349,7 +354,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "cumsum": Reduction(lambda x, dim: torch.cumsum(x, dim), lambda x, d, k: 4 * x.abs().cumsum(d), tuples=False, dtypes=INTEGERS, whole=False, keeps=False),
     "sort": Reduction(lambda x, dim: tuple(torch.sort(x, dim=dim, stable=True)), None, tuples=False, dtypes=INTEGERS, whole=False, keeps=False),
     "cummax": Reduction(lambda x, dim: torch.cummax(x, dim).values, None, tuples=False, dtypes=INTEGERS, whole=False, keeps=False),
-    "median": Reduction(lambda x, dim: torch.median(x, dim).values, None, tuples=False, dtypes=INTEGERS, whole=False, keeps=False),
+    "median": Reduction(median, None, tuples=False, dtypes=INTEGERS, whole=False, keeps=False),
 }  # fmt: skip
 
 
