@@ -189,7 +189,7 @@ def conv(
         full = "\n".join(
             f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
             + " ".join(
-                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} STV_{dtype}({at}col, x); }}"
+                f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w, True)} STV_{dtype}({at}col, x); }}"
                 for v in range(nv)
             )
             + " }"
@@ -207,16 +207,17 @@ def conv(
         ""
         if not contiguous
         else (
-            f"for (; j + {w}u <= n; j += {w}u) {{ const uint col = n0 + j; V x = load{w}(0, t_ + r * {nr} + j); {ep.apply('x', 'row', 'col', w)} "
+            f"for (; j + {w}u <= n; j += {w}u) {{ const uint col = n0 + j; V x = load{w}(0, t_ + r * {nr} + j); {ep.apply('x', 'row', 'col', w, True)} "
             f"STV_{dtype}({at}col, x); }}"
         )
     )
     edge = (
         f"{{ {to_tile} for (uint r = 0; r < rows; r++) {{ const uint row = m0 + r; uint j = 0; {vector} for (; j < n; j++) {{ "
-        f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1)} ST_{dtype}({at}{pos}, x); }} }} }}"
+        f"T x = t_[r * {nr} + j]; {ep.apply('x', 'row', pos, 1, True)} ST_{dtype}({at}{pos}, x); }} }} }}"
     )
+    arrays, fold = ep.fold(mc)
     body = f"""
-  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}]; bool runs[{PIXELS // nr}]; {"" if contiguous else f"long place[{PIXELS}];"}
+  T Bb[{kc * PIXELS}]; T Ct[{mc * PIXELS}]; uint off[{PIXELS}]; uint ko[{kc}]; bool runs[{PIXELS // nr}]; {arrays} {"" if contiguous else f"long place[{PIXELS}];"}
   const uint N_ = OD * OH * OW, MP = (M + {mr - 1}u) / {mr}u, NP = (N_ + {nr - 1}u) / {nr}u;
   const uint p0 = (ulong)MP * get_group_id(1) / get_num_groups(1), p1 = (ulong)MP * (get_group_id(1) + 1) / get_num_groups(1);
   const uint q0 = (ulong)NP * get_group_id(0) / get_num_groups(0), q1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
@@ -232,6 +233,7 @@ def conv(
     }}
     for (uint p = p0; p < p1; p += {mc // mr}u) {{
       const uint pe = min(p + {mc // mr}u, p1);
+      {fold(f"g * M + p * {mr}u", f"g * M + min(pe * {mr}u, M)")}
       uint k0 = 0, kx = 0, ky = 0, kz = 0, c_ = 0;  // taps are counted: four divisions each would be a twentieth of the time
       do {{
         const uint kn = min({kc}u, K - k0); const bool first = k0 == 0, last = k0 + kn >= K;

@@ -163,11 +163,63 @@ class Epilogue:
         t = compute if compute in ("f64", "i64", "i32") else "f32"
         return [("alpha" if s == "alpha" else "beta", t) for s in self.steps if s == "alpha" or s[0] == "beta"]
 
-    def apply(self, x: str, row: str, col: str, m: int) -> str:
-        """Statements that turn variable x (V at width m > 1, else T) at (row, col...) into the result."""
+    @property
+    def folded(self) -> tuple[int, str]:
+        """How many of the first steps are one multiply-add by numbers of the row ("m") or of the column ("n"), where a square root is
+        among them that every element would repeat otherwise (batch norm), and which of the two; else (0, "")."""
+        along, count = "", 0
+        for s in self.steps:
+            if isinstance(s, str):
+                if not is_constant(s):
+                    break
+            elif s[2] not in ("m", "n") or s[2] != (along or s[2]) or s[0] == "beta":
+                break
+            else:
+                along = s[2]
+            count += 1
+        return (count, along) if any(s[0].startswith("rsqrt") for s in self.steps[:count]) else (0, "")
+
+    def fold(self, size: int) -> tuple[str, Callable[[str, str], str]]:
+        """For a kernel that treats up to `size` rows (or columns, as `folded` says) at a time: the declarations, and the statements that
+        compute the multiply-adds from one on up to another, after which `apply` may be called for these."""
+        count, along = self.folded
+        if not count:
+            return "", lambda begin, end: ""
+        out, i = [], 0
+        for s in self.steps[:count]:
+            if isinstance(s, str):
+                v = f"(T){number(s)!r}f"
+            else:
+                v = f"LD_{s[1]}(e{i} + " + (f"(long)f_ * e{i}m)" if along == "m" else "f_)")
+                i += 1
+            kind = s if isinstance(s, str) else s[0]
+            if kind.startswith("rsqrt"):
+                out.append(f"{{ const T v_ = {combine(kind, '(T)1', v, 'rsqrt')}; s_ *= v_; h_ *= v_; }}")
+            elif kind.startswith("mul"):
+                out.append(f"{{ const T v_ = {v}; s_ *= v_; h_ *= v_; }}")
+            else:
+                out.append(f"h_ = {combine(kind, 'h_', v)};")
+        body = f"T s_ = 1, h_ = 0; {' '.join(out)} scale_[f_ - fold_] = s_; shift_[f_ - fold_] = h_;"
+        return (
+            f"T scale_[{size}]; T shift_[{size}]; uint fold_ = 0;",
+            lambda begin, end: f"fold_ = {begin}; for (uint f_ = {begin}; f_ < {end}; f_++) {{ {body} }}",
+        )
+
+    def apply(self, x: str, row: str, col: str, m: int, folded: bool = False) -> str:
+        """Statements that turn variable x (V at width m > 1, else T) at (row, col...) into the result. folded: the kernel has done what
+        `fold` says."""
         out, i = [], 0
         t = "V" if m > 1 else "T"
-        for s in self.steps:
+        count, along = self.folded if folded else (0, "")
+        if count:
+            at = f"{row if along == 'm' else col} - fold_"
+            scale, shift = (
+                f"load{m}(0, {a} + {at})" if m > 1 and along == "n" else f"({t})({a}[{at}])"
+                for a in ("scale_", "shift_")
+            )
+            out.append(f"{x} = FMA({x}, {scale}, {shift});")
+            i = sum(not isinstance(s, str) for s in self.steps[:count])
+        for s in self.steps[count:]:
             if s == "alpha":
                 out.append(f"{x} *= ({t})((T)alpha);")
             elif isinstance(s, str) and is_constant(s):
@@ -209,20 +261,20 @@ def module(compute: str, w: int, dtypes: tuple[str, ...], epilogue: Epilogue | N
     return prelude(compute, w, (*dtypes, *extra)) + (math_functions(w) if epilogue and epilogue.needs_math() else "")
 
 
-def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int) -> str:
-    """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]."""
+def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int, folded: bool = False) -> str:
+    """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]. folded: as `apply` takes it."""
     at = "C + (long)(row_) * cm + col_" if c_layout == "n" else "C + (long)(row_) * cm + (long)(col_) * cn"
     vec = (
         ""
         if c_layout != "n"
         else (
-            f"for (; j_ + {w} <= n_; j_ += {w}) {{ const uint col_ = (col0) + j_; V x_ = load{w}(0, (p) + j_); {ep.apply('x_', 'row_', 'col_', w)} "
+            f"for (; j_ + {w} <= n_; j_ += {w}) {{ const uint col_ = (col0) + j_; V x_ = load{w}(0, (p) + j_); {ep.apply('x_', 'row_', 'col_', w, folded)} "
             f"STV_{out_dtype}({at}, x_); }} "
         )
     )
     text = (
         f"{{ const uint row_ = (row0), n_ = (n0); uint j_ = 0; {vec}for (; j_ < n_; j_++) {{ const uint col_ = (col0) + j_; T x_ = (p)[j_]; "
-        f"{ep.apply('x_', 'row_', 'col_', 1)} ST_{out_dtype}({at}, x_); }} }}"
+        f"{ep.apply('x_', 'row_', 'col_', 1, folded)} ST_{out_dtype}({at}, x_); }} }}"
     )
     return "#define STORE_ROW(p, row0, col0, n0) " + text.replace("\n", " ") + "\n"
 
@@ -439,7 +491,7 @@ def gemm(
     vec_store = "\n".join(
         f"if ({r}u < rows) {{ const uint row = m0 + {r}u; "
         + " ".join(
-            f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w)} "
+            f"{{ const uint col = n0 + {v * w}u; V x = c{r}_{v}; {ep.apply('x', 'row', 'col', w, True)} "
             f"STV_{out}(C + (long)row * cm + col, x); }}"
             for v in range(nv)
         )
@@ -465,10 +517,15 @@ def gemm(
   int begin = 0, end = 0;
   for (uint g = 0; g <= get_group_id(2); g++) {{ begin = end; end = clamp(offs[g], begin, (int){"ALL_M" if grouped == "rows" else "K"}); }}
 """
+    by_row = ep.folded[1] == "m"
+    arrays, fold = ep.fold(s.mc if by_row else s.nc)
+    fold_rows = fold(f"p * {mr}u", f"min(pe * {mr}u, M)") if by_row else ""
+    fold_columns = "" if by_row else fold(f"q0 * {nr}u", f"min((q0 + qn) * {nr}u, N)")
     if grouped == "rows":
-        cut += "  A += (long)begin * am; C += (long)begin * cm; const uint M = end - begin;\n"
+        moved = "".join(f" e{i} += (long)begin * e{i}m;" for i, _, _, shape in ep.operands if shape != "n")
+        cut += f"  A += (long)begin * am; C += (long)begin * cm;{moved} const uint M = end - begin;\n"
     body = f"""{cut}
-  T Ab[{s.mc * s.kc + 16}]; T Ct[{s.mc * s.nc}]; {"" if packed else f"T Bb[{s.kc * nr}];"}
+  T Ab[{s.mc * s.kc + 16}]; T Ct[{s.mc * s.nc}]; {"" if packed else f"T Bb[{s.kc * nr}];"} {arrays}
   const uint MP = (M + {mr - 1}u) / {mr}u, NP = (N + {nr - 1}u) / {nr}u;{tasks}
   const uint pn0 = (ulong)NP * get_group_id(1) / get_num_groups(1), pn1 = (ulong)NP * (get_group_id(1) + 1) / get_num_groups(1);
   A += (long)get_group_id(2) * ab; B += (long)get_group_id(2) * bb; C += (long)get_group_id(2) * cb;
@@ -477,8 +534,10 @@ def gemm(
   const uint ps = balanced(p1 - p0, {s.mc // mr}u), qs = balanced(pn1 - pn0, {s.nc // nr}u);
   for (uint p = p0; p < p1; p += ps) {{
     const uint pe = min(p + ps, p1);
+    {fold_rows}
     for (uint q0 = pn0; q0 < pn1; q0 += qs) {{
       const uint qn = min(qs, pn1 - q0);
+      {fold_columns}
       uint k0 = kb;
       do {{
         const uint kc = min({s.kc}u, ke - k0); const bool first = k0 == kb, last = k0 + kc >= ke;
@@ -531,7 +590,7 @@ def gemm(
         name,
         [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers, *offs],
         [*scalars, ("ALL_M" if grouped == "rows" else "M", "u32"), ("N", "u32"), ("K", "u32")],
-        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + BALANCED + store_rows(ep, out, c_layout, w),
+        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + BALANCED + store_rows(ep, out, c_layout, w, True),
         body,
     )
 
