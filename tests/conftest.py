@@ -12,18 +12,13 @@ import pytest
 import torch
 
 import torch_spiral  # noqa: F401
+from torch_spiral.testing.devices import compare_with_cpu, engines
 
-torch.backends.cudnn.allow_tf32 = False  # on by default, and Triton's convolutions follow it: the CPU's have all digits
-
-
-def _one_device_per_engine() -> dict[str, int]:
-    found: dict[str, int] = {}
-    for index in range(torch.spiral.device_count()):
-        found.setdefault(torch.spiral.get_device_properties(index).engine, index)
-    return found
+compare_with_cpu()
 
 
-ENGINES = _one_device_per_engine()
+# The index of the first device of each engine.
+ENGINES = {name: device.index for name, device in engines().items()}
 
 
 def pytest_addoption(parser):

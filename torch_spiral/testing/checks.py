@@ -19,12 +19,10 @@ from typing import Any
 import torch
 
 # The backend must have its name before upstream's helpers look for it.
-from torch_spiral.testing.devices import spiral_available
+from torch_spiral.testing.devices import compare_with_cpu, spiral_available
 
 spiral_available()
-# On by default, and Triton's convolutions follow it: the CPU's have all digits. Upstream's helpers freeze such flags.
-if torch.backends.cudnn.allow_tf32:
-    torch.backends.cudnn.allow_tf32 = False
+compare_with_cpu()
 
 from torch.testing import assert_close  # noqa: E402
 from torch.testing._internal import common_methods_invocations  # noqa: E402

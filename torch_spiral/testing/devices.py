@@ -69,3 +69,12 @@ def fallbacks() -> int:
     """Calls that ran on the CPU for want of a kernel, so far."""
     module = getattr(torch, "spiral", None)
     return sum(module.fallbacks().values()) if module is not None else 0
+
+
+def compare_with_cpu() -> None:
+    """Turns off tf32 in convolutions, which is on by default and which Triton's follow: the CPU's have all digits.
+
+    Before upstream's test helpers are imported, as they freeze such flags.
+    """
+    if torch.backends.cudnn.allow_tf32:
+        torch.backends.cudnn.allow_tf32 = False

@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_spiral.testing.devices import spiral_available
+from torch_spiral.testing.devices import compare_with_cpu, spiral_available
 
 RESULTS = Path(os.environ["SPIRAL_UPSTREAM_RESULTS"])
 ENGINE, DEVICE = os.environ["SPIRAL_UPSTREAM_ENGINE"], os.environ["SPIRAL_UPSTREAM_DEVICE"]
 
 if DEVICE == "spiral" and not spiral_available():
     raise pytest.UsageError("no spiral device here: `python -m torch_spiral` says what is missing")
+compare_with_cpu()
 
 from torch.testing._internal.common_device_type import PrivateUse1TestBase  # noqa: E402
 
 from torch_spiral.testing.upstream import expected_names  # noqa: E402
-
-torch.backends.cudnn.allow_tf32 = False  # on by default, and Triton's convolutions follow it: the CPU's have all digits
 
 if os.environ["SPIRAL_UPSTREAM_BYPASS"]:
     PrivateUse1TestBase.bypass_device_restrictions = True
