@@ -479,6 +479,32 @@ else:
         expected = torch.stack([a[:, i:j] @ b[i:j] for i, j in spans])
         torch.testing.assert_close(c, expected, rtol=1e-4, atol=1e-4)
 
+    def test_grouped_gemm_of_float8():
+        """Scales of the rows of the whole matrix and of the columns of each group; then of rows and columns of each group."""
+        ends, k, n, s = [5, 5, 40, 60], 48, 33, gemm.Schedule(16, 16, 32, 4, 1)
+        offs, spans = torch.tensor(ends, dtype=torch.int32), list(zip([0, *ends[:-1]], ends))
+
+        def kernel(cut):
+            epilogue = Epilogue((("mul", "f32", "m"), ("mul", "f32", "n")))
+            return gemm.gemm(TARGET, s, "f8e4m3fn", "f8e4m3fn", "f32", "n", "t", "n", "", False, epilogue, grouped=cut)
+
+        a, b = torch.randn(63, k).to(torch.float8_e4m3fn), torch.randn(4, n, k).to(torch.float8_e4m3fn)
+        rows, columns, c = torch.rand(63), torch.rand(4, n), torch.full((63, n), 7.0)
+        values = [0, b.stride(0), 0, k, k, n, 0, 1, n, 63, n, k, 4]
+        run(kernel("rows"), [a, b, rows, columns, c, offs], values, gemm.grouped_groups(s, 63, n, 4))
+        expected = [
+            (a[i:j].float() * rows[i:j, None]) @ (b[g].float().mT * columns[g]) for g, (i, j) in enumerate(spans)
+        ]
+        torch.testing.assert_close(c[:60], torch.cat(expected), rtol=1e-4, atol=1e-4)
+        assert (c[60:] == 7).all()
+        a, b = torch.randn(19, 63).to(torch.float8_e4m3fn), torch.randn(n, 63).to(torch.float8_e4m3fn)
+        rows, c = torch.rand(4, 19), torch.full((4, 19, n), 7.0)
+        values = [0, 0, 19 * n, 63, 63, n, 19, 1, n, 19, n, 63, 4]
+        run(kernel("k"), [a, b, rows, columns, c, offs], values, gemm.groups(s, 19, n, 4))
+        a, b = a.float(), b.float().mT
+        expected = [(a[:, i:j] * rows[g][:, None]) @ (b[i:j] * columns[g]) for g, (i, j) in enumerate(spans)]
+        torch.testing.assert_close(c, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
     def test_gemm_of_int8():
         a, b = (
             torch.randint(-128, 128, (20, 70), dtype=torch.int8),

@@ -93,6 +93,7 @@ FLOAT8_OPS = frozenset(
     [
         "copy_stub", "fill_stub", "spiral::foreach_copy_", "eq_stub", "ne_stub", "equal", "abs_stub", "where_kernel", "cat",
         "index_stub", "index_select", "index_put_stub", "flip_stub", "roll", "spiral::eye_", "mm", "_scaled_mm",
+        "_scaled_grouped_mm",
     ]
 )  # fmt: skip
 

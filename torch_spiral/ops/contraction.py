@@ -110,16 +110,10 @@ def product(
     for kind, x in [*([("beta", add[1])] if add else []), *terms]:
         if x is None:
             steps.append(kind)
-            continue
-        x = broadcast(x, out.sizes)
-        if x.is_conj or x.is_neg:
-            x = contiguous(x)
-        rows, cols = x.strides[1], x.strides[2]
-        shape = "n" if is_zero(rows) and is_one(cols) else "m" if is_zero(cols) else "mn" if is_one(cols) else "s"
-        if shape in ("n", "mn") and not _unit(out, 2):
-            shape = "s"
-        steps.append((kind, x.dtype, shape))
-        operands.append(x)
+        else:
+            step, x = _epilogue_step(kind, broadcast(x, out.sizes), out)
+            steps.append(step)
+            operands.append(x)
     if add is not None:
         factors.append(add[0])
     if activation is not None:
@@ -130,6 +124,17 @@ def product(
     else:
         by_class = {"vector": _vector_product, "simt": _simt_product}
         by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
+
+
+def _epilogue_step(kind: str, x: Tensor, out: Tensor) -> tuple[tuple[str, str, str], Tensor]:
+    """The step of an Epilogue that takes x, of the sizes of out's items, and x as it is read."""
+    if x.is_conj or x.is_neg:
+        x = contiguous(x)
+    rows, cols = x.strides[1], x.strides[2]
+    shape = "n" if is_zero(rows) and is_one(cols) else "m" if is_zero(cols) else "mn" if is_one(cols) else "s"
+    if (shape == "mn" or (shape == "n" and target().schedule_class != "vector")) and not _unit(out, 2):
+        shape = "s"
+    return (kind, x.dtype, shape), x
 
 
 def _in_order(x: Tensor, dtype: str) -> Tensor:
@@ -221,14 +226,23 @@ def _complex_addmm(x: Any, bias: Any, ar: Any, ai: Any, br: Any, bi: Any) -> Any
     return ir.where(zero, scaled, scaled + bias * beta)
 
 
-def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -> None:
-    """out[g] = a[g] @ b[g], where the ends offs [G] (int32, contiguous) cut groups out of one matrix on the device.
+def grouped_product(
+    a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str, terms: Sequence[tuple[str, Tensor]] = (), fast: bool = False,
+) -> None:  # fmt: skip
+    """out[g] = a[g] @ b[g], then terms in order, where the ends offs [G] (int32, contiguous) cut groups out of one matrix on the device.
 
     cut "rows": a [1, M, K] and out [1, M, N] by rows, b [G, K, N]; rows behind the last end stay as they are. "k": a [1, M, K] and
-    b [1, K, N] along the reduction, out [G, M, N]. Floats of 16 or 32 bits, any strides."""
+    b [1, K, N] along the reduction, out [G, M, N]. Floats of 16 or 32 bits, any strides; float8 (a's rows and b's columns of unit
+    stride), whose sums are float32, or with `fast` of the tensor cores' precision. terms: ("add" or "mul", a tensor [G, M, N], read
+    at the rows of the whole matrix)."""
     if out.is_empty:
         return
     t = target()
+    narrow = a.dtype in FLOAT8
+    if narrow and not block.multiplies_float8(t, a.dtype, b.dtype):
+        a, b, narrow = _in_order(a, "f16"), _in_order(b, "f16"), False  # which holds each number of 8 bits
+    found = [_epilogue_step(kind, x, out) for kind, x in terms]
+    epilogue, operands = Epilogue(tuple(step for step, _ in found)), [x for _, x in found]
     count, m, k, n = offs.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
 
     def work() -> Any:
@@ -241,13 +255,14 @@ def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -
         units, s = t.compute_units, vector.schedule()
         a_strides, c_strides = [0, *a.strides[1:]], [_batch_stride(out), *out.strides[1:]]
         if cut == "k":
-            kernel = build(vector.gemm, a.dtype, b.dtype, out.dtype, a_layout, "n", c_layout, Epilogue(), False, s, cut)
-            scalars = [*a_strides, 0, b.strides[1], *c_strides, m, n, k]
-            launch(kernel, [a, b, out, offs], scalars, vector.gemm_groups(s, m, n, count, units), work)
+            kernel = build(vector.gemm, a.dtype, b.dtype, out.dtype, a_layout, "n", c_layout, epilogue, False, s, cut)
+            scalars = [*a_strides, 0, b.strides[1], *c_strides, *_epilogue_strides(epilogue, operands), m, n, k]
+            launch(kernel, [a, b, out, *operands, offs], scalars, vector.gemm_groups(s, m, n, count, units), work)
             return
         p, stride = _panels(b, s, "f32")
-        kernel = build(vector.gemm, a.dtype, "f32", out.dtype, a_layout, "packed", c_layout, Epilogue(), False, s, cut)
-        launch(kernel, [a, p, out, offs], [*a_strides, stride, 0, *c_strides, m, n, k], (units, 1, count), work)
+        kernel = build(vector.gemm, a.dtype, "f32", out.dtype, a_layout, "packed", c_layout, epilogue, False, s, cut)
+        scalars = [*a_strides, stride, 0, *c_strides, *_epilogue_strides(epilogue, operands), m, n, k]
+        launch(kernel, [a, p, out, *operands, offs], scalars, (units, 1, count), work)
         return
     a_layout = "n" if _unit(a, 2) else "t" if _unit(a, 1) else "s"
     b_layout = "n" if _unit(b, 2) else "t" if _unit(b, 1) else "s"
@@ -255,11 +270,11 @@ def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -
     batch = 1 if is_one(count) else 1 << bucket(count)
     rows = (1 << bucket(m)) // batch if cut == "rows" else 1 << bucket(m)
     if t.schedule_class == "block":
-        precision = dot_precision(a.dtype)
+        precision = ("fast" if fast else "") if narrow else dot_precision(a.dtype)
         schedule = block.schedule(t, a.dtype, precision, max(rows, 1), 1 << bucket(n), batch)
         schedule = replace(schedule, persistent=False)
         kernel = build(
-            block.gemm, schedule, a.dtype, b.dtype, out.dtype, *layouts, precision, False, Epilogue(), False, False, cut
+            block.gemm, schedule, a.dtype, b.dtype, out.dtype, *layouts, precision, False, epilogue, False, False, cut
         )
         strides = {
             "ab": 0,
@@ -271,21 +286,25 @@ def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -
         }
         strides |= {"cb": _batch_stride(out), "cm": out.strides[1], "cn": out.strides[2], "m": m, "n": n, "k": k}
         named = [(kind, strides[name]) for name, kind in block.gemm_scalars(*layouts, False)]
+        named += [("i64", v) for v in _epilogue_strides(epilogue, operands)]
         if cut == "rows":
             groups = block.grouped_groups(schedule, m, n, count)
         else:
             groups = block.groups(schedule, m, n, count)
-        launch(kernel, [a, b, out, offs], _ordered(None, [*named, ("i32", count)]), groups, work)
+        launch(kernel, [a, b, *operands, out, offs], _ordered(None, [*named, ("i32", count)]), groups, work)
         return
     simt_schedule = simt.default_schedule(t, a.dtype, max(rows, 1).bit_length() - 1, bucket(n))
     # A group starts at any row, or anywhere along the reduction: no vectors of four along it.
     uncut = {"rows": ("n", "nt"), "k": ("t", "n")}[cut]
     vec_a = a_layout in uncut[0] and _aligned4(a, 2 if a_layout == "n" else 1, (1 if a_layout == "n" else 2,))
     vec_b = b_layout in uncut[1] and _aligned4(b, 2 if b_layout == "n" else 1, (0, 1 if b_layout == "n" else 2))
-    vec_c = layouts[2] == "n" and _aligned4(out, 2, (0, 1))
+    vec_c = layouts[2] == "n" and all(
+        _aligned4(x, 2, (0, 1))
+        for x in (out, *(x for (_, _, shape), x in zip(epilogue.steps, operands) if shape in ("n", "mn")))
+    )
     full_k = cut == "rows" and divisible_by(k, 16) and simt_schedule.tile_k <= 16
     kernel = build(
-        simt.gemm, simt_schedule, a.dtype, out.dtype, *layouts, vec_a, vec_b, vec_c, full_k, False, Epilogue(), b.dtype,
+        simt.gemm, simt_schedule, a.dtype, out.dtype, *layouts, vec_a, vec_b, vec_c, full_k, False, epilogue, b.dtype,
         (a.windows, b.windows), cut,
     )  # fmt: skip
     scalars = [
@@ -299,12 +318,13 @@ def grouped_product(a: Tensor, b: Tensor, out: Tensor, offs: Tensor, cut: str) -
         *b.strides[1:],
         _batch_stride(out),
         *out.strides[1:],
+        *_operand_strides(operands),
     ]
     if cut == "rows":
         groups = simt.grouped_groups(simt_schedule, m, n, count, minimum)
     else:
         groups = simt.groups(simt_schedule, m, n, count, 1, minimum)
-    launch(kernel, [a, b, out, offs], scalars, groups, work)
+    launch(kernel, [a, b, *operands, out, offs], scalars, groups, work)
 
 
 # ---- vector: OpenCL on CPUs -------------------------------------------------------------------------------------------

@@ -8,15 +8,20 @@ from .common import contiguous, fill
 from .contraction import grouped_product, matrix, product
 
 
-def _result(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
-    """The result, its rows padded to 16 bytes, as upstream's are."""
+def grouped_result(a: Tensor, b: Tensor, offs: Tensor | None, dtype: str) -> Tensor:
+    """The result, its rows padded to 16 bytes, as upstream's are; a RuntimeError where the groups differ in number."""
+    if offs is None:
+        check(eq(a.sizes[0], b.sizes[0]), "RuntimeError", "batched dimension has to match")
+    elif a.ndim != b.ndim:
+        groups = (a if a.ndim == 3 else b).sizes[0]
+        check(eq(offs.sizes[0], groups), "RuntimeError", "matrix batch sizes have to match")
     sizes = [a.sizes[-2], b.sizes[-1]]
     if a.ndim == b.ndim:
         sizes.insert(0, a.sizes[0] if offs is None else offs.sizes[0])
-    unit = 16 // DTYPES[a.dtype].size
+    unit = 16 // DTYPES[dtype].size
     row = cdiv(sizes[-1], unit) * unit
     strides = [row, 1] if len(sizes) == 2 else [sizes[1] * row, row, 1]
-    return empty(sizes, a.dtype, strides)
+    return empty(sizes, dtype, strides)
 
 
 @lowering("_grouped_mm")
@@ -56,12 +61,7 @@ def grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Tensor | N
         offs = contiguous(offs)
     check(bias is None, "RuntimeError", "Bias not supported yet")
     check(out_dtype in (None, self.dtype), "RuntimeError", "Grouped gemm output dtype must match `mat_a` dtype")
-    if offs is None:
-        check(eq(self.sizes[0], mat2.sizes[0]), "RuntimeError", "batched dimension has to match")
-    elif self.ndim != mat2.ndim:
-        groups = (self if self.ndim == 3 else mat2).sizes[0]
-        check(eq(offs.sizes[0], groups), "RuntimeError", "matrix batch sizes have to match")
-    out = _result(self, mat2, offs)
+    out = grouped_result(self, mat2, offs, self.dtype)
     if is_zero(self.sizes[-1]):
         if not out.is_empty:
             fill(out, 0)
