@@ -7,6 +7,7 @@
 #include "runtime/engine.h"
 #include "runtime/fork.h"
 #include "runtime/kernel_cache.h"
+#include "runtime/library.h"
 
 #include <c10/util/Exception.h>
 
@@ -16,11 +17,6 @@
 #include <mutex>
 #include <utility>
 
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
 
 namespace spiral {
 namespace {
@@ -51,22 +47,6 @@ std::string describe(const Api& api, Result code) {
     const Result code_ = (expression);                                                                                \
     TORCH_CHECK(code_ == kSuccess, api_.dialect->label, ": ", __VA_ARGS__, ": ", describe(api_, code_));              \
   } while (false)
-
-void* open_library(const char* name) {
-#ifdef _WIN32
-  return reinterpret_cast<void*>(LoadLibraryA(name));
-#else
-  return dlopen(name, RTLD_NOW | RTLD_LOCAL);
-#endif
-}
-
-void* find_symbol(void* library, const char* name) {
-#ifdef _WIN32
-  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
-#else
-  return dlsym(library, name);
-#endif
-}
 
 // The functions of a driver, loaded once and never unloaded. Null, with `why`, where there is no driver.
 const Api* load_api(const Dialect& dialect, std::string& why) {

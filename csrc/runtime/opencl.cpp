@@ -2,6 +2,7 @@
 #include "runtime/engine.h"
 #include "runtime/fork.h"
 #include "runtime/kernel_cache.h"
+#include "runtime/library.h"
 #include "runtime/opencl_api.h"
 
 #include <c10/util/Exception.h>
@@ -14,11 +15,6 @@
 #include <mutex>
 #include <sstream>
 
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
 #ifdef __linux__
 #include <sched.h>
 #include <unistd.h>
@@ -95,22 +91,6 @@ std::string describe(cl_int code) { return std::string(error_name(code)) + " (" 
 bool is_out_of_memory(cl_int code) {
   return code == CL_MEM_OBJECT_ALLOCATION_FAILURE || code == CL_OUT_OF_RESOURCES || code == CL_OUT_OF_HOST_MEMORY ||
          code == CL_INVALID_BUFFER_SIZE;
-}
-
-void* open_library(const std::string& name) {
-#ifdef _WIN32
-  return reinterpret_cast<void*>(LoadLibraryA(name.c_str()));
-#else
-  return dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
-#endif
-}
-
-void* find_symbol(void* library, const char* name) {
-#ifdef _WIN32
-  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
-#else
-  return dlsym(library, name);
-#endif
 }
 
 // The functions of the library, loaded once and never unloaded: drivers keep threads. Null, with `why`, where it fails.

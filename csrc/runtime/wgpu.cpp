@@ -12,17 +12,15 @@
 // - Buffers are released, never destroyed: recorded commands hold references, so a free needs no waiting.
 // - One buffer as both read and read_write in a dispatch is refused: every binding is read_write, but the parameter block's.
 // - Copies need multiples of 4 and two different buffers: two small kernels, fill and copy, do what is left.
-#include "engine.h"
-#include "fork.h"
-#include "kernel_cache.h"
+#include "runtime/engine.h"
+#include "runtime/fork.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/library.h"
 
 #include <c10/util/Exception.h>
 #include <wgpu.h>
 
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <dlfcn.h>
+#ifndef _WIN32
 #include <unistd.h>
 #endif
 
@@ -96,25 +94,6 @@ void log(WGPULogLevel, WGPUStringView message, void*) {
   std::fprintf(stderr, "torch_spiral: wgpu: %s\n", text(message).c_str());
 }
 
-void* open_library(const std::string& path, std::string& error) {
-#ifdef _WIN32
-  void* library = reinterpret_cast<void*>(LoadLibraryA(path.c_str()));
-  if (!library) error = "LoadLibrary failed with code " + std::to_string(GetLastError());
-#else
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library) error = dlerror();
-#endif
-  return library;
-}
-
-void* find_function(void* library, const char* name) {
-#ifdef _WIN32
-  return reinterpret_cast<void*>(GetProcAddress(reinterpret_cast<HMODULE>(library), name));
-#else
-  return dlsym(library, name);
-#endif
-}
-
 // Loaded once; never unloaded, since drivers start threads. nullptr and `why` where it can't be used.
 const Api* load(const std::string& path, std::string& why) {
   static std::mutex mutex;
@@ -128,14 +107,14 @@ const Api* load(const std::string& path, std::string& why) {
     return nullptr;
   }
   std::string error;
-  void* library = open_library(path, error);
+  void* library = open_library(path, &error);
   if (!library) {
     why = path + " does not load (" + error + "); reinstall it: pip install --force-reinstall \"wgpu>=0.32\"";
     return nullptr;
   }
   auto api = std::make_unique<Api>();
 #define X(name)                                                                                   \
-  api->name = reinterpret_cast<decltype(api->name)>(find_function(library, "wgpu" #name));        \
+  api->name = reinterpret_cast<decltype(api->name)>(find_symbol(library, "wgpu" #name));        \
   if (!api->name) {                                                                               \
     why = path + " has no function wgpu" #name "; install wgpu 0.32 and build torch_spiral again"; \
     return nullptr;                                                                               \
