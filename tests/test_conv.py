@@ -105,3 +105,49 @@ def test_images_of_few_pixels(device, x_shape, w_shape, kwargs, channels_last):
         pytest.skip("two dimensions")
     torch.manual_seed(0)
     check_convolution(device, x_shape, w_shape, kwargs, channels_last)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed", "expanded"])
+@pytest.mark.parametrize("padding", [0, 1, (2, 1)])
+def test_tiles(device, layout, padding):
+    """3x3 with many channels of both sides and pixels enough for Winograd's algorithm on CPUs."""
+    torch.manual_seed(len(layout))
+    x, w, b = torch.randn(2, 70, 12, 17), torch.randn(33, 70, 3, 3) / 10, torch.randn(33)
+    if layout == "expanded":
+        x = x[:1, :, :1].expand(2, 70, 12, 17)
+    want = gradients(torch.nn.functional.conv2d, [t.double() for t in (x, w, b)], padding=padding)
+    on_device = x.to(device)
+    if layout == "channels_last":
+        on_device = on_device.to(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        on_device = torch.nn.functional.pad(x, (3, 2)).to(device)[..., 3:-2]
+    elif layout == "transposed":
+        on_device = x.transpose(2, 3).contiguous().to(device).transpose(2, 3)
+    with torch.spiral.telemetry() as t:
+        got = gradients(torch.nn.functional.conv2d, [on_device, w.to(device), b.to(device)], padding=padding)
+    check(got, want, 2e-6)
+    if torch.spiral.get_device_properties(device).schedule_class == "vector" and layout != "channels_last":
+        names = [x.kernel for x in t.launches]
+        count = 2 if padding == 1 else 1  # forward, gradient for the input; not with a border of two pixels
+        assert sum(n.startswith("vector_winograd_f32") for n in names) == count, names
+
+
+def test_tiles_follow_a_written_weight(device):
+    """The transformed filters are kept until their weight is written."""
+    torch.manual_seed(0)
+    x, w = torch.randn(1, 32, 16, 9).to(device), (torch.randn(32, 32, 3, 3) / 10).to(device)
+    for _ in range(3):
+        want = torch.nn.functional.conv2d(x.cpu().double(), w.cpu().double(), padding=1)
+        for _ in range(2):
+            check([torch.nn.functional.conv2d(x, w, padding=1)], [want], 2e-6)
+        w.mul_(-1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_of_narrow_dtypes(device, dtype):
+    torch.manual_seed(0)
+    x, w, b = (t.to(dtype) for t in (torch.randn(1, 32, 14, 14), torch.randn(40, 32, 3, 3) / 10, torch.randn(40)))
+    want = torch.nn.functional.conv2d(x.double(), w.double(), b.double(), padding=1)
+    got = torch.nn.functional.conv2d(x.to(device), w.to(device), b.to(device), padding=1)
+    assert got.dtype == dtype
+    check([got], [want], torch.finfo(dtype).eps)

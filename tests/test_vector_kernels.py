@@ -13,6 +13,7 @@ from kernel_runner import run, targets
 from torch_spiral.kernels.vector import attention as A
 from torch_spiral.kernels.vector import conv as C
 from torch_spiral.kernels.vector import gemm as G
+from torch_spiral.kernels.vector import winograd as W
 
 TARGET = targets().get("opencl-vector")
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64,
@@ -537,6 +538,50 @@ def test_conv_backward(case):
            [c.co * math.prod(padded), c.c * math.prod(i), math.prod(i), i[1] * i[2], i[2], 1, c.cg, c.groups,
             *i, *k, *padded, 1, 1, 1, *c.dilation, c.m * c.kv, c.m], (2, 2, c.n * c.groups))  # fmt: skip
     close(values(dx, x.shape), x.grad, EPS["f32"])
+
+
+WINOGRAD = [
+    # images, channels, output channels, height, width, batch norm
+    (3, 33, 37, 7, 7, True),
+    (1, 300, 140, 5, 9, False),  # more channels than a task keeps, of both
+    (2, 16, 20, 12, 57, True),
+    (1, 2, 3, 1, 256, False),
+]
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("case", WINOGRAD, ids=str)
+def test_winograd(case, flip, width):
+    """Any grid; flipped filters with exchanged channels are the gradient for the input."""
+    n, c, m, h, w, normalised = case
+    s = W.schedule(width)
+    x, weight = make((n, c, h, w), "f32"), make((c, m, 3, 3) if flip else (m, c, 3, 3), "f32")
+    th, tw = cdiv(h, 2), cdiv(w, 2)
+    X = F.pad(x, (1, 2 * tw + 1 - w, 1, 2 * th + 1 - h))
+    X = torch.cat([X.flatten(), torch.full((C.SLACK,), math.nan)])
+    U = result(W.packed_size(m, c, s))
+    strides = [9, 9 * m] if flip else [9 * c, 9]
+    launch(W.pack(TARGET, "f32", flip, s), [weight, U], [*strides, m, c], (2, 1, 1))
+    values(U, (0,))
+    steps = (*batch_norm("m"), ("add", "f32", "mn"), "relu") if normalised else ()
+    operands, scalars = [], []
+    want = (
+        F.conv_transpose2d(x.double(), weight.double(), padding=1)
+        if flip
+        else F.conv2d(x.double(), weight.double(), padding=1)
+    )
+    if normalised:
+        mean, variance, gain, bias, other = *(make((m + i,), "f32")[:m] for i in range(4)), make((n, m, h, w), "f32")
+        variance = variance.abs()
+        operands, scalars = [mean, variance, gain, bias, other], [0, 1] * 4 + [m * h * w, h * w]
+        d = [t.double()[:, None, None] for t in (mean, variance, gain, bias)]
+        want = ((want - d[0]) / (d[1] + EPSILON).sqrt() * 0.5 * d[2] + d[3] + other.double()).relu()
+    for groups in ((1, 2, 1), (3, 1, 1)):
+        out = result(n * m * h * w)
+        launch(W.winograd(TARGET, "f32", G.Epilogue(steps), s), [X, U, out, *operands],
+               [m * h * w, h * w, *scalars, n, m, c, h, w], groups)  # fmt: skip
+        close(values(out, (n, m, h, w)), want, EPS["f32"])
 
 
 @pytest.mark.parametrize("n, c, mult, size, k, stride, pad, dilation",

@@ -19,6 +19,7 @@ from ..kernels.kernel import DTYPES
 from ..kernels.simt import conv as simt
 from ..kernels.simt import gemm as simt_gemm
 from ..kernels.vector import conv as vector
+from ..kernels.vector import winograd
 from ..kernels.vector.gemm import Epilogue
 from ..lowering import (
     CHANNELS_LAST,
@@ -304,6 +305,9 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
         _depthwise(x, w, bias, out, g, flip, terms)
         return
+    if _by_tiles(x, w, out, g, flip):
+        _winograd(x, w, bias, out, g, flip, terms)
+        return
     strides = _strides(out)
     if out.is_contiguous:
         strides = [out.strides[0], out.strides[1], o[1] * o[2], o[2], 1]
@@ -352,6 +356,46 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
             source, p, bias, terms, result, [*strides[:2], *(a * b for a, b in zip(strides[2:], steps))],
             [p.outputs(size) for p, size in zip(phase, o)], taps, extents, (1, 1, 1), spread, g.groups, n, channels, apart, few,
         )  # fmt: skip
+
+
+def _by_tiles(x: Tensor, w: Tensor, out: Tensor, g: Geometry, flip: bool) -> bool:
+    """Whether Winograd's algorithm computes it in less time than direct sums: enough channels that transforming tiles costs little
+    beside the products, enough tiles that reading the transformed filters does."""
+    known = all(isinstance(i, int | Size) for i in _spatial(x))
+    return (
+        known
+        and g.taps == (1, 3, 3)
+        and g.stride == g.dilation == (1, 1, 1)
+        and g.groups == 1
+        and all(p in ((1, 2) if flip else (0, 1)) for p in g.padding[1:])
+        and out.ndim == 4
+        and out.is_contiguous
+        and DTYPES[out.dtype].compute == DTYPES[w.dtype].compute == "f32"
+        and min(bucket(x.sizes[1]), bucket(w.sizes[1] if flip else w.sizes[0])) >= 5
+        and 1 << bucket(x.sizes[3]) < 2 * winograd.TILES
+        and product([_about(i) for i in (x.sizes[0], *_spatial(x))]) >= 128
+    )
+
+
+def _winograd(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry, flip: bool, terms: Terms) -> None:
+    n, c, m, (_, height, width) = x.sizes[0], x.sizes[1], out.sizes[1], _spatial(out)
+    high, wide = cdiv(height, 2), cdiv(width, 2)
+    offset = [2 - p if flip else p for p in g.padding[1:]]
+    padded = _pad(x, [1, 2 * high + 2, 2 * wide + 2], (1, 1, 1), [0, *offset])
+    s = winograd.schedule()
+    w = contiguous(w)
+    outer, inner = 9 * w.sizes[1], 9
+    with packed(w, [winograd.packed_size(m, c, s)], "f32", f"winograd{'T' if flip else ''}{s}") as p:
+        strides = (inner, outer) if flip else (outer, inner)
+        kernel = build(winograd.pack, w.dtype, flip)
+        launch(kernel, [w, p], [*strides, m, c], (minimum(cdiv(m, s.mr), target().compute_units), 1, 1))
+    epilogue, operands, operand_strides = _epilogue(bias, terms)
+    launch(
+        build(winograd.winograd, out.dtype, epilogue), [padded, p, out, *operands],
+        [out.strides[0], out.strides[1], *operand_strides, n, m, c, height, width],
+        winograd.winograd_groups(n * high, wide, target().compute_units, minimum),
+        lambda: 2 * winograd.PLACES * m * c * n * high * wide,
+    )  # fmt: skip
 
 
 def _vector_product(
