@@ -765,7 +765,7 @@ def _module_runs(item: Item, dtype: torch.dtype, device: torch.device, limit: in
             def run(tree: Any, made: Any = made) -> Any:
                 tensors = [v for v in tree_leaves(tree) if isinstance(v, Tensor)]
                 where = tensors[0].device if tensors else CPU
-                wide = torch.float64 if tensors and any(t.dtype == torch.float64 for t in tensors) else dtype
+                wide = next((t.dtype for t in tensors if t.dtype in (torch.float64, torch.complex128)), dtype)
                 module = copy.deepcopy(made).to(where, wide)
                 result = module(*tree[0], **tree[1])
                 if not grad:
