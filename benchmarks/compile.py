@@ -148,9 +148,9 @@ def dynamo_overhead(device: torch.device) -> float:
     """The same call with a backend whose compiled function does nothing: what of it is Dynamo's."""
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        from torch_spiral.compiler import compat
+        from torch_spiral.compiler import dynamo
 
-        compat.forget_stream(gm)
+        dynamo.forget_stream(gm)
         return lambda *args: (args[0],)
 
     return _call_time(device, backend)
@@ -183,7 +183,8 @@ def cpu_overhead(device: torch.device) -> float:
     return _call_time(CPU, "inductor")
 
 
-# A process that times GPT-2's first call: of a model compiled with backend argv[2], or, where that is a path, of the package there.
+# A process that times GPT-2's first call: of a model compiled with backend argv[2], or, where that is a path, of the package there. What
+# Dynamo traced is kept where the environment says TORCH_CACHING_PRECOMPILE=1.
 WARM_START = """
 import sys, time
 import torch
@@ -204,12 +205,14 @@ with torch.no_grad():
     else:
         spec.forward(torch.compile(module, backend=how), inputs).cpu()
 print(time.perf_counter() - start)
+if not packaged and torch._dynamo.config.caching_precompile:
+    torch.compiler.save_cache_artifacts()
 """
 
 
-def _second_start(device: torch.device, how: str, folder: str) -> float:
+def _second_start(device: torch.device, how: str, folder: str, **variables: str) -> float:
     """Seconds of WARM_START in a second process, with what the first left on disk in folder."""
-    environment = dict(os.environ, SPIRAL_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
+    environment = dict(os.environ, SPIRAL_CACHE_DIR=folder, TORCHINDUCTOR_CACHE_DIR=folder, **variables)
     seconds = 0.0
     for _ in range(2):
         done = subprocess.run(
@@ -226,6 +229,12 @@ def warm_start(device: torch.device) -> float:
     """Seconds of GPT-2's first compiled call in a second process."""
     with tempfile.TemporaryDirectory() as folder:
         return _second_start(device, "spiral", folder)
+
+
+def traced_start(device: torch.device) -> float:
+    """The same where Dynamo keeps what it traces, and both processes say so."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _second_start(device, "spiral", folder, TORCH_CACHING_PRECOMPILE="1")
 
 
 def dynamo_start(device: torch.device) -> float:
@@ -289,6 +298,7 @@ ROWS: list[Work | Reading] = [
     Reading("call of that graph without Dynamo", graph_overhead, "µs", at_most=10),
     Reading("the same call, torch.compile on the CPU", cpu_overhead, "µs"),
     Reading("warm start of gpt2 from the disk cache", warm_start, "s", at_most=3),
+    Reading("the same with kept traces (TORCH_CACHING_PRECOMPILE=1)", traced_start, "s", at_most=3),
     Reading("the same with Dynamo's backend eager", dynamo_start, "s"),
     Reading("start of gpt2 from a package", package_start, "s"),
 ]

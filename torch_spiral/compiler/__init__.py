@@ -6,6 +6,8 @@ The default backend of torch.compile does the same for spiral tensors. docs/comp
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,10 +39,10 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
         )
     from torch._inductor.compile_fx import compile_fx
 
-    from . import compat, device
+    from . import compat, device, dynamo
 
     device.register()
-    compat.forget_stream(gm)
+    dynamo.forget_stream(gm)
     from .passes import fuse_attention, share_keys
 
     try:
@@ -50,7 +52,13 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
             compiled: Any = compile_fx(
                 gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)}
             )
-        return _direct(compat.plain_inference(parts), len(example_inputs)) or compiled
+        module = compat.plain_inference(parts)
+        direct = _direct(module, len(example_inputs))
+        if dynamo.keeps_traces():
+            from . import precompile
+
+            precompile.record(gm, parts.graphs[0].source_code if direct is not None and "direct" in module else None)
+        return direct or compiled
     except Exception as error:
         if _fullgraph():
             raise
@@ -103,5 +111,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     return report(fn, *args, **kwargs)
 
+
+if os.environ.get("TORCH_CACHING_PRECOMPILE") == "1" or getattr(
+    sys.modules.get("torch._dynamo.config"), "caching_precompile", False
+):
+    from . import dynamo
+
+    # Before Dynamo looks at the function that is compiled, which it does after it looked up the backend.
+    if dynamo.keeps_traces():
+        dynamo.complete_traces()
 
 __all__ = ["Explanation", "Package", "PackageError", "backend", "explain", "load", "package"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._dynamo import decorators, trace_rules
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
@@ -167,37 +166,6 @@ def read_convolutions_by_channels(wanted: Callable[[torch.fx.GraphModule], bool]
     for op in (aten.convolution, aten.convolution.default):
         if op in lowerings:
             lowerings[op] = convolution
-
-
-def call_directly(kinds: tuple[type, ...]) -> None:
-    """Has Dynamo call compiled functions of these types (without frames of Python, which it might trace) without a wrapper in Python,
-    and without marks for the profiler around a call: together a third of what Dynamo costs a call."""
-    trace_rules.add("torch_spiral")  # our own Python is called, not traced
-    disable = decorators.disable
-
-    @functools.wraps(disable)
-    def unless_direct(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return fn if isinstance(fn, kinds) else disable(fn, *args, **kwargs)
-
-    decorators.disable = unless_direct
-    if hasattr(torch._dynamo.config, "record_runtime_overhead"):
-        torch._dynamo.config.record_runtime_overhead = False
-
-
-def forget_stream(gm: torch.fx.GraphModule) -> None:
-    """Has Dynamo not hand the current stream to this graph on every call, if the graph has no use for streams. While the graph is
-    being compiled."""
-    try:
-        from torch._dynamo import graph_bytecode_inputs as inputs
-    except ImportError:  # 2.11 hands over what a graph asks for
-        return
-    uses = (
-        getattr(n.target, "__module__", None) == inputs.__name__ or "streams" in str(n.target)
-        for n in gm.graph.nodes
-        if n.op == "call_function"
-    )
-    if len(inputs.index_to_bytecode_constructor) == 1 and not any(uses):
-        inputs.index_to_bytecode_constructor.clear()
 
 
 @dataclass
@@ -365,11 +333,9 @@ __all__ = [
     "V",
     "ValueRanges",
     "Where",
-    "call_directly",
     "compile_exported",
     "config",
     "equal",
-    "forget_stream",
     "fusion_reasons",
     "get_interface_for_device",
     "get_kernel_metadata",

@@ -10,7 +10,7 @@ import torch
 
 from .. import _C
 from .. import device as spiral
-from . import compat
+from . import compat, dynamo
 
 Properties = namedtuple("Properties", ["multi_processor_count", "name", "max_threads_per_multi_processor", "warp_size"])
 
@@ -114,7 +114,7 @@ def register() -> None:
     compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=passes.Passes())
     compat.reorder_loops()
     compat.split_reductions(pieces)
-    compat.call_directly((_C.GraphCall,))
+    dynamo.call_directly(_C.GraphCall)
     compat.keep_operators(OPERATORS)
     compat.read_convolutions_by_channels(lambda gm: passes.reads_by_channels(gm))
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import operator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .. import device as spiral
 from ..kernels.block.conv import WIDE
 from ..kernels.kernel import Target
 from . import compat
-
-
-@functools.cache
-def builder() -> str:
-    """A digest of the sources that decide what generated modules contain and call."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    parts = (f for part in ("compiler", "kernels", "ops") for f in (package / part).rglob("*.py"))
-    for path in sorted([*package.glob("*.py"), *parts]):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+from .key import built_for
 
 
 class Passes(compat.CustomGraphModulePass):
@@ -37,7 +23,7 @@ class Passes(compat.CustomGraphModulePass):
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches on disk: what kernels are built for, device by device, and what builds them."""
-        return f"{[Target.of(i) for i in range(spiral.device_count())]!r} {builder()}"
+        return built_for()
 
 
 def reads_by_channels(gm: fx.GraphModule) -> bool:
@@ -273,4 +259,4 @@ def _has_product(n: Any) -> bool:
     return False
 
 
-__all__ = ["Passes", "builder", "fuse_attention", "reads_by_channels", "share_keys"]
+__all__ = ["Passes", "fuse_attention", "reads_by_channels", "share_keys"]
