@@ -15,6 +15,8 @@ def test_state(device, dtype):
     assert not torch.is_autocast_enabled("spiral")
     with torch.spiral.amp.autocast(dtype=dtype):
         assert torch.get_autocast_dtype("spiral") == dtype
+    with torch.spiral.amp.autocast(), torch.autocast("spiral"):
+        assert torch.get_autocast_dtype("spiral") == torch.float16
 
 
 def test_supported_dtypes():

@@ -80,6 +80,24 @@ def test_fork_rng(device):
     assert torch.spiral.initial_seed() == 1 == torch.initial_seed()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_draws_the_same_numbers_again(device, use_reentrant):
+    """A dropout mask of the recomputed forward is that of the first one."""
+
+    def gradient(through):
+        torch.manual_seed(3)
+        x = torch.ones(1000, device=device, requires_grad=True)
+        y = through(torch.nn.functional.dropout, x)
+        torch.rand(5, device=device)
+        y.sum().backward()
+        return y.detach().cpu(), x.grad.cpu()
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    expected, got = gradient(lambda f, x: f(x)), gradient(lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant))
+    assert 0 < expected[1].count_nonzero() < 1000
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_a_seed_before_the_first_use():
     import subprocess
     import sys

@@ -62,6 +62,8 @@ from .telemetry import Telemetry, telemetry
 def __getattr__(name: str) -> object:
     if name == "default_generators":  # one torch.Generator per device; asking for them looks for devices
         return random.default_generators()
+    if name == "_initialized":  # torch.utils.checkpoint keeps the random state of devices that have been used
+        return is_initialized()
     if name in ("Scheduling", "PythonWrapperCodegen"):  # Inductor asks for them when it first meets the device
         from ..compiler import device as compiler
         from ..compiler import inductor_classes

@@ -11,7 +11,7 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 
 class autocast(torch.amp.autocast_mode.autocast):
-    """torch.autocast with device_type="spiral"."""
+    """torch.autocast with device_type="spiral". dtype: None is torch.get_autocast_dtype("spiral"), at the start float16."""
 
-    def __init__(self, enabled: bool = True, dtype: torch.dtype = torch.bfloat16, cache_enabled: bool = True):
+    def __init__(self, enabled: bool = True, dtype: torch.dtype | None = None, cache_enabled: bool = True):
         super().__init__("spiral", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
