@@ -158,3 +158,66 @@ def test_cat_of_small_types_at_any_offset(device, dtype):
         for offset in range(5):
             a, b = (torch.randn(offset) > 0).to(dtype), (torch.randn(n) > 0).to(dtype)
             check(device, lambda a, b: torch.cat([a, b]), a, b)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_add_up_in_order(device, deterministic):
+    """Many addends of one place: atomics would round in another order each time."""
+    torch.manual_seed(0)
+    x, i = torch.randn(3000, 3), torch.randint(3, (3000,))
+    zeros = torch.zeros(3, 3)
+
+    def embedding(x, i):
+        weight = zeros.clone().to(x.device).requires_grad_()
+        torch.nn.functional.embedding(i, weight).backward(x)
+        return weight.grad
+
+    def bag(x, i):
+        weight = zeros.clone().to(x.device).requires_grad_()
+        torch.nn.functional.embedding_bag(i.view(-1, 3), weight, mode="sum").backward(x[:1000])
+        return weight.grad
+
+    check(device, lambda x, i: zeros.clone().to(x.device).index_add_(0, i, x), x, i)
+    check(device, lambda x, i: zeros.clone().to(x.device).scatter_add_(0, i[:, None].expand(-1, 3), x), x, i)
+    check(device, lambda x, i: zeros.clone().to(x.device).index_put_((i,), x, accumulate=True), x, i)
+    check(device, embedding, x, i)
+    first = bag(x.to(device), i.to(device))
+    torch.testing.assert_close(first.cpu(), bag(x, i), rtol=1e-4, atol=1e-4)  # the CPU adds up in another order
+    assert all(torch.equal(bag(x.to(device), i.to(device)), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deterministic_algorithms_let_the_last_one_win(device, deterministic, layout):
+    """Places that are written many times: upstream leaves open who wins, but not that it changes."""
+    x, i = (
+        LAYOUTS[layout](torch.randn(3000, 4, 2)),
+        torch.randint(3, (3000,), generator=torch.Generator().manual_seed(0)),
+    )
+    to = torch.zeros(3, 4, 2)
+    last = x[[int((i == n).nonzero()[-1]) for n in range(3)]]
+    assert torch.equal(to.to(device).index_copy_(0, i.to(device), x.to(device)).cpu(), last)
+    assert torch.equal(to.to(device).index_put_((i.to(device),), x.to(device)).cpu(), last)
+    where = i[:, None, None].expand(3000, 4, 2).to(device)
+    assert torch.equal(to.to(device).scatter_(0, where, x.to(device)).cpu(), last)
+    back = to.permute(1, 2, 0).contiguous().to(device).index_copy_(2, i.to(device), x.permute(1, 2, 0).to(device))
+    assert torch.equal(back.cpu(), last.permute(1, 2, 0))
+
+
+def test_what_has_no_deterministic_kernel_says_so(device, deterministic):
+    x = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
+    sampled = torch.nn.functional.grid_sample(x, torch.zeros(1, 2, 2, 2, device=device), align_corners=False)
+    pooled = torch.nn.functional.fractional_max_pool2d(x, 2, output_size=2)
+    for y in (sampled, pooled):
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(3, device=device).put_(torch.tensor([0, 0], device=device), torch.ones(2, device=device), True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
+        sampled.sum().backward()

@@ -430,6 +430,12 @@ struct Replay {
   }
 
   static void run(Call& call) {
+    pass_gate();
+    find_and_run(call);
+    pass_gate();
+  }
+
+  static void find_and_run(Call& call) {
     // Outputs are allocated on the current device.
     struct Current {
       c10::DeviceIndex previous;
@@ -448,6 +454,10 @@ struct Replay {
       const auto& context = at::globalContext();
       const auto convolutions = static_cast<uint64_t>(context.allowTF32CuDNN(at::Float32Op::CONV));
       call.key_.push_back(0xfdull << 56 | convolutions << 1 | static_cast<uint64_t>(context.allowTF32CuBLAS()));
+    }
+    // Scattered sums are added up in order where torch.use_deterministic_algorithms asks for it.
+    if (const auto& context = at::globalContext(); C10_UNLIKELY(context.deterministicAlgorithms())) {
+      call.key_.push_back(0xfbull << 56 | static_cast<uint64_t>(context.deterministicAlgorithmsWarnOnly()));
     }
     if (plan_variant) call.key_.push_back(0xfcull << 56 | plan_variant);
     std::shared_ptr<Plan> known = find(call.key_);

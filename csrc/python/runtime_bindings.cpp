@@ -8,6 +8,13 @@
 #include "runtime/device.h"
 #include "runtime/memory.h"
 
+#include <ATen/Context.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <unordered_set>
+
 namespace py = pybind11;
 
 namespace spiral {
@@ -34,6 +41,16 @@ std::string caller() {
     PyErr_Clear();
   }
   return "";
+}
+
+// Threads that may not go back to Python. One that takes the GIL while the interpreter is finalised is ended by unwinding its
+// stack, which aborts the process where frames of C++ are on it; these stay where they are until the process ends.
+std::atomic<const std::unordered_set<unsigned long>*> held{nullptr};
+
+void hold() {
+  if (held.load(std::memory_order_acquire)->count(PyThread_get_thread_ident()) == 0) return;
+  if (PyGILState_Check()) PyEval_SaveThread();
+  for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
 }
 
 const char* name_of(FallbackMode mode) {
@@ -103,6 +120,13 @@ void bind_runtime(py::module_& m) {
   m.def("memory_reserved", [](int index) { return memory_reserved(static_cast<Index>(index)); }, NoGil());
   m.def("format_bytes", &format_bytes);
   m.def("write_epoch", [](uintptr_t storage) { return write_epoch(reinterpret_cast<const void*>(storage)); });
+
+  m.def("hold_threads", [](const std::vector<unsigned long>& identifiers) {
+    held.store(new std::unordered_set<unsigned long>(identifiers.begin(), identifiers.end()), std::memory_order_release);
+    set_gate(&hold);
+  });
+
+  m.def("alert_not_deterministic", [](const std::string& name) { at::globalContext().alertNotDeterministic(name); });
 
   m.def("fallback_mode", [] { return name_of(fallback_mode()); });
   m.def("set_fallback_mode", [](const std::string& mode) { set_fallback_mode(parse_fallback_mode(mode)); });

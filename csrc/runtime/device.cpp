@@ -182,6 +182,8 @@ Device& open(Slot& slot, c10::DeviceIndex index) {
 
 thread_local c10::DeviceIndex current = 0;
 
+std::atomic<void (*)()> the_gate{nullptr};
+
 struct ErrorSites {
   std::mutex mutex;
   std::vector<std::string> texts{""};
@@ -276,9 +278,18 @@ void refuse_engine(const std::string& engine, const std::string& why) {
   refusals()[engine] = why;
 }
 
+void set_gate(void (*gate)()) { the_gate.store(gate, std::memory_order_release); }
+
+void pass_gate() {
+  if (auto* gate = the_gate.load(std::memory_order_acquire); C10_UNLIKELY(gate != nullptr)) gate();
+}
+
 void synchronize(Device& device) {
-  DeviceLock lock(device.mutex);
-  finish(device);
+  {
+    DeviceLock lock(device.mutex);
+    finish(device);
+  }
+  pass_gate();
 }
 
 void synchronize_all() {
@@ -289,13 +300,16 @@ void synchronize_all() {
 }
 
 void read_back(Device& device, Memory* memory, uint64_t offset, void* data, uint64_t size) {
-  DeviceLock lock(device.mutex);
-  if (!device.errors_possible) {
-    device.engine->read(memory, offset, data, size);
-    return;
+  {
+    DeviceLock lock(device.mutex);
+    if (device.errors_possible) {
+      device.engine->read_async(memory, offset, data, size);
+      finish(device);
+    } else {
+      device.engine->read(memory, offset, data, size);
+    }
   }
-  device.engine->read_async(memory, offset, data, size);
-  finish(device);
+  pass_gate();
 }
 
 void check_errors(Device& device) {

@@ -69,6 +69,11 @@ void set_engine_library(const std::string& engine, const std::string& path);
 // Offers no device of an engine, and says why: something in Python that it needs is missing. Before the first look for devices.
 void refuse_engine(const std::string& engine, const std::string& why);
 
+// What a thread calls as it comes to a device, and as it goes from one: a place to hold it while the interpreter ends. No lock of
+// ours is held there.
+void set_gate(void (*gate)());
+void pass_gate();
+
 // Waits for all queued work; throws what the engine kept, then what the kernels reported. The device stays usable.
 void synchronize(Device&);
 void synchronize_all();  // of the open devices

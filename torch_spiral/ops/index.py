@@ -1,7 +1,8 @@
 """Indexing: cat, gather and scatter, index and index_put, index_select, embedding, masks, nonzero.
 
 Indices out of range are reported by the kernels, so the IndexError comes with the next synchronisation and names the op.
-Scattered sums go along the indexed dimension one after the other on CPU devices, as in ATen's CPU kernels, and are atomic on GPUs.
+Scattered sums go along the indexed dimension one after the other on CPU devices, as in ATen's CPU kernels, and are atomic on GPUs,
+but for torch.use_deterministic_algorithms(True): then one invocation adds up, or writes, in order everywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from torch_spiral import _C
 
 from ..kernels import ir
 from ..kernels.kernel import DTYPES, bits_dtype, compute_dtype
@@ -109,10 +112,15 @@ def combine(reduce: int, a: Any, b: Any) -> Any:
     return a * b if reduce == PROD else a + b
 
 
+def deterministic() -> bool:
+    """torch.use_deterministic_algorithms: it is in the key of every plan."""
+    return torch._C._get_deterministic_algorithms()
+
+
 def atomic(reduce: int, dtype: str) -> bool:
     """Whether scattered elements are combined by atomics here, in parallel along the indexed dimension too."""
     t = target()
-    if t.schedule_class == "vector" or reduce == PROD:
+    if t.schedule_class == "vector" or reduce == PROD or deterministic():
         return False
     d = DTYPES[dtype]
     part = d.size // 2 if d.is_pair and dtype != "c32" else d.size
@@ -200,7 +208,9 @@ def _scatter_in_order(it: Item) -> None:
         index = it.check(it.load("index", at), 0, it["n"])
         value = value_of(it, dtype) if dtype else it.load("src", at)
         place = it.k.let(it.offset("self", replace(it.at, dim, index)))
-        it.buffers["self"].store(place, combine(reduce, it.buffers["self"].load(place), value))
+        if reduce is not None:
+            value = combine(reduce, it.buffers["self"].load(place), value)
+        it.buffers["self"].store(place, value)
 
 
 def scatter_into(
@@ -216,11 +226,11 @@ def scatter_into(
     else:
         scalars |= number(src, dtype)
     site = f"{name}(): index {{}} is out of bounds for dimension {dim}"
-    if reduce is None:
-        if dtype is None:
-            operands["self"], operands["src"] = bits(self), bits(operands["src"])
+    if reduce is None and dtype is None:
+        operands["self"], operands["src"] = bits(self), bits(operands["src"])
+    if reduce is None and (dtype is not None or not deterministic()):  # equal numbers may be written in any order
         each(name, _scatter, index.sizes, operands, scalars, static=(dim, dtype, None), modes={"self": "w"}, site=site)
-    elif atomic(reduce, self.dtype):
+    elif reduce is not None and atomic(reduce, self.dtype):
         each(
             name, _scatter, index.sizes, operands, scalars, static=(dim, dtype, reduce), modes={"self": "a"}, site=site
         )
@@ -531,12 +541,12 @@ def whole(o: IterOperand, it: Iter) -> Tensor:
     return o.tensor.view(tuple(reversed(it.shape)), tuple(reversed(o.strides)))
 
 
-def _indexed_place(it: Item, name: str) -> Any:
+def _indexed_place(it: Item, name: str, at: Sequence[Any] | None = None) -> Any:
     """The place in operand `name` at the indices of the item: its strides, plus index * stride of each indexed dimension."""
-    place = it.offset(name)
+    place = it.offset(name, at)
     count = it.static[0]
     for i in range(count):
-        index = it.load(f"index{i}")
+        index = it.load(f"index{i}", at)
         index = it.wrap(index, it[f"size{i}_of"])
         place = place + index * it[f"stride{i}_of"]
     return place
@@ -554,6 +564,20 @@ def _index_put(it: Item) -> None:
         it.buffers["self"].atomic_add(place, value)
     else:
         it.buffers["self"].store(place, value)
+
+
+def _index_put_in_order(it: Item) -> None:
+    """All elements along the dimensions that the indices vary in, one after the other; of those the item has coordinate 0."""
+    _, along = it.static
+
+    def walk(dims: tuple[int, ...], at: tuple[Any, ...]) -> None:
+        if dims:
+            with it.k.For(ir.const(0, "i32"), it[f"length{dims[0]}"]) as j:
+                walk(dims[1:], replace(at, dims[0], j))
+        else:
+            it.buffers["self"].store(_indexed_place(it, "self", at), it.load("value", at))
+
+    walk(along, it.at)
 
 
 def _indexing(
@@ -634,6 +658,10 @@ def _put(
     dtype = self.dtype
     if not accumulate and other and other["value"].dtype == dtype:
         self, other["value"] = bits(self), bits(other["value"])
+        if deterministic():
+            along = tuple(d for d in range(it.ndim) if not all(is_zero(o.strides[it.ndim - 1 - d]) for o in indices))
+            _put_in_order(it, self, other["value"], indices, sizes, strides, along, name)
+            return
     _indexing(
         name,
         _index_put,
@@ -646,6 +674,34 @@ def _put(
         (bool(accumulate), dtype),
         "a" if accumulate else "w",
         scalars,
+    )
+
+
+def _put_in_order(
+    it: Iter,
+    self: Tensor,
+    value: Tensor,
+    indices: Sequence[IterOperand],
+    sizes: Any,
+    strides: Any,
+    along: tuple[int, ...],
+    name: str,
+) -> None:
+    space = tuple(reversed(it.shape))
+    operands, numbers = {"self": self, "value": value}, {f"length{d}": space[d] for d in along}
+    for i, (o, size, stride) in enumerate(zip(indices, sizes, strides, strict=True)):
+        operands[f"index{i}"] = whole(o, it)
+        numbers[f"size{i}_of"], numbers[f"stride{i}_of"] = size, stride
+    each(
+        f"{name}in_order",
+        _index_put_in_order,
+        tuple(1 if d in along else n for d, n in enumerate(space)),
+        operands,
+        numbers,
+        static=(len(indices), along),
+        modes={"self": "w"},
+        site=f"{name}(): index {{}} is out of bounds",
+        cost=product([space[d] for d in along]),
     )
 
 
@@ -778,6 +834,8 @@ def put(it: Iter, accumulate: bool, self: Tensor) -> None:
     """self's elements in C order, by index, = source or += source."""
     x = _flat(self)
     source = whole(it.inputs[0], it)
+    if accumulate and DTYPES[x.dtype].kind in ("float", "complex"):
+        _C.alert_not_deterministic("put_ with accumulate=True")
     if not accumulate:
         x, source = bits(x), bits(source)
     each(
@@ -1102,6 +1160,11 @@ def masked_pick(out: Tensor, self: Tensor, flags: Tensor, starts: Tensor) -> Non
 def _masked_select(self: Any, mask: Any, make: Any) -> Any:
     if mask.dtype != torch.bool:
         raise RuntimeError(f"masked_select: expected BoolTensor for mask, but got mask with dtype {mask.dtype}")
+    if mask.device != self.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {self.device} and {mask.device}! "
+            "(when checking argument for masked_select)"
+        )
     self, mask = torch.broadcast_tensors(self, mask)
     if self.numel() == 0:
         return make((0,))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch_spiral import _C
+
 from ..kernels import ir
 from ..lowering import (
     Tensor,
@@ -552,6 +554,7 @@ def _plane(n: int, x: Tensor) -> Tensor:
 
 
 def _fractional_backward(n: int, grad_output: Tensor, indices: Tensor, grad_input: Tensor) -> None:
+    _C.alert_not_deterministic(f"fractional_max_pool{n}d_backward")
     result = grad_input if grad_input.is_contiguous else empty(grad_input.sizes, grad_input.dtype)
     fill_bytes(result, 0)
     if not grad_output.is_empty:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch_spiral import _C
+
 from ..kernels import ir
 from ..kernels.kernel import DTYPES, bits_dtype
 from ..lowering import Tensor, all_of, check, empty, eq, fill_bytes, lowering, lt, structured, target, where
@@ -546,6 +548,7 @@ def _sample_backward(
         compute = DTYPES[x.dtype].compute
         accumulator = grad_input if x.dtype == compute else empty(x.sizes, compute)
         fill_bytes(accumulator, 0)
+        _C.alert_not_deterministic(f"grid_sampler_{n}d_backward")  # places of the grid add to it with atomics
     if not grad_grid.is_empty:
         ins = {"grad": grad, "x": x, "grid": grid, "grad_grid": grad_grid}
         modes = {"grad_grid": "w", "grad_input": "a"}
