@@ -98,6 +98,8 @@ def test_mixed_devices(device):
             call(x, y)
         with pytest.raises(RuntimeError):
             call(y, x)
+    with pytest.raises(RuntimeError, match="same device"):
+        x.masked_select(y > 0)
     assert (x + torch.tensor(2)).tolist() == [[3, 3], [3, 3]], "a 0-dim CPU tensor counts as a number"
 
 

@@ -89,3 +89,16 @@ def test_the_variable_is_checked():
     )
     assert wrong.returncode != 0
     assert "SPIRAL_FALLBACK" in wrong.stderr and "warn" in wrong.stderr and "maybe" in wrong.stderr
+
+
+@pytest.mark.parametrize("how", ["warn", "silent", "error"])
+def test_no_mode_mixes_devices(device, mode, how):
+    """A forgotten .to(): ATen picks the CPU's operator by the input, and the weight brings it to us."""
+    mode(how)
+    for n, f in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), 1):
+        x, w = torch.ones(1, 2, *[4] * n), torch.ones(3, 2, *[3] * n)
+        for a, b in ((x, w.to(device)), (x.to(device), w)):
+            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device") as caught:
+                f(a, b)
+            assert not isinstance(caught.value, NotImplementedError)
+    assert not torch.spiral.fallbacks()

@@ -85,6 +85,27 @@ std::string where() {
   return place.empty() ? "" : " at " + place;
 }
 
+// A CPU tensor beside ours is a mistake of the caller, which no copy may hide; numbers, tensors of no dimension, belong to both.
+void check_same_device(const std::string& name, c10::ArrayRef<c10::IValue> arguments) {
+  const at::Tensor* ours = nullptr;
+  const at::Tensor* other = nullptr;
+  std::vector<at::Tensor> tensors;
+  for (const auto& value : arguments) {
+    if (value.isTensor()) tensors.push_back(value.toTensor());
+    if (value.isTensorList()) {
+      for (const at::Tensor& t : value.toTensorVector()) tensors.push_back(t);
+    }
+  }
+  for (const at::Tensor& t : tensors) {
+    if (!t.defined()) continue;
+    if (t.device().is_privateuseone()) ours = &t;
+    else if (t.dim() > 0) other = &t;
+  }
+  TORCH_CHECK(
+      !ours || !other, "Expected all tensors to be on the same device, but found at least two devices, ", ours->device(), " and ",
+      other->device(), "! (when checking argument for ", name, ")");
+}
+
 c10::DeviceIndex device_of(c10::ArrayRef<c10::IValue> arguments) {
   const auto is_ours = [](const at::Tensor& t) { return t.defined() && t.device().type() == c10::DeviceType::PrivateUse1; };
   for (const auto& value : arguments) {
@@ -126,6 +147,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, schema.arguments().size());
   const FallbackMode how = fallback_mode();
   const std::string name = c10::toString(schema.operator_name());
+  check_same_device(name, arguments);
   TORCH_CHECK_NOT_IMPLEMENTED(
       how != FallbackMode::Error, name, " has no kernel for the spiral device, called with (", describe(arguments), ")",
       where(), ". SPIRAL_FALLBACK=error refuses to run it on the CPU: set SPIRAL_FALLBACK=warn to allow that, or add the ",
