@@ -241,6 +241,38 @@ def test_exit_right_after_backward(ending):
         )
 
 
+def test_exit_while_a_daemon_thread_works():
+    """On the CPU such a thread aborts the process: it takes the GIL after the interpreter's end."""
+    done = run(
+        """
+        import threading, time, torch
+        started = threading.Event()
+
+        def work():
+            x = torch.ones(64, 64, device="spiral")
+            while True:
+                x = (x @ x).clamp(max=1)
+                x.sum().item()
+                started.set()
+
+        threading.Thread(target=work, daemon=True).start()
+        started.wait()
+        time.sleep(0.02)
+        print("end")
+        """
+    )
+    assert done == "end"
+
+
+def test_data_parallel_passes_calls_on(device):
+    model = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    expected = model(x)
+    assert torch.equal(torch.nn.DataParallel(model)(x), expected)
+    got = torch.nn.DataParallel(model.to(device), device_ids=[0])(x.to(device))
+    torch.testing.assert_close(got.cpu(), expected)
+
+
 def test_dlpack_is_refused(device):
     x = torch.ones(2).to(device)
     for export in (lambda: x.__dlpack__(), lambda: torch.utils.dlpack.to_dlpack(x), lambda: torch.from_dlpack(x)):
@@ -251,15 +283,16 @@ def test_dlpack_is_refused(device):
 
 
 def test_lists_devices():
-    done = subprocess.run([sys.executable, "-m", "torch_spiral"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "torch_spiral", "--list"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "Self-test" not in done.stdout
     assert torch_spiral.__version__ in done.stdout
     for i in range(torch.spiral.device_count()):
         assert f"spiral:{i}" in done.stdout
 
 
 def test_self_test():
-    command = [sys.executable, "-m", "torch_spiral", "--self-test"]
+    command = [sys.executable, "-m", "torch_spiral"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "160"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok ") >= 5 * torch.spiral.device_count() and "GFLOP/s" in done.stdout

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -162,6 +163,20 @@ def _take_uninitialized(root: torch.nn.Module, recurse: bool) -> list[tuple[torc
     return lazy
 
 
+def _data_parallel() -> None:
+    """nn.DataParallel scatters by functions that a PyTorch without CUDA lacks. As on the CPU and MPS, it passes calls on to its module,
+    which runs where it is."""
+    module = sys.modules["torch.nn.parallel.data_parallel"]  # torch.nn.parallel has a function of that name
+    original = module._get_available_device_type
+
+    @functools.wraps(original)
+    def _get_available_device_type() -> str | None:
+        found = original()
+        return None if found == "spiral" else found
+
+    module._get_available_device_type = _get_available_device_type  # type: ignore[attr-defined]
+
+
 def _register() -> None:
     _C.set_engine_library("opencl", _opencl_library())
     _C.set_engine_library("wgpu", _wgpu_library())
@@ -173,16 +188,20 @@ def _register() -> None:
     torch._register_device_module("spiral", device)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     _keep_parameters()
+    _data_parallel()
     _dlpack()
     _print_on_the_cpu()
 
 
 @atexit.register
 def _leave() -> None:
-    """Lets queued work and autograd's threads come to rest: one that takes the GIL while the interpreter is finalised
-    aborts the process."""
+    """Lets queued work and autograd's threads come to rest, and holds daemon threads at their next operation: a thread that
+    takes the GIL while the interpreter is finalised aborts the process."""
     if _C.in_bad_fork():
         return
+    here = threading.current_thread()
+    threads = [t for t in threading.enumerate() if t is not here and not isinstance(t, threading._DummyThread)]
+    _C.hold_threads([t.ident for t in threads])
     try:
         _C.synchronize_all()
     except Exception as error:

@@ -1,5 +1,5 @@
-"""`python -m torch_spiral`: which engines and devices there are, and why one is missing. --self-test checks each and
-times it."""
+"""`python -m torch_spiral`: which engines and devices there are, why one is missing, and a self-test of each device with timings.
+--list leaves the self-test out."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def self_test(console: Console) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_spiral", description=__doc__)
-    parser.add_argument("--self-test", action="store_true", help="check every device and time it")
+    parser.add_argument("--list", action="store_true", help="check and time nothing")
     arguments = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=160)  # in a file or a pipe no line is cut
     console.print(f"torch_spiral {torch_spiral.__version__}, torch {torch.__version__}")
@@ -180,7 +180,7 @@ def main() -> int:
         console.print("No device is available.", style="red")
         return 1
     console.print(devices_table())
-    return 0 if not arguments.self_test or self_test(console) else 1
+    return 0 if arguments.list or self_test(console) else 1
 
 
 if __name__ == "__main__":

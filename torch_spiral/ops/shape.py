@@ -122,3 +122,45 @@ def native_channel_shuffle(self: Any, groups: int) -> Any:
     """[batch, channels, ...] with the channels of `groups` groups interleaved."""
     batch, channels, *rest = self.shape
     return self.reshape(batch, groups, channels // groups, *rest).transpose(1, 2).reshape(self.shape).contiguous()
+
+
+# ---- jagged tensors ------------------------------------------------------------------------------------------------
+
+
+def _one_level(name: str, offsets: Sequence[Any]) -> Any:
+    if len(offsets) != 1:
+        raise RuntimeError(f"{name}(): only a single jagged dim is supported")
+    return offsets[0]
+
+
+@composite("_jagged_to_padded_dense_forward")
+def jagged_to_padded(
+    values: Any, offsets: Sequence[Any], max_lengths: Sequence[int], padding_value: float = 0.0
+) -> Any:
+    """values [rows, ...] of sequences that start at offsets [sequences + 1] as [sequences, max_lengths[0], ...]; longer ones are cut."""
+    starts = _one_level("_jagged_to_padded_dense_forward", offsets)
+    length = max_lengths[0]
+    place = torch.arange(length, device=values.device)
+    inside = place < starts.diff()[:, None]
+    shape = (inside.shape[0], length, *values.shape[1:])
+    if values.shape[0] == 0:
+        return torch.full(shape, padding_value, dtype=values.dtype, device=values.device)
+    rows = torch.where(inside, starts[:-1, None] + place, 0)
+    out = values.index_select(0, rows.flatten()).view(shape)
+    return out.masked_fill_(~inside.view(*inside.shape, *(1 for _ in values.shape[1:])), padding_value)
+
+
+@composite("_padded_dense_to_jagged_forward")
+def padded_to_jagged(dense: Any, offsets: Sequence[Any], total_L: int | None = None) -> Any:
+    """The other way; rows that were cut are zero. total_L, the number of rows, is read from the device where it is not given."""
+    starts = _one_level("_padded_dense_to_jagged_forward", offsets)
+    total = int(starts[-1].item()) if total_L is None else total_L
+    length = dense.shape[1]
+    row = torch.arange(total, device=dense.device)
+    sequence = torch.searchsorted(starts[1:].contiguous(), row.to(starts.dtype), right=True)
+    place = row - starts.index_select(0, sequence)
+    inside = place < length
+    if dense.numel() == 0:
+        return dense.new_zeros((total, *dense.shape[2:]))
+    picked = dense.flatten(0, 1).index_select(0, torch.where(inside, sequence * length + place, 0))
+    return picked.masked_fill_(~inside.view(total, *(1 for _ in dense.shape[2:])), 0)
