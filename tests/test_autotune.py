@@ -367,6 +367,33 @@ def test_shipped_defaults_name_schedules_that_exist():
         assert d.schedule == d.fallback or d.speedup >= tuner.LEAST_GAIN
 
 
+def test_the_model_prefers_shared_steps_where_a_wave_of_tiles_is_hardly_begun():
+    """Stream-K: offered for few waves of tiles; expected to win with a long reduction, not with a short one."""
+    from torch_spiral.kernels.block import gemm
+    from torch_spiral.kernels.kernel import Target
+
+    target = Target(
+        language="triton", schedule_class="block", engine="cuda", compute_units=132, capability=90,
+        max_workgroup_memory=227 << 10,
+    )  # fmt: skip
+    roofline = model.Roofline(4.2e12, {"bf16": 7e14})
+
+    def best(*sizes):
+        found = gemm.candidates(target, "bf16", "", *(1 << (n.bit_length() - 1) for n in sizes))
+
+        def seconds(choice):
+            tiling = templates.Gemm()._tiling(target, {"a": "bf16"}, choice, sizes)
+            return model.product_seconds(target, tiling, *sizes, "bf16", 2, 2, roofline)
+
+        assert any(choice.schedule.streamed for choice in found) == (max(sizes) < 8192)
+        assert not any(choice.schedule.streamed and choice.splits > 1 for choice in found)
+        return min(found, key=seconds).schedule
+
+    assert best(1536, 1536, 4096, 1).streamed  # 144 tiles of 128 x 128 for 132 programs
+    assert not best(1536, 1536, 512, 1).streamed
+    assert not best(8192, 8192, 512, 1).streamed
+
+
 # ---- real keys ----------------------------------------------------------------------------------------------------------
 
 

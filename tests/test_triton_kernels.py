@@ -38,10 +38,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         rows = compile_kernel(nest.rows(target, "softmax", *ops, softmax).kernel, gpu, ((0, 16), (1, 16)))
         assert rows.threads == 256 and rows.image[:4] == b"\x7fELF"
         schedule = dataclasses.replace(gemm.HALF[-1], stages=3)
-        product = gemm.gemm(target, schedule, "bf16", "bf16", "bf16", "n", "n", "n", "", False, Epilogue(("relu",)))
         divisible = ((0, 16), (1, 16), *((i, 16) for i in range(3, 12)))
-        binary = compile_kernel(product, gpu, divisible)
-        assert binary.shared >= 2 * 3 * 2 * 64 * 64 / 2  # the loads are pipelined
+        for s in (schedule, dataclasses.replace(schedule, streamed=True)):
+            product = gemm.gemm(target, s, "bf16", "bf16", "bf16", "n", "n", "n", "", False, Epilogue(("relu",)))
+            binary = compile_kernel(product, gpu, divisible)
+            assert binary.shared >= 2 * 3 * 2 * 64 * 64 / 2  # the loads are pipelined
+        finish = gemm.stream_reduce(target, s, "f32", "bf16", "n", Epilogue(("relu",)))
+        assert compile_kernel(finish, gpu, ()).image[:4] == b"\x7fELF"
 
     @pytest.mark.parametrize("gpu, memory", [(("cuda", 86, 32), 99 << 10), (("hip", "gfx942", 64), 64 << 10), (("hip", "gfx1100", 32), 64 << 10)])  # fmt: skip
     def test_compiles_for_smaller_gpus(monkeypatch, gpu, memory):
@@ -137,7 +140,13 @@ else:
     from torch_spiral.kernels.nest import Operand
     from torch_spiral.kernels.vector.gemm import Epilogue
 
-    DTYPES = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64, "i32": torch.int32, "i64": torch.int64}
+    DTYPES = {
+        "f32": torch.float32,
+        "f16": torch.float16,
+        "f64": torch.float64,
+        "i32": torch.int32,
+        "i64": torch.int64,
+    }
 
     @pytest.fixture(autouse=True)
     def seed():
@@ -383,12 +392,13 @@ else:
         tolerance = {"f32": 1e-5, "f16": 2e-3}[dtype]
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
-    @pytest.mark.parametrize("layouts,split,stored,persistent", [
-        ("nn", False, True, False), ("nt", False, False, True), ("tn", True, False, False), ("tt", False, True, True),
+    @pytest.mark.parametrize("layouts,split,stored,persistent,streamed", [
+        ("nn", False, True, False, False), ("nt", False, False, True, False), ("tn", True, False, False, False),
+        ("tt", False, True, True, False), ("nt", False, True, False, True),
     ])  # fmt: skip
-    def test_gemm_through_descriptors(layouts, split, stored, persistent):
+    def test_gemm_through_descriptors(layouts, split, stored, persistent, streamed):
         """Odd sizes in rows of a multiple of 16 bytes; what lies between the rows is neither read nor written."""
-        m, n, k, batch = 37, 70, 75, 1 if persistent else 2
+        m, n, k, batch = 37, 70, 75, 1 if persistent or streamed else 2
 
         def padded(rows, columns, turned=False):
             rows, columns = (columns, rows) if turned else (rows, columns)
@@ -398,7 +408,7 @@ else:
 
         a, b, c = padded(m, k, layouts[0] == "t"), padded(k, n, layouts[1] == "t"), padded(m, n)
         expected = a.double() @ b.double()
-        s = gemm.Schedule(32, 32, 16, 4, 3, persistent=persistent)
+        s = gemm.Schedule(32, 32, 16, 4, 3, persistent=persistent, streamed=streamed)
         count, span = (3, 32) if split else (1, k)
         out = torch.zeros(batch * count, m, n) if split else c
         dtype = "f32" if split else "f16"
@@ -406,13 +416,64 @@ else:
         cb, cm, cn = out.stride()
         values = dict(zip(["ab", "am", "ak", "bb", "bk", "bn"], (*a.stride(), *b.stride())))
         values.update(cb=cb, cm=cm, cn=cn, cs=batch * m * n, m=m, n=n, k=k, span=span)
-        groups = (3, 1, 1) if persistent else gemm.groups(s, m, n, batch, count)
-        run(kernel, [a, b, out], [values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", split)], groups)
+        groups = (4, 1, 1) if persistent or streamed else gemm.groups(s, m, n, batch, count)
+        partial = [torch.full((4, 2, 32, 32), torch.nan)] if streamed else []
+        scalars = [values[name] for name, _ in gemm.gemm_scalars(*layouts, "n", split)]
+        run(kernel, [a, b, out, *partial], scalars + [batch] * streamed, groups)
+        if streamed:
+            finish = gemm.stream_reduce(TARGET, s, "f32", "f16", "n", Epilogue())
+            run(finish, [*partial, c], [cb, cm, m, n, k, 4, 1], gemm.stream_reduce_groups(s, 4, m, n, 1))
         if split:
             out = out.view(count, batch, m, n).sum(0)
         torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=0.1)
         if not split:
             assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
+
+    STREAMED = [  # m, n, k and batch; dtype, layouts, programs
+        ((50, 70, 200, 1), "f16", "nn", 5),  # six tiles of 13 steps: every program ends within a tile
+        ((20, 30, 500, 1), "f32", "nt", 7),  # one tile, seven programs
+        ((33, 31, 17, 3), "f32", "tn", 4),  # batches: six tiles of two steps
+        ((100, 90, 40, 1), "f32", "nn", 5),  # twelve tiles: five whole, seven shared
+        ((64, 64, 32, 1), "f32", "nn", 2),  # four tiles: nothing to share
+        ((10, 20, 5, 2), "i32", "nn", 2),
+    ]
+
+    @pytest.mark.parametrize("sizes,dtype,layouts,programs", STREAMED)
+    def test_streamed_gemm(sizes, dtype, layouts, programs):
+        """Stream-K: steps shared evenly among programs; alpha, a bias, a residual of any strides and an activation, applied once."""
+        (m, n, k, batch), t, whole = sizes, DTYPES[dtype], dtype == "i32"
+
+        def matrix(*sizes, turned=False):
+            x = torch.randn(*sizes[:-2], *(sizes[:-3:-1] if turned else sizes[-2:]))
+            x = (x * 4 if whole else x).to(t)
+            return x.mT if turned else x
+
+        s = gemm.Schedule(32, 32, 1 if whole else 16, 4, 3, streamed=True)
+        a, b = matrix(batch, m, k, turned=layouts[0] == "t"), matrix(batch, k, n, turned=layouts[1] == "t")
+        bias, residual = matrix(1, n)[0], matrix(batch, n, m).mT
+        c = torch.full((batch, m + 1, n + 3), 7).to(t)[:, :m, :n]
+        epilogue = Epilogue(("alpha", ("add", dtype, "n"), *(() if whole else ("relu",)), ("add", dtype, "s")))
+        precision = "ieee" if dtype == "f32" else ""
+        kernel = gemm.gemm(TARGET, s, dtype, dtype, dtype, *layouts, "n", precision, False, epilogue)
+        compute = torch.int32 if whole else torch.float32
+        partial = torch.full((programs, 2, 32, 32), 1 << 20 if whole else torch.nan, dtype=compute)
+        assert gemm.stream_programs(programs, s, m, n, k, batch) == programs
+        values = dict(zip(["ab", "am", "ak", "bb", "bk", "bn", "cb", "cm"], (*a.stride(), *b.stride(), *c.stride())))
+        values.update(m=m, n=n, k=k)
+        strides = [0, *residual.stride()]  # of the bias, then of the residual
+        alpha = 3 if whole else 0.5
+        named = [(v, values[v]) for v, _ in gemm.gemm_scalars(*layouts, "n", False)]
+        wide, small = [v for x, v in named if x not in "mnk"], [v for x, v in named if x in "mnk"]
+        run(kernel, [a, b, bias, residual, c, partial], [*wide, *strides, *small, alpha, batch], (programs, 1, 1))
+        finish = gemm.stream_reduce(TARGET, s, dtype if whole else "f32", dtype, "n", epilogue)
+        scalars = [*c.stride()[:2], *strides, m, n, k, programs, batch, alpha]
+        groups = gemm.stream_reduce_groups(s, programs, m, n, batch)
+        run(finish, [partial, bias, residual, c], scalars, groups)
+        expected = alpha * (a.double() @ b.double()) + bias.double()
+        expected = (expected if whole else expected.relu()) + residual.double()
+        tolerance = {"f32": 1e-5, "f16": 4e-3, "i32": 0}[dtype]
+        torch.testing.assert_close(c.double(), expected, rtol=tolerance, atol=10 * tolerance)
+        assert (c._base[:, m:] == 7).all() and (c._base[:, :, n:] == 7).all()
 
     @pytest.mark.parametrize("fast", [False, True])
     def test_gemm_of_float8(fast):

@@ -50,6 +50,7 @@ class Tiling:
     matrix_units: bool = False  # tl.dot: operands are not read again by every invocation
     stages: int = 1  # tiles in flight: loads of the next ones overlap with products
     tasks: int = 0  # of a CPU: how many tasks the grid has
+    programs: int = 0  # stream-K: how many programs share all steps evenly; each leaves up to two parts of tiles
 
 
 def resident(target: Target, threads: int, accumulators: int, memory: int) -> int:
@@ -76,7 +77,7 @@ def product_seconds(
     """Of [batch, m, k] @ [batch, k, n]."""
     rows, columns = math.ceil(m / t.m), math.ceil(n / t.n)
     padded = 2.0 * rows * t.m * columns * t.n * math.ceil(k / t.k) * t.k * batch
-    workgroups = rows * columns * batch * t.splits
+    workgroups = t.programs or rows * columns * batch * t.splits
     if t.tasks:  # CPU: whole rounds of the compute units
         slots, efficiency = target.compute_units, 1.0
         waves = math.ceil(t.tasks / slots) * slots / t.tasks
@@ -91,6 +92,8 @@ def product_seconds(
             if workgroups <= slots
             else math.ceil(workgroups / slots) * slots / workgroups
         )
+        if t.programs:
+            waves = 1.0
         hidden = min(1.0, (per_unit * t.threads / 256) ** 0.5)
         side = math.sqrt(t.accumulators)
         # Each step of k ends at barriers, and has to wait for its loads where no later tile is in flight.
@@ -101,9 +104,9 @@ def product_seconds(
     compute = padded * waves / (roofline.rate(dtype) * efficiency)
     least = batch * ((m * k + k * n) * itemsize + m * n * out_size)
     read = batch * (m * k * columns + k * n * rows) * itemsize
-    partial = 2 * t.splits * batch * m * n * 4 if t.splits > 1 else 0
+    partial = 2 * t.splits * batch * m * n * 4 if t.splits > 1 else 4 * t.programs * t.m * t.n * 4
     memory = (least + partial) / roofline.bandwidth + read / (CACHE_SPEED * roofline.bandwidth)
-    return max(compute, memory) + LAUNCH_SECONDS * (2 if t.splits > 1 else 1)
+    return max(compute, memory) + LAUNCH_SECONDS * (2 if t.splits > 1 or t.programs else 1)
 
 
 # ---- measuring the roofline -----------------------------------------------------------------------------------------

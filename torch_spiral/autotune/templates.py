@@ -184,10 +184,13 @@ class Gemm(Template):
             return Tiling(s.mr, s.nr, 1, 1, s.mr * s.nr, 0, 1, tasks=tasks)
         s = schedule.schedule
         if target.schedule_class == "block":
-            threads = 32 * s.warps
+            from ..kernels.block.gemm import programs, stream_programs
+
+            threads, (m, n, k, batch) = 32 * s.warps, sizes
             return Tiling(
                 s.m, s.n, s.k, threads, s.m * s.n // threads, s.stages * (s.m + s.n) * s.k * size, schedule.splits,
                 matrix_units=True, stages=s.stages,
+                programs=stream_programs(programs(target, s, size), s, m, n, k, batch) if s.streamed else 0,
             )  # fmt: skip
         return Tiling(
             s.tile_m, s.tile_n, s.tile_k, s.threads, s.thread_m * s.thread_n, s.workgroup_memory(),
@@ -205,7 +208,7 @@ class Gemm(Template):
         s = getattr(schedule, "schedule", schedule)
         if hasattr(s, "tile_m"):
             return s.tile_m, s.tile_n, s.thread_m, s.thread_n, schedule.splits
-        return (s.mr, s.nv) if hasattr(s, "mr") else (s.m, s.n, schedule.splits)
+        return (s.mr, s.nv) if hasattr(s, "mr") else (s.m, s.n, schedule.splits, s.streamed)
 
     def kernel_text(self, target: Target, key: str, schedule: Any) -> str:
         from ..kernels.block import gemm as block

@@ -26,6 +26,7 @@ from ..lowering import (
     is_one,
     is_zero,
     launch,
+    maximum,
     minimum,
     packed,
     target,
@@ -499,6 +500,7 @@ def _block_product(
             key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *sizes)
         )
         s, count = choice.schedule, choice.splits
+    tiles = tiles and (is_one(batch) or not s.streamed)
     if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
         s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
 
@@ -521,8 +523,20 @@ def _block_product(
         )
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         groups = block.groups(s, m, n, batch)
+        if s.streamed:
+            most = block.programs(t, s, DTYPES[a.dtype].size)
+            programs = block.stream_programs(most, s, m, n, k, batch, minimum)
+            partial = empty((most, 2, s.m, s.n), compute)
+            named.append(("i32", batch))
+            launch(kernel, [a, b, *operands, out, partial], _ordered(None, named), (programs, 1, 1), work)
+            finish = build(block.stream_reduce, s, compute, out.dtype, c_layout, epilogue)
+            named = [("i64", v) for v in (own if c_layout != "n" else own[:2])]
+            named += [*(("i32", v) for v in (m, n, k, programs, batch)), *extra]
+            groups = block.stream_reduce_groups(s, programs, m, n, batch, maximum)
+            launch(finish, [partial, *operands, out], _ordered(None, named), groups)
+            return
         if s.persistent:
-            groups = (minimum(groups[0], block.programs(t, s)), 1, 1)
+            groups = (minimum(groups[0], block.programs(t, s, DTYPES[a.dtype].size)), 1, 1)
         launch(kernel, [a, b, *operands, out], _ordered(None, named), groups, work)
         return
     partial = empty((count, batch, m, n), compute)

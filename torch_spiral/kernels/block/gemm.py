@@ -7,6 +7,7 @@ Integers and whatever tl.dot lacks are summed as outer products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,9 @@ from . import STORAGE, EpilogueText, cdiv, template
 @dataclass(frozen=True)
 class Schedule:
     """Tiles of m x n x k; group: rows of tiles that are walked together, for the cache. persistent: a program computes
-    several tiles, one after the other (one batch, no splits)."""
+    several tiles, one after the other (one batch, no splits). streamed: stream-K (Osama et al., PPoPP 2023): the programs that the
+    device runs at a time share all steps of the reduction evenly, wherever tiles begin and end; stream_reduce finishes the tiles
+    that several programs computed (no splits)."""
 
     m: int
     n: int
@@ -28,10 +31,12 @@ class Schedule:
     stages: int
     group: int = 8
     persistent: bool = False
+    streamed: bool = False
 
     def __str__(self) -> str:
         group = "" if self.group == 8 else f"g{self.group}"
-        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}{'p' * self.persistent}"
+        flags = "p" * self.persistent + "k" * self.streamed
+        return f"{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}{group}{flags}"
 
 
 HALF = (
@@ -132,6 +137,9 @@ class Choice:
         return f"{self.schedule}/{self.splits}"
 
 
+STREAMED_WAVES = 8  # of tiles; with more of them a last one that is not full matters little
+
+
 def candidates(target: Target, dtype: str, precision: str, m: int, n: int, k: int, batch: int) -> list[Choice]:
     """What a tuner may choose from for about these sizes."""
     size = {"f16": 2, "bf16": 2, "f32": 4}.get(dtype)
@@ -155,6 +163,9 @@ def candidates(target: Target, dtype: str, precision: str, m: int, n: int, k: in
                             found.append(Choice(Schedule(tm, tn, tk, warps, stages), count))
                             if count == batch == 1 and tiles > target.compute_units:
                                 found.append(Choice(Schedule(tm, tn, tk, warps, stages, persistent=True)))
+                            streamed = Schedule(tm, tn, tk, warps, stages, streamed=True)
+                            if count == 1 and tiles < STREAMED_WAVES * programs(target, streamed, size):
+                                found.append(Choice(streamed))
                             count *= 2
                             if tiles * count > 4 * target.compute_units or k // count < 4 * tk or count > 32:
                                 break
@@ -178,13 +189,17 @@ def gemm(
     batches, splits), or with s.persistent, of one batch, programs(). split: c is partial sums, one matrix (stride cs) for each
     run of `span` of the reduction.
 
+    s.streamed: the last buffer is partial [programs, 2, s.m, s.n] of the compute dtype, the last scalar the size of the batch (i32; 1
+    with described), the grid stream_programs(). A program leaves in partial its share of a tile that an earlier one begins, then of
+    one that it begins and does not finish.
+
     described: the operands are read through tensor descriptors, by the copy engine, which takes no registers for addresses;
     layouts are "n" or "t", and starts, batch strides and strides multiples of 16 bytes. stored: c is written so too.
 
     grouped: the items of the batch are groups, that the ends in offs (int32) cut out of one matrix: of the rows of a and of c ("rows",
     grid: grouped_groups), or of the reduction ("k"); their number is the last scalar (i32). Ends beyond the matrix or before their
     predecessor are moved there."""
-    assert not grouped or not (split or described or stored or s.persistent)
+    assert not grouped or not (split or described or stored or s.persistent or s.streamed)
     compute = compute_dtype(a)
     acc = TYPES[compute]
     e = EpilogueText(target, epilogue, compute)
@@ -201,11 +216,7 @@ def gemm(
     out_type = f", out_dtype={acc}" if compute in ("f64", "i32") else ""
     product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
     place = [
-        f"first = tile // ({s.group} * tiles_n) * {s.group}",
-        f"height = tl.minimum(tiles_m - first, {s.group})",
-        f"within = tile % ({s.group} * tiles_n)",
-        f"row = (first + within % height) * {s.m}",
-        f"column = (within // height) * {s.n}",
+        *_place(s),
         f"ra = row + tl.arange(0, {s.m})",
         f"rb = column + tl.arange(0, {s.n})",
         f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
@@ -214,12 +225,12 @@ def gemm(
     if grouped == "rows":
         rows = "row_end"
         place = [f"column = tl.program_id(0) % tiles_n * {s.n}", f"ra = row + tl.arange(0, {s.m})", *place[-2:]]
-    finish = [
+    indices = [
         f"inside = (ra[:, None] < {rows}) & (rb[None, :] < n)",
         "ra = ra.to(tl.int64)",
         "rb = rb.to(tl.int64)",
-        *e.text().split("\n"),
     ]
+    finish = e.text().split("\n")
     part = " + tl.program_id(1).to(tl.int64) * cs" if split else ""
     if stored:
         finish.append(f"c_tiles.store([row, column], acc.to({STORAGE[c]}))")
@@ -228,6 +239,15 @@ def gemm(
             f"pc = c + z * cb_ + ra[:, None] * cm + rb[None, :] * {unit['cn']}{part}",
             f"tl.store(pc, acc.to({STORAGE[c]}), mask=inside)",
         ]
+    if s.streamed:
+        finish = [
+            "if high - low == steps:",
+            *("    " + t for t in finish if t),
+            "else:",
+            f"    p = partial + (program * 2 + (low == 0).to(tl.int32)).to(tl.int64) * {s.m * s.n}",
+            f"    tl.store(p + tl.arange(0, {s.m})[:, None] * {s.n} + tl.arange(0, {s.n})[None, :], acc)",
+        ]
+    finish = indices + finish
     lines = [f"{x} = {x}.to(tl.pointer_type({FLOAT8_TYPES[d]}))" for x, d in (("a", a), ("b", b)) if narrow]
     lines += [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
     if grouped == "rows":
@@ -248,9 +268,9 @@ def gemm(
             "    return",
             "z = z.to(tl.int64)",
         ]
-    elif s.persistent:
+    elif s.persistent or (s.streamed and described):
         lines.append("z = tl.full([], 0, tl.int64)")
-    else:
+    elif not s.streamed:
         lines += ["z = (tl.program_id(0) // tiles).to(tl.int64)", "tile = tl.program_id(0) % tiles"]
     if split:
         lines += ["start = tl.program_id(1) * span", "end = tl.minimum(start + span, k)"]
@@ -261,8 +281,9 @@ def gemm(
             "    start = end",
             "    end = tl.minimum(tl.maximum(tl.load(offs + g), start), k)",
         ]
-    else:
+    elif not s.streamed:
         lines += ["start = 0", "end = k"]
+    last = "k" if s.streamed else "end"
     if described:
 
         def tiles(
@@ -275,8 +296,8 @@ def gemm(
             return f"{name}.load([{columns}, {rows}]).T" if turned else f"{name}.load([{rows}, {columns}])"
 
         lines += [
-            tiles("a_tiles", "a + z * ab", ("m", "end"), (unit["am"], unit["ak"]), (s.m, s.k), a_layout == "t"),
-            tiles("b_tiles", "b + z * bb", ("end", "n"), (unit["bk"], unit["bn"]), (s.k, s.n), b_layout == "t"),
+            tiles("a_tiles", "a + z * ab", ("m", last), (unit["am"], unit["ak"]), (s.m, s.k), a_layout == "t"),
+            tiles("b_tiles", "b + z * bb", (last, "n"), (unit["bk"], unit["bn"]), (s.k, s.n), b_layout == "t"),
         ]
         if stored:
             lines.append(tiles("c_tiles", f"c + z * cb_{part}", ("m", "n"), ("cm", "1"), (s.m, s.n), False))
@@ -327,15 +348,59 @@ def gemm(
             "for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):",
             *("    " + t for t in work),
         ]
+    elif s.streamed:
+        assert not split
+        lines += [
+            "programs = tl.num_programs(0)",
+            *_shares(s),
+            "program = tl.program_id(0)",
+            "begin = program * each + tl.minimum(program, more)",
+            "stop = begin + each + (program < more).to(tl.int32)",
+            "waves = whole // programs",
+            "for turn in range(0, waves + (stop - 1) // steps - begin // steps + 1):",
+            "    shared = turn >= waves",
+            "    item = begin // steps + turn - waves",
+            "    tile = tl.where(shared, whole + item, program + turn * programs)",
+            "    low = tl.where(shared, tl.maximum(begin - item * steps, 0), 0)",
+            "    high = tl.where(shared, tl.minimum(stop - item * steps, steps), steps)",
+            *([] if described else ["    z = (tile // tiles).to(tl.int64)", "    tile = tile % tiles"]),
+            f"    start = low * {s.k}",
+            f"    end = tl.minimum(high * {s.k}, k)",
+            *("    " + t for t in work),
+        ]
     else:
         lines += work
     body = "\n".join(line for line in lines if line.strip())
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, split)] + e.scalars
-    scalars += [("groups", "i32")] if grouped else []
+    scalars += [("groups", "i32")] if grouped else [("batch", "i32")] if s.streamed else []
     flags = "_split" * split + "_d" * described + "_st" * stored + (f"_by_{grouped}" if grouped else "")
     name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{flags}_{s}_{epilogue}"
-    offs = [("offs", "i32")] if grouped else []
-    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c), *offs], scalars, body, s.warps, s.stages, e.module)
+    extra = [("offs", "i32")] if grouped else [("partial", compute)] if s.streamed else []
+    return template(
+        name, [("a", a), ("b", b), *e.buffers, ("c", c), *extra], scalars, body, s.warps, s.stages, e.module
+    )
+
+
+def _place(s: Schedule) -> list[str]:
+    """Lines: the row and column at which `tile` of a matrix begins."""
+    return [
+        f"first = tile // ({s.group} * tiles_n) * {s.group}",
+        f"height = tl.minimum(tiles_m - first, {s.group})",
+        f"within = tile % ({s.group} * tiles_n)",
+        f"row = (first + within % height) * {s.m}",
+        f"column = (within // height) * {s.n}",
+    ]
+
+
+def _shares(s: Schedule) -> list[str]:
+    """Lines of a streamed product: the first `whole` tiles are dealt in turns, one program each; of the rest's steps every program takes
+    `each`, the first `more` programs one more, in order."""
+    return [
+        f"steps = tl.cdiv(k, {s.k})",
+        "whole = tl.maximum(tiles * batch // programs - 1, 0) * programs",
+        "each = (tiles * batch - whole) * steps // programs",
+        "more = (tiles * batch - whole) * steps % programs",
+    ]
 
 
 def groups(s: Schedule, m: Any, n: Any, batch: Any, count: Any = 1) -> tuple[Any, Any, Any]:
@@ -348,9 +413,19 @@ def grouped_groups(s: Schedule, m: Any, n: Any, count: Any) -> tuple[Any, Any, A
     return ((cdiv(m, s.m) + count) * cdiv(n, s.n), 1, 1)
 
 
-def programs(target: Target, s: Schedule) -> int:
-    """How many programs of a persistent schedule the device runs at a time."""
-    return target.compute_units
+def programs(target: Target, s: Schedule, itemsize: int) -> int:
+    """How many programs of a persistent or streamed schedule the device runs at a time, of operands of `itemsize` bytes."""
+    if not s.streamed:
+        return target.compute_units
+    tiles = s.stages * (s.m + s.n) * s.k * itemsize
+    return target.compute_units * max(1, min(8 // s.warps, target.max_workgroup_memory // tiles))
+
+
+def stream_programs(
+    most: int, s: Schedule, m: Any, n: Any, k: Any, batch: Any, minimum: Callable[..., Any] = min
+) -> Any:
+    """The programs of a streamed product: `most`, and no more than there are steps."""
+    return minimum(cdiv(m, s.m) * cdiv(n, s.n) * batch * cdiv(k, s.k), most)
 
 
 # ---- one row of A: as fast as B streams from memory, without tensor cores ------------------------------------------------
@@ -416,6 +491,66 @@ def row_product(
 
 def row_groups(s: RowSchedule, n: Any, batch: Any) -> tuple[Any, Any, Any]:
     return (cdiv(n, s.columns) * batch, 1, 1)
+
+
+def stream_reduce(target: Target, s: Schedule, compute: str, c: str, c_layout: str, epilogue: Epilogue) -> Kernel:
+    """The tiles of a streamed product that several programs computed: c = epilogue(their sum, in the order of the reduction). Buffers:
+    gemm's partial, epilogue operands, c. Scalars: cb, cm, (cn), m, n, k, programs (of gemm's grid), batch, then the epilogue's. Grid:
+    stream_reduce_groups."""
+    e = EpilogueText(target, epilogue, compute)
+    rows = _stream_rows(s)
+    cn = "1" if c_layout == "n" else "cn"
+
+    def owner(step: str) -> str:
+        return (
+            f"tl.where({step} < more * (each + 1), ({step}) // (each + 1), more + ({step} - more * (each + 1)) // each)"
+        )
+
+    lines = [
+        f"tiles_m = tl.cdiv(m, {s.m})",
+        f"tiles_n = tl.cdiv(n, {s.n})",
+        "tiles = tiles_m * tiles_n",
+        *_shares(s),
+        "item = tl.program_id(0)",
+        f"low = {owner('item * steps')}",
+        f"high = {owner('(item + 1) * steps - 1')}",
+        "if low == high:",
+        "    return",
+        "tile = whole + item",
+        "z = (tile // tiles).to(tl.int64)",
+        "tile = tile % tiles",
+        *_place(s),
+        f"within_tile = tl.program_id(1) * {rows} + tl.arange(0, {rows})",
+        "ra = (row + within_tile).to(tl.int64)",
+        f"rb = (column + tl.arange(0, {s.n})).to(tl.int64)",
+        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        f"p = partial + (low * 2 + 1).to(tl.int64) * {s.m * s.n}",
+        f"p += within_tile[:, None] * {s.n} + tl.arange(0, {s.n})[None, :]",
+        "acc = tl.load(p)",
+        f"p += {s.m * s.n}",
+        "for i in range(low, high):",
+        "    acc += tl.load(p)",
+        f"    p += {2 * s.m * s.n}",
+        e.text(),
+        f"tl.store(c + z * cb + ra[:, None] * cm + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
+    ]
+    scalars = [("cb", "i64"), ("cm", "i64"), *([("cn", "i64")] if c_layout != "n" else [])]
+    scalars += [*((x, "i32") for x in ("m", "n", "k", "programs", "batch")), *e.scalars]
+    name = f"stream_reduce_{compute}_{c}_{c_layout}_{s}_{epilogue}"
+    body = "\n".join(t for t in lines if t)
+    return template(name, [("partial", compute), *e.buffers, ("c", c)], scalars, body, 4, 1, e.module)
+
+
+def _stream_rows(s: Schedule) -> int:
+    """Rows of a tile that a program of stream_reduce sums: 32 elements an invocation."""
+    return min(s.m, max(4096 // s.n, 1))
+
+
+def stream_reduce_groups(
+    s: Schedule, programs: Any, m: Any, n: Any, batch: Any, maximum: Callable[..., Any] = max
+) -> tuple[Any, Any, Any]:
+    tiles = cdiv(m, s.m) * cdiv(n, s.n) * batch
+    return (tiles - maximum(tiles // programs - 1, 0) * programs, s.m // _stream_rows(s), 1)
 
 
 REDUCE = (4, 128)  # tile of reduce_splits: an access of 16 bytes an invocation
