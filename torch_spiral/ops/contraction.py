@@ -31,7 +31,7 @@ from ..lowering import (
     packed,
     target,
 )
-from .common import broadcast, contiguous, copy_to, described, map_tensors
+from .common import broadcast, contiguous, converted, copy_to, described, map_tensors
 
 FLOATS = ("f32", "f16", "bf16", "f64")
 
@@ -66,7 +66,7 @@ def product(
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
     ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
-    their parts. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
+    their parts. A float32 b with a narrower a is a weight that autocast left as it is: CPUs read it so, GPUs keep it in a's dtype. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
     says, where it is not that of matrix products. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
@@ -102,6 +102,8 @@ def product(
         b = b.view([a.sizes[1], *b.sizes[1:]], [0, *b.strides[1:]])
         product(a.transpose(0, 1), b, out.transpose(0, 1), alpha, bias, turned, activation, fast, precision)
         return
+    if b.dtype == "f32" and a.dtype in ("f16", "bf16") and target().schedule_class != "vector":
+        b = _converted_weight(b, a.dtype)
     steps: list[Any] = []
     operands: list[Tensor] = []
     factors: list[Any] = []
@@ -143,6 +145,17 @@ def _in_order(x: Tensor, dtype: str) -> Tensor:
     if is_one(x.strides[1]) and not is_one(x.strides[2]):
         return contiguous(x.transpose(1, 2), dtype).transpose(1, 2)
     return contiguous(x, dtype)
+
+
+def _converted_weight(b: Tensor, dtype: str) -> Tensor:
+    """b in another dtype, kept, its matrices stored as b's are."""
+    if is_zero(_batch_stride(b)):
+        b, batch = b.view([1, *b.sizes[1:]], [0, *b.strides[1:]]), b.sizes[0]
+        x = _converted_weight(b, dtype) if not is_one(batch) else None
+        if x is not None:
+            return x.view([batch, *x.sizes[1:]], [0, *x.strides[1:]])
+    by_columns = is_one(b.strides[1]) and not is_one(b.strides[2])
+    return converted(b.transpose(1, 2), dtype).transpose(1, 2) if by_columns else converted(b, dtype)
 
 
 def int8_product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -356,7 +369,7 @@ def _panels(b: Tensor, s: vector.Schedule, compute: str) -> tuple[Tensor, Any]:
     copies = 1 if shared else b.sizes[0]
     with packed(b, (copies, panels, k, s.nr), compute, f"panels_{layout}_{b.dtype}_{s}") as p:
         launch(
-            build(vector.pack_b, b.dtype, layout, s), [b, p], [_batch_stride(b), 0, b.strides[1], b.strides[2], 1, k, n],
+            build(vector.pack_b, b.dtype, layout, s, compute), [b, p], [_batch_stride(b), 0, b.strides[1], b.strides[2], 1, k, n],
             (minimum(panels, 4 * units), 1 if bucket(k) < 8 else units, copies),
         )  # fmt: skip
     return p.view((copies, panels, k * s.nr)), 0 if shared else panels * k * s.nr

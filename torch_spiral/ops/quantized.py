@@ -66,9 +66,8 @@ def weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
     )
     out = empty([m, n], self.dtype)
     if target().schedule_class != "block":
-        weight = contiguous(mat2, self.dtype)
         terms = [("mul", broadcast(scales.view((1, 1, n), (0, 0, scales.strides[0])), (1, m, n)))]
-        product(matrix(self, 0, 1), matrix(weight, 1, 0), matrix(out, 0, 1), terms=terms)
+        product(matrix(self, 0, 1), matrix(mat2, 1, 0), matrix(out, 0, 1), terms=terms)
         return out
     x, w, scales = _rows(self), contiguous(mat2), contiguous(scales)
     s = block.schedule(x.dtype, 1 << bucket(m))

@@ -17,7 +17,7 @@ from ..vector.gemm import Epilogue, combine, is_constant, number
 
 COMPONENTS = "xyzw"
 # Storage dtypes that the templates take, and what they accumulate in.
-ACCUMULATOR = {"f32": "f32", "f16": "f32", "bf16": "f32", "f64": "f64", "i32": "i32", "i64": "i64"}
+ACCUMULATOR = {"f32": "f32", "f16": "f32", "bf16": "f32", "i8": "f32", "f64": "f64", "i32": "i32", "i64": "i64"}
 _CL = {"f32": "float", "f64": "double", "i32": "int", "i64": "long", "u32": "uint", "bool": "bool"}
 # Above every index that the templates form: a launch has at most this many workgroups, each takes several tiles.
 MAX_GROUPS = 65535
@@ -308,11 +308,15 @@ class Text:
                 return f"vloada_half4(0, {base} + {i})"
             if b.dtype == "bf16":
                 return f"as_float4(convert_uint4(*(__global ushort4*)({base} + {i})) << 16)"
+            if b.dtype == "i8":
+                return f"convert_float4(*(__global char4*)({base} + {i}))"
             return f"(*(__global {self.type(b.dtype, 4)}*)({base} + {i}))"
         if b.dtype == "f16":
             return f"vload_half({i}, {base})"
         if b.dtype == "bf16":
             return f"as_float((uint){base}[{i}] << 16)"
+        if b.dtype == "i8":
+            return f"(float){base}[{i}]"
         return f"{base}[{i}]"
 
     def _load_wgsl(self, b: BufferDecl, array: str, i: str, width: int) -> str:
@@ -323,7 +327,7 @@ class Text:
 
         if b.vector == 4:
             w = f"{array}[({i}) >> 2u]"
-            if b.dtype in ("f16", "bf16"):
+            if b.dtype in ("f16", "bf16", "i8"):
                 self._wgsl_unpack(b.dtype)
                 vec = f"unpack4_{b.dtype}({w})"
             else:
@@ -336,6 +340,8 @@ class Text:
             return f"unpack2x16float({word(f'({i}) >> 1u')} >> ((({i}) & 1u) * 16u)).x"
         if b.dtype == "bf16":
             return f"bitcast<f32>(({word(f'({i}) >> 1u')} >> ((({i}) & 1u) * 16u)) << 16u)"
+        if b.dtype == "i8":
+            return f"f32(bitcast<i32>({word(f'({i}) >> 2u')} << (24u - (({i}) & 3u) * 8u)) >> 24u)"
         if b.dtype in ("f64", "i64"):
             self._wgsl_wide(b.dtype)
             return f"from_words_{b.dtype}({word(i)})"
@@ -361,11 +367,14 @@ class Text:
         return f"{name}({i})"
 
     def _wgsl_unpack(self, dtype: str) -> None:
+        words = "u32" if dtype == "i8" else "vec2<u32>"
         if dtype == "f16":
             body = "return vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));"
+        elif dtype == "i8":
+            body = "return vec4<f32>(bitcast<vec4<i32>>(vec4<u32>(w << 24u, w << 16u, w << 8u, w)) >> vec4<u32>(24u));"
         else:
             body = "return bitcast<vec4<f32>>(vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u));"
-        self.module.setdefault(f"unpack4_{dtype}", f"fn unpack4_{dtype}(w: vec2<u32>) -> vec4<f32> {{ {body} }}")
+        self.module.setdefault(f"unpack4_{dtype}", f"fn unpack4_{dtype}(w: {words}) -> vec4<f32> {{ {body} }}")
 
     def _wgsl_wide(self, dtype: str) -> None:
         self.module.setdefault(

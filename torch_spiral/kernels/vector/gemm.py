@@ -361,15 +361,16 @@ def micro(
     )
 
 
-def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -> Kernel:
-    """Packs B[b, K, N] into P[b, cdiv(K, kc), cdiv(N, nr), min(kc, rest of K), nr] of the compute dtype, zero-filled beyond N.
+def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None, compute: str | None = None) -> Kernel:
+    """Packs B[b, K, N] into P[b, cdiv(K, kc), cdiv(N, nr), min(kc, rest of K), nr] of the dtype `compute` (default: what B's is
+    computed in), zero-filled beyond N.
 
     layout: "n" unit stride along N, "t" along K, "g" any strides.
     The batch has two levels (batch and head): item i starts at B + i / inner * bb + i % inner * bi.
     Buffers: B, P. Scalars: bb, bi, bk, bn (i64), inner, K, N (u32).
     Grid: (tasks along panels, tasks along K, batch), any numbers >= 1. Temporary: batch * cdiv(N, nr) * K * nr elements.
     """
-    compute = compute_dtype(dtype)
+    compute = compute or compute_dtype(dtype)
     s = s or schedule(compute)
     w, nr, kc = s.w, s.nr, s.kc  # kc is a multiple of 8: a block of the transpose never crosses it
     tw, macros = pack_macros(compute, w, dtype)
@@ -424,7 +425,7 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None) -
 """
     return finish(
         target,
-        f"vector_pack_b_{dtype}_{layout}_{s}",
+        f"vector_pack_b_{dtype}{'' if compute == compute_dtype(dtype) else f'_{compute}'}_{layout}_{s}",
         [("B", dtype, "r"), ("P", compute, "w")],
         [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64"), ("inner", "u32"), ("K", "u32"), ("N", "u32")],
         module(compute, w, (dtype,)) + macros,
