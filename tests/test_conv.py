@@ -130,6 +130,7 @@ def test_tiles(device, layout, padding):
         names = [x.kernel for x in t.launches]
         count = 2 if padding == 1 else 1  # forward, gradient for the input; not with a border of two pixels
         assert sum(n.startswith("vector_winograd_f32") for n in names) == count, names
+        assert sum(n.startswith("vector_winograd_weight") for n in names) == 1, names
 
 
 def test_tiles_follow_a_written_weight(device):

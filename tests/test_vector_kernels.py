@@ -584,6 +584,37 @@ def test_winograd(case, flip, width):
         close(values(out, (n, m, h, w)), want, EPS["f32"])
 
 
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("case", [(2, 9, 70, 10, 13), (1, 130, 5, 4, 3), (3, 8, 8, 1, 9)], ids=str)
+def test_winograd_weight(case, layout, width):
+    n, c, m, h, w = case
+    s = W.schedule(width)
+    x, g = make((n, c, h, w), "f32"), make((n, m, h, w), "f32")
+    weight = torch.zeros(m, c, 3, 3, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x.double(), weight, padding=1).backward(g.double())
+    th, tw = cdiv(h, 2), cdiv(w, 2)
+
+    def turned(t, pad, height, width):
+        t = t.mT.contiguous().mT if layout == "transposed" else t
+        t = t.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else t
+        out = result(n * height * width * t.shape[1] + C.SLACK)
+        launch(
+            W.pad_last(TARGET, "f32", s),
+            [t, out],
+            [*t.stride(), n, t.shape[1], h, w, height, width, pad, pad],
+            (3, 1, 1),
+        )
+        got = values(out, (n, height, width, t.shape[1])).movedim(-1, 1)
+        assert torch.equal(got, F.pad(t, (pad, width - w - pad, pad, height - h - pad)))
+        return out
+
+    X, Gr = turned(x, 1, 2 * th + 2, 2 * tw + 2), turned(g, 0, 2 * th, 2 * tw)
+    dw = result(weight.numel())
+    launch(W.weight_gradient(TARGET, "f32", s), [X, Gr, dw], [n, m, c, th, tw], (2, 1, 1))
+    close(values(dw, weight.shape), weight.grad, EPS["f32"])
+
+
 @pytest.mark.parametrize("n, c, mult, size, k, stride, pad, dilation",
                          [(2, 6, 1, 19, 3, 1, 1, 1), (1, 8, 2, 20, 5, 2, 2, 1), (2, 3, 1, 15, 3, 1, 2, 2), (1, 4, 1, 7, 3, 3, 1, 1)])  # fmt: skip
 def test_depthwise(n, c, mult, size, k, stride, pad, dilation):

@@ -305,7 +305,8 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
     if depthwise and (not flip or is_one(w.sizes[0] // g.groups if isinstance(w.sizes[0], int) else 0)):
         _depthwise(x, w, bias, out, g, flip, terms)
         return
-    if _by_tiles(x, w, out, g, flip):
+    padding = [2 - p if flip else p for p in g.padding[1:]]
+    if _by_tiles(x, out, g) and out.is_contiguous and max(padding) <= 1 and 1 << bucket(x.sizes[3]) < 2 * winograd.TILES:
         _winograd(x, w, bias, out, g, flip, terms)
         return
     strides = _strides(out)
@@ -358,21 +359,18 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         )  # fmt: skip
 
 
-def _by_tiles(x: Tensor, w: Tensor, out: Tensor, g: Geometry, flip: bool) -> bool:
-    """Whether Winograd's algorithm computes it in less time than direct sums: enough channels that transforming tiles costs little
-    beside the products, enough tiles that reading the transformed filters does."""
+def _by_tiles(x: Tensor, y: Tensor, g: Geometry) -> bool:
+    """Whether Winograd's algorithm computes a convolution of x, with y the result or its gradient, in less time than direct sums: enough
+    channels that transforming tiles costs little beside the products, enough tiles that reading the transformed filters does."""
     known = all(isinstance(i, int | Size) for i in _spatial(x))
     return (
         known
         and g.taps == (1, 3, 3)
         and g.stride == g.dilation == (1, 1, 1)
         and g.groups == 1
-        and all(p in ((1, 2) if flip else (0, 1)) for p in g.padding[1:])
-        and out.ndim == 4
-        and out.is_contiguous
-        and DTYPES[out.dtype].compute == DTYPES[w.dtype].compute == "f32"
-        and min(bucket(x.sizes[1]), bucket(w.sizes[1] if flip else w.sizes[0])) >= 5
-        and 1 << bucket(x.sizes[3]) < 2 * winograd.TILES
+        and x.ndim == 4
+        and DTYPES[x.dtype].compute == DTYPES[y.dtype].compute == "f32"
+        and min(bucket(x.sizes[1]), bucket(y.sizes[1])) >= 5
         and product([_about(i) for i in (x.sizes[0], *_spatial(x))]) >= 128
     )
 
@@ -448,6 +446,9 @@ def _depthwise(
 
 def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
     """dw[oc, ic, tap] = sum over images and pixels of y[n, oc, pixel] * x[n, ic, pixel * stride - padding + tap * dilation]."""
+    if _by_tiles(x, y, g):
+        _winograd_weight(x, y, dw, g)
+        return
     n, c, co = x.sizes[0], x.sizes[1], y.sizes[1]
     y = contiguous(y)
     extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
@@ -472,6 +473,25 @@ def _vector_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
         kernel, [padded, y, dw],
         [c * product(extents), co * pixels, pixels, m, g.groups, n, *o, *g.taps, *extents, *g.stride, *g.dilation, k, channels],
         (tasks, cdiv(2 * units, tasks), g.groups), lambda: 2 * m * k * pixels * n * g.groups,
+    )  # fmt: skip
+
+
+def _winograd_weight(x: Tensor, y: Tensor, dw: Tensor, g: Geometry) -> None:
+    n, c, m = x.sizes[0], x.sizes[1], y.sizes[1]
+    high, wide = (cdiv(size, 2) for size in y.sizes[2:])
+
+    def turned(t: Tensor, height: Any, width: Any, padding: Sequence[int]) -> Tensor:
+        out = empty([n * height * width * t.sizes[1] + vector.SLACK], "f32")
+        launch(
+            build(winograd.pad_last, t.dtype), [t, out], [*t.strides, n, t.sizes[1], *t.sizes[2:], height, width, *padding],
+            (minimum(n * height, 2 * target().compute_units), 1, 1),
+        )  # fmt: skip
+        return out
+
+    padded = turned(x, 2 * high + 2, 2 * wide + 2, g.padding[1:])
+    launch(
+        build(winograd.weight_gradient, dw.dtype), [padded, turned(y, 2 * high, 2 * wide, (0, 0)), dw], [n, m, c, high, wide],
+        winograd.weight_groups(m, c, target().compute_units, maximum), lambda: 2 * winograd.PLACES * m * c * n * high * wide,
     )  # fmt: skip
 
 

@@ -8,6 +8,9 @@ remains is, for each of the 16 places, a matrix product over channels, M[m, tile
 `pack` transforms the filters, which is done once; `winograd` the rest, block by block in a task's own memory, so that nothing but
 input and output goes through the main memory. The input comes from conv.pad, with zeros around: [N, C, 2 * TH + 2, 2 * TW + 2] for TH x TW
 tiles. The gradient for the input is the same with exchanged channels and filters from last to first.
+
+The gradient for the filters is the transposed algorithm (`weight_gradient`): G^T (sum over tiles of (A y A^T) * (B^T d B)) G for the
+2x2 tiles y of the result's gradient. Its sums run over tiles, so its operands are turned: [N, height, width, channels], from `pad_last`.
 """
 
 from __future__ import annotations
@@ -228,3 +231,151 @@ def winograd_groups(rows: Any, row: Any, compute_units: int, minimum: Any = min)
     """Grid of `winograd` for `rows` rows of `row` tiles: along the rows where there are enough for a block each, else along M."""
     tasks = minimum(cdiv(rows * row, TILES), compute_units)
     return tasks, cdiv(compute_units, tasks), 1
+
+
+def pad_last(target: Target, dtype: str, s: Schedule | None = None) -> Kernel:
+    """X[n, y, x, c] = in[n, c, y - ph, x - pw], 0 outside.
+
+    Buffers: in (any strides), X (f32, contiguous [N, HP, WP, C] + conv.SLACK elements). Scalars: sn, sc, sh, sw (i64 strides); N, C, IH, IW, HP, WP,
+    ph, pw (u32). Grid: (tasks along N * HP, 1, 1).
+    """
+    s = s or schedule()
+    tw, macros = pack_macros("f32", s.w, dtype)
+    load = " ".join(f"const CV{tw} x{i} = LD{tw}_{dtype}(i_ + {i} * sc);" for i in range(tw))
+    turn = transpose(tw, [f"x{i}" for i in range(tw)], [f"y{i}" for i in range(tw)], f"const CV{tw}")
+    put = " ".join(f"store{tw}(y{i}, 0, o_ + (ulong){i} * C);" for i in range(tw))
+    body = f"""
+  const ulong R = (ulong)N * HP; const ulong r0 = R * get_group_id(0) / get_num_groups(0), r1 = R * (get_group_id(0) + 1) / get_num_groups(0);
+  for (ulong r = r0; r < r1; r++) {{
+    __global T* d = X + r * WP * C; const uint y = r % HP;
+    if (y < ph || y >= ph + IH) {{ for (ulong j = 0; j < (ulong)WP * C; j++) d[j] = 0; continue; }}
+    for (ulong j = 0; j < (ulong)pw * C; j++) d[j] = 0;
+    for (ulong j = (ulong)(pw + IW) * C; j < (ulong)WP * C; j++) d[j] = 0;
+    const __global {POINTEE[dtype]}* p = in + (long)(r / HP) * sn + (long)(y - ph) * sh; d += (ulong)pw * C;
+    if (sc == 1) {{
+      for (uint x = 0; x < IW; x++) {{
+        uint c = 0;
+        for (; c + {tw}u <= C; c += {tw}u) store{tw}(LD{tw}_{dtype}(p + (long)x * sw + c), 0, d + (ulong)x * C + c);
+        for (; c < C; c++) d[(ulong)x * C + c] = LD_{dtype}(p + (long)x * sw + c);
+      }}
+      continue;
+    }}
+    uint c = 0;
+    if (sw == 1 && IW >= {tw}u) for (; c + {tw}u <= C; c += {tw}u) for (uint x_ = 0; x_ < IW; x_ += {tw}u) {{
+      const uint x = min(x_, IW - {tw}u); const __global {POINTEE[dtype]}* i_ = p + (long)c * sc + x; __global T* o_ = d + (ulong)x * C + c;
+      {load} {turn} {put}
+    }}
+    for (; c < C; c++) for (uint x = 0; x < IW; x++) d[(ulong)x * C + c] = LD_{dtype}(p + (long)c * sc + (long)x * sw);
+  }}
+"""
+    return finish(
+        target,
+        f"vector_winograd_pad_last_{dtype}_w{s.w}",
+        [("in", dtype, "r"), ("X", "f32", "w")],
+        [(x, "i64") for x in ("sn", "sc", "sh", "sw")]
+        + [(x, "u32") for x in ("N", "C", "IH", "IW", "HP", "WP", "ph", "pw")],
+        prelude("f32", s.w, (dtype,)) + macros,
+        body,
+    )
+
+
+STEP = 48  # tiles that are added up before sums go to a task's memory
+CHANNELS = 96  # of the input and of the output that a task keeps sums of
+
+
+def weight_gradient(target: Target, out_dtype: str, s: Schedule | None = None) -> Kernel:
+    """dW[m, c, ky, kx] = sum over n, y, x of Gr[n, y, x, m] * X[n, y + ky, x + kx, c].
+
+    Buffers: X, Gr (f32, from pad_last: [N, 2 * TH + 2, 2 * TW + 2, C] and [N, 2 * TH, 2 * TW, M]), dW (contiguous [M, C, 3, 3]).
+    Scalars: N, M, C, TH, TW (u32). Grid: (tasks along C, tasks along M, 1), any numbers: `weight_groups`.
+    """
+    s = s or schedule()
+    w, mr, nv, nr = s.w, s.mr, s.nv, s.nr
+    mc = cdiv(CHANNELS, mr) * mr
+    pc, cc = cdiv(mc, w) * w, cdiv(CHANNELS, nr) * nr
+    loads = " ".join(
+        f"const V d{y}{x} = load{w}(0, in_ + ((ulong){y} * WP + {x}) * C);" for y in range(4) for x in range(4)
+    )
+    rows = " ".join(
+        f"const V t0{x} = d0{x} - d2{x}, t1{x} = d1{x} + d2{x}, t2{x} = d2{x} - d1{x}, t3{x} = d1{x} - d3{x};"
+        for x in range(4)
+    )
+    tile = " ".join(
+        f"store{w}({text.format(y=y)}, 0, v_ + {(4 * y + x) * STEP * cc});"
+        for y in range(4)
+        for x, text in enumerate(("t{y}0 - t{y}2", "t{y}1 + t{y}2", "t{y}2 - t{y}1", "t{y}1 - t{y}3"))
+    )
+    gradient = " ".join(
+        f"const V g{y}{x} = load{w}(0, g_ + ((ulong){y} * 2 * TW + {x}) * M);" for y in range(2) for x in range(2)
+    )
+    gradient += " ".join(
+        f"const V t0{x} = g0{x}, t1{x} = g0{x} + g1{x}, t2{x} = g0{x} - g1{x}, t3{x} = -g1{x};" for x in range(2)
+    )
+    gradient += " ".join(
+        f"store{w}({text.format(y=y)}, 0, p_ + {(4 * y + x) * STEP * pc});"
+        for y in range(4)
+        for x, text in enumerate(("t{y}0", "t{y}0 + t{y}1", "t{y}0 - t{y}1", "-t{y}1"))
+    )
+    acc = " ".join(f"V c{r}_{v} = (V)(0);" for r in range(mr) for v in range(nv))
+    at = [(f"c{r}_{v}", f"t_ + {r * cc + v * w}") for r in range(mr) for v in range(nv)]
+    add = " ".join(f"{c} += load{w}(0, {t});" for c, t in at)
+    put = " ".join(f"store{w}({c}, 0, {t});" for c, t in at)
+    back = " ".join(f"const V u{y}{x} = load{w}(0, u_ + {(4 * y + x) * mc * cc});" for y in range(4) for x in range(4))
+    half = "{0} = {a} + 0.5f * ({b} + {c}), {1} = 0.5f * ({b} - {c}), {2} = 0.5f * ({b} + {c}) + {d}"
+    for x in range(4):
+        names = [f"h{y}{x}" for y in range(3)]
+        back += f"const V {half.format(*names, a=f'u0{x}', b=f'u1{x}', c=f'u2{x}', d=f'u3{x}')};"
+    for y in range(3):
+        names = [f"w{y}{x}" for x in range(3)]
+        back += f"const V {half.format(*names, a=f'h{y}0', b=f'h{y}1', c=f'h{y}2', d=f'h{y}3')};"
+    taps = " ".join(f"store{w}(w{i // 3}{i % 3}, {i}, taps);" for i in range(9))
+    body = f"""
+  T Vt[{PLACES * STEP * cc}]; T Pt[{PLACES * STEP * pc}]; T Mt[{PLACES * mc * cc}]; T taps[{9 * w}];
+  const uint WP = 2 * TW + 2, HP = 2 * TH + 2, MP = (M + {mr - 1}u) / {mr}u, NP = (C + {nr - 1}u) / {nr}u, tiles = N * TH * TW;
+  const uint q0 = (ulong)NP * get_group_id(0) / get_num_groups(0), q1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
+  const uint p0 = (ulong)MP * get_group_id(1) / get_num_groups(1), p1 = (ulong)MP * (get_group_id(1) + 1) / get_num_groups(1);
+  for (uint q = q0; q < q1; q += {cc // nr}u) for (uint p = p0; p < p1; p += {mc // mr}u) {{
+    const uint qe = min(q + {cc // nr}u, q1), pe = min(p + {mc // mr}u, p1), c0 = q * {nr}u, m0 = p * {mr}u;
+    const uint cn = min(qe * {nr}u, C) - c0, mn = min(pe * {mr}u, M) - m0;
+    for (uint t0 = 0; t0 < tiles; t0 += {STEP}u) {{
+      const uint kn = min({STEP}u, tiles - t0);
+      for (uint k = 0; k < kn; k++) {{
+        const uint t = t0 + k, n = t / (TH * TW), y = t / TW % TH * 2, x = t % TW * 2;
+        for (uint c = 0; c < cn; c += {w}u) {{
+          const __global T* in_ = X + (((ulong)n * HP + y) * WP + x) * C + c0 + c; T* v_ = Vt + k * {cc} + c;
+          {loads} {rows} {tile}
+        }}
+        for (uint m = 0; m < mn; m += {w}u) {{
+          const __global T* g_ = Gr + (((ulong)n * 2 * TH + y) * 2 * TW + x) * M + m0 + m; T* p_ = Pt + k * {pc} + m;
+          {gradient}
+        }}
+      }}
+      for (uint f = 0; f < {PLACES}u; f++) for (uint j = q; j < qe; j++) for (uint i = p; i < pe; i++) {{
+        const T* a_ = Pt + f * {STEP * pc} + (i - p) * {mr}; const T* b_ = Vt + f * {STEP * cc} + (j - q) * {nr};
+        T* t_ = Mt + (f * {mc}u + (i - p) * {mr}u) * {cc} + (j - q) * {nr};
+        {acc}
+        {micro(s, str(cc), "kn", a_k=pc)}
+        if (t0) {{ {add} }}
+        {put}
+      }}
+    }}
+    for (uint m = 0; m < mn; m++) for (uint c = 0; c < cn; c += {w}u) {{
+      const T* u_ = Mt + m * {cc} + c; __global {POINTEE[out_dtype]}* d = dW + ((ulong)(m0 + m) * C + c0 + c) * 9;
+      {back} {taps}
+      for (uint j = 0; j < min({w}u, cn - c); j++) for (uint i = 0; i < 9; i++) ST_{out_dtype}(d + j * 9 + i, taps[i * {w} + j]);
+    }}
+  }}
+"""
+    return finish(
+        target,
+        f"vector_winograd_weight_{out_dtype}_{s}",
+        [("X", "f32", "r"), ("Gr", "f32", "r"), ("dW", out_dtype, "w")],
+        [(x, "u32") for x in ("N", "M", "C", "TH", "TW")],
+        prelude("f32", w, (out_dtype,)),
+        body,
+    )
+
+
+def weight_groups(m: Any, c: Any, compute_units: int, maximum: Any = max) -> tuple[Any, Any, Any]:
+    """Grid of `weight_gradient`."""
+    return maximum(cdiv(c, CHANNELS), compute_units), cdiv(m, CHANNELS), 1
