@@ -235,3 +235,19 @@ def test_multi_head_attention(device):
             got, got_weights = module.to(device)(y, y, y)
         close(got, want.detach(), 1e-5)
         close(got_weights, weights.detach(), 1e-5)
+
+
+def test_vmap(device):
+    """Per-sample gradients, with a mask that is shared and one that is not."""
+
+    def f(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask).square().sum()
+
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(3, 1, 2, 5, 8), torch.randn(2, 3, 1, 2, 6, 8)
+    for mask, dim in ((torch.randn(5, 6), None), (torch.randn(3, 1, 1, 5, 6), 0)):
+        args = (q, k, v, mask)
+        g = torch.func.vmap(torch.func.grad_and_value(f, (0, 1, 2, 3)), (0, 0, 0, dim))
+        (expected, loss), (got, ours) = g(*args), g(*(a.to(device) for a in args))
+        for a, b in zip((*expected, loss), (*got, ours)):
+            torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)

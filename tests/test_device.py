@@ -151,6 +151,8 @@ def test_visible_devices():
     last = torch.spiral.device_count() - 1
     name = "import torch; print(torch.spiral.get_device_name(0))"
     assert run(name, SPIRAL_VISIBLE_DEVICES=str(last)) == torch.spiral.get_device_name(last)
+    why = "import torch; print([r for r in torch.spiral.engines() if r['engine'] in ('opencl', 'wgpu')])"
+    assert "left out by SPIRAL_VISIBLE_DEVICES=99" in run(why, SPIRAL_VISIBLE_DEVICES="99")
 
 
 def test_no_device_says_why():

@@ -43,7 +43,7 @@ def engines_table() -> Table:
     table = Table(title="Engines")
     table.add_column("engine")
     table.add_column("devices", justify="right")
-    table.add_column("library")
+    table.add_column("library", overflow="fold")
     table.add_column("why not more", overflow="fold")
     for report in spiral.engines():
         table.add_row(

@@ -28,10 +28,6 @@ constexpr int64_t kMaxHead = 256;
 // Also asked of fake tensors: looks at no data, and at sizes by their symbols.
 bool fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MaybeTensor& mask, double dropout, bool gqa) {
   if (dropout != 0 || q.is_nested() || k.is_nested() || v.is_nested()) return false;
-  // Under vmap the kernels would see a fifth dimension: ATen's own products and softmax have batching rules.
-  if ((q.key_set() | k.key_set() | v.key_set() | (mask ? mask->key_set() : c10::DispatchKeySet())).has(c10::DispatchKey::FuncTorchBatched)) {
-    return false;
-  }
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
   const at::ScalarType dtype = q.scalar_type();
   if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) return false;

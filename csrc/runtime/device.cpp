@@ -115,7 +115,7 @@ Registry* discover() {
   search("wgpu", wgpu_adapters != nullptr, [](EngineReport& r) { return wgpu_adapters(r.library, r.why); });
   for (const auto& engine : engines) {
     if (engine != "cuda" && engine != "hip" && engine != "opencl" && engine != "wgpu") {
-      registry->reports.push_back({engine, "", "SPIRAL_ENGINE names no engine: cuda, opencl or wgpu", 0});
+      registry->reports.push_back({engine, "", "SPIRAL_ENGINE names no engine: cuda, hip, opencl or wgpu", 0});
     }
   }
 
@@ -132,6 +132,15 @@ Registry* discover() {
       const long index = std::strtol(part.c_str(), &end, 10);
       if (*end || index < 0 || index >= static_cast<long>(found.size()) || !found[index]) break;
       keep(std::move(found[index]));
+    }
+    for (const auto& left : found) {
+      if (!left) continue;
+      const std::string engine = left->properties.engine == "hip" ? "cuda" : left->properties.engine;
+      for (EngineReport& report : registry->reports) {
+        if (report.engine != engine) continue;
+        --report.devices;
+        report.why = std::string("left out by SPIRAL_VISIBLE_DEVICES=") + visible;
+      }
     }
   } else {
     for (auto& adapter : found) keep(std::move(adapter));

@@ -9,7 +9,10 @@ depends on how long a sequence is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .. import autotune
 from ..kernels.block import attention as block
@@ -382,7 +385,6 @@ def native_multi_head_attention(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Projections, attention and output projection of [B, T, D] tensors; (result, weights or None). mask: true where nothing is
     seen; mask_type 0: [T, T], 1: [B, T] padding, 2: [B, H, T, T]."""
-    import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     if query.dim() != 3 or embed_dim % num_head:
@@ -411,3 +413,54 @@ def native_multi_head_attention(
     else:
         out = scaled_dot_product_attention(q, k, v, keep)
     return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), scores
+
+
+# ---- under vmap ------------------------------------------------------------------------------------------------------
+
+
+def _batched(t: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
+    """t with the mapped dimension, of size n, in front."""
+    return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _fold(n: int, tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list[torch.Tensor]:
+    return [_batched(t, d, n).flatten(0, 1) for t, d in zip(tensors, dims, strict=True)]
+
+
+def _fold_mask(mask: torch.Tensor | None, dim: int | None, n: int, batch: int) -> torch.Tensor | None:
+    """The mask of n * batch problems: [n * batch, heads or 1, queries or 1, keys or 1]."""
+    if mask is None:
+        return None
+    mask = _batched(mask, dim, n)
+    mask = mask.view(n, *[1] * (5 - mask.ndim), *mask.shape[1:])
+    return mask.expand(n, batch, *mask.shape[2:]).reshape(n * batch, *mask.shape[2:])
+
+
+def _forward_batched(info: Any, dims: Any, q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **scale: Any) -> Any:
+    n = info.batch_size
+    folded = _fold(n, (q, k, v), dims[:3])
+    batch = folded[0].shape[0] // n
+    bias = _fold_mask(mask, dims[3] if len(dims) > 3 else None, n, batch)
+    op = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
+    out, lse, *others = op(*folded, bias, *rest, **scale)
+    return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch)), *others), (0, 0, *[None] * len(others))
+
+
+def _backward_batched(
+    info: Any, dims: Any, grad: Any, q: Any, k: Any, v: Any, mask: Any, wanted: Any, out: Any, lse: Any, *rest: Any, **scale: Any
+) -> Any:  # fmt: skip
+    n = info.batch_size
+    folded = _fold(n, (grad, q, k, v, out, lse), (*dims[:4], *dims[6:8]))
+    batch = folded[0].shape[0] // n
+    bias = _fold_mask(mask, dims[4], n, batch)
+    op = torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward
+    *grads, grad_mask = op(*folded[:4], bias, wanted, *folded[4:], *rest, **scale)
+    results = [g if g is None else g.unflatten(0, (n, batch)) for g in grads]
+    if grad_mask is not None and mask is not None:
+        shape = mask.shape if dims[4] is None else mask.movedim(dims[4], 0).shape[1:]
+        grad_mask = grad_mask.unflatten(0, (n, batch)).sum_to_size(n, *[1] * (4 - len(shape)), *shape).view(n, *shape)
+    return (*results, grad_mask), tuple(None if g is None else 0 for g in (*results, grad_mask))
+
+
+torch.library.register_vmap("aten::_scaled_dot_product_fused_attention_overrideable", _forward_batched)
+torch.library.register_vmap("aten::_scaled_dot_product_fused_attention_overrideable_backward", _backward_batched)
