@@ -132,13 +132,28 @@ def test_out_of_range_indices_surface_at_the_next_synchronization(device):
 
 
 def test_float64_where_the_device_has_none(device):
-    if torch.spiral.get_device_properties(device).float64:
-        pytest.skip("this device computes in float64")
-    x = torch.ones(3, dtype=torch.float64).to(device)
-    assert x.cpu().tolist() == [1, 1, 1], "it stores and copies"
-    with pytest.raises((RuntimeError, TypeError), match=r"float64|f64|Double"):
-        (x.exp() + x.sin()).cpu()
-    assert torch.ones(2, device=device).sum().item() == 2
+    """In a process of its own, which takes the feature away from a device that has it."""
+    code = f"""
+import dataclasses, torch
+from torch_spiral.kernels.kernel import Target
+
+of = Target.of
+Target.of = staticmethod(lambda index=None: dataclasses.replace(of(index), float64=False))
+device = torch.device({str(device)!r})
+x = torch.tensor([1.0, 2.5, 3.0], dtype=torch.float64).to(device)
+assert x.cpu().tolist() == [1, 2.5, 3] and x[::2].clone().tolist() == [1, 3], "it stores and copies"
+assert repr(x).startswith("tensor([1.0000, 2.5000, 3.0000]"), x
+for call, name in ((lambda: x.exp(), "exp"), (lambda: x.sum(), "sum"), (lambda: x.float(), "copy")):
+    try:
+        call().cpu()
+        raise AssertionError(name)
+    except RuntimeError as error:
+        assert name in str(error) and "spiral:" in str(error) and "no float64 arithmetic" in str(error), error
+y = torch.ones(2, device=device) * torch.tensor(2.5, dtype=torch.float64)
+assert y.dtype == torch.float32 and y.sum().item() == 5, "a number is no float64 tensor"
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_out_of_memory(device, clean_memory):

@@ -23,7 +23,7 @@ from typing import Any, Union
 
 from . import _C
 from .kernels import ir
-from .kernels.kernel import DTYPES, FLOAT8, Kernel, Target
+from .kernels.kernel import DTYPES, FLOAT8, Kernel, Target, Unsupported
 from .untraced import untraced
 
 # In the order of Code in csrc/dispatch/plan.h.
@@ -1117,6 +1117,8 @@ def _record(op: int, name: str, device: int, described: tuple) -> dict:
         return r.finish(None)  # C++ raises what the checks say, with their numbers
     except ir.DtypeError as error:
         raise NotImplementedError(not_implemented(name, error.dtype)) from error
+    except Unsupported as error:
+        raise Unsupported(f"{name.removesuffix('_stub')} on spiral:{device}: {error}") from error
     finally:
         _state.recorder = outer
 

@@ -45,7 +45,7 @@ from ..lowering import (
     structured,
     target,
 )
-from .common import broadcast, contiguous, copy_to
+from .common import broadcast, contiguous, converted, copy_to
 from .contraction import _epilogue_strides, _ordered, convolution_precision, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
@@ -137,7 +137,7 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry
     if out.is_empty:
         return
     if g.pointwise and _pixels(x) and _pixels(out) and w.is_contiguous:
-        w = _converted(w, x.dtype)
+        w = converted(w, x.dtype)
         _pointwise(_pixels(x), w.view([w.sizes[0], w.sizes[1]]), bias, _pixels(out), terms)  # type: ignore[arg-type]
     elif target().schedule_class == "vector":
         _vector(x, w, bias, out, g, False, terms)
@@ -195,15 +195,6 @@ def _by_pixels(bias: Tensor | None, terms: Terms, n: Any, co: Any, p: Any) -> li
         row = None if x is None else x.strides[0] if is_one(p) else x.strides[2]
         found.append((kind, None if x is None else x.view([1, n * p, co], [0, row, x.strides[1]])))
     return found
-
-
-def _converted(w: Tensor, dtype: str) -> Tensor:
-    """w in another dtype: a compiled graph leaves the conversion of weights to us, who keep the result."""
-    if w.dtype == dtype:
-        return w
-    with packed(w, w.sizes, dtype, "converted") as p:
-        copy_to(p, w)
-    return p
 
 
 def _transposed(y: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry) -> None:
@@ -759,7 +750,7 @@ def _block(
     precision, taps_last = convolution_precision(dtype), weight or not _channels_last(gathered)
     epilogue, operands = _channel_epilogue(bias, terms)
     key = (s, mode, dtype, out.dtype, nd, divided, taps_last, precision)
-    w = _converted(w, dtype)
+    w = converted(w, dtype)
     if not weight or pixels < 10:
         kernel = build(block.conv, *key, epilogue, False)
         launch(
