@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels import ir, nest
 from ..kernels.kernel import DTYPES, Target, bits_dtype, compute_dtype
-from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch, target
+from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch, packed, target
 from .elementwise import as_dtype
 
 
@@ -95,6 +95,15 @@ def copy_to(out: Tensor, x: Tensor) -> None:
 
 def _conj_neg(x: Any) -> Any:
     return ir.neg(ir.conj(x))
+
+
+def converted(x: Tensor, dtype: str) -> Tensor:
+    """A weight in another dtype, contiguous, kept as packed forms are: autocast's conversion of weights is left to us."""
+    if x.dtype == dtype:
+        return x
+    with packed(x, x.sizes, dtype, "converted") as p:
+        copy_to(p, x)
+    return p
 
 
 def contiguous(x: Tensor, dtype: str | None = None) -> Tensor:

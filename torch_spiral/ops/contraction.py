@@ -66,7 +66,7 @@ def product(
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
     ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
-    their parts. A float32 b with a narrower a is a weight that autocast left as it is: CPUs read it so, GPUs keep it in a's dtype. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
+    their parts. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
     says, where it is not that of matrix products. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
@@ -102,8 +102,6 @@ def product(
         b = b.view([a.sizes[1], *b.sizes[1:]], [0, *b.strides[1:]])
         product(a.transpose(0, 1), b, out.transpose(0, 1), alpha, bias, turned, activation, fast, precision)
         return
-    if b.dtype == "f32" and a.dtype in ("f16", "bf16") and target().schedule_class != "vector":
-        b = _converted_weight(b, a.dtype)
     steps: list[Any] = []
     operands: list[Tensor] = []
     factors: list[Any] = []
@@ -147,15 +145,16 @@ def _in_order(x: Tensor, dtype: str) -> Tensor:
     return contiguous(x, dtype)
 
 
-def _converted_weight(b: Tensor, dtype: str) -> Tensor:
-    """b in another dtype, kept, its matrices stored as b's are."""
-    if is_zero(_batch_stride(b)):
-        b, batch = b.view([1, *b.sizes[1:]], [0, *b.strides[1:]]), b.sizes[0]
-        x = _converted_weight(b, dtype) if not is_one(batch) else None
-        if x is not None:
-            return x.view([batch, *x.sizes[1:]], [0, *x.strides[1:]])
+def weight(b: Tensor, dtype: str) -> Tensor:
+    """The float32 operand b [B, K, N] of a product under autocast: as it is on CPUs, whose kernels compute in float32; on GPUs in `dtype`, its
+    matrices stored as b's are, kept."""
+    if target().schedule_class == "vector":
+        return b
+    shared = is_zero(_batch_stride(b))
+    x = b.view([1, *b.sizes[1:]], [0, *b.strides[1:]]) if shared else b
     by_columns = is_one(b.strides[1]) and not is_one(b.strides[2])
-    return converted(b.transpose(1, 2), dtype).transpose(1, 2) if by_columns else converted(b, dtype)
+    x = converted(x.transpose(1, 2), dtype).transpose(1, 2) if by_columns else converted(x, dtype)
+    return x.view(b.sizes, [0, *x.strides[1:]]) if shared else x
 
 
 def int8_product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lowering import Tensor, check, empty, eq, lowering, structured
-from .contraction import matrix, product
+from ..lowering import Tensor, check, empty, eq, internal, lowering, structured
+from .contraction import matrix, product, weight
 
 
 @structured("mm")
@@ -24,6 +24,15 @@ def bmm(self: Tensor, mat2: Tensor, out: Tensor) -> None:
 def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, out: Tensor) -> None:
     """beta * self + alpha * mat1 @ mat2."""
     product(matrix(mat1, 0, 1), matrix(mat2, 0, 1), matrix(out, 0, 1), alpha, (beta, self))
+
+
+def autocast_product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x [M, K] @ w [K, N] + bias (broadcast to the result) for csrc/aten/amp.cpp, which leaves w and bias in float32."""
+    terms = [] if bias is None else [("add", bias)]
+    product(matrix(x, 0, 1), weight(matrix(w, 0, 1), x.dtype), matrix(out, 0, 1), terms=terms)
+
+
+internal("autocast_product", autocast_product)
 
 
 @structured("_addmm_activation")
