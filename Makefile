@@ -1,7 +1,8 @@
 # From a bare Debian or Ubuntu machine with Python and a C++ compiler, each of these does everything:
 #   make demo        trains two small models on spiral
 #   make test        lint, types and the everyday tier of tests
-#   make test-full   every test and upstream's whole op tables, and docs/coverage.md from them; resumable, hours on a CPU.
+#   make test-full   every test, upstream's whole op tables on each engine and one engine against the other, and docs/coverage.md
+#                    from them; resumable, hours on a CPU.
 #                    SHARD=0/4 runs the first of four parts, SAMPLES=2 at most two samples a check
 #   make bench       the benchmarks
 #   make docs        the generated pages under docs/
@@ -71,10 +72,13 @@ test: setup $(VENV)/.dev
 test-full: setup $(VENV)/.dev
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 3600 --shard $(SHARD) $(ARGS) || status=1; \
-	for engine in $$($(BIN)/python -m torch_spiral.testing engines); do \
+	engines=$$($(BIN)/python -m torch_spiral.testing engines); \
+	for engine in $$engines; do \
 	  $(BIN)/python -m torch_spiral.testing coverage --engine $$engine --all --resume --workers $(JOBS) --shard $(SHARD) \
 	    $(if $(SAMPLES),--samples $(SAMPLES)) || status=1; \
 	done; \
+	[ $$(echo $$engines | wc -w) -lt 2 ] || $(BIN)/python -m torch_spiral.testing differential --workers $(JOBS) --shard $(SHARD) \
+	  $(if $(SAMPLES),--samples $(SAMPLES)) || status=1; \
 	$(BIN)/python -m torch_spiral.testing coverage --report || status=1; exit $$status
 
 bench: setup $(VENV)/.dev
