@@ -722,6 +722,75 @@ def test_sums_of_everything_are_cut_for_all_cores(device):
         assert len(groups) == 2 and "256u" in groups[0].source
 
 
+# ---- what only prepares an operand of a product -------------------------------------------------------------------------
+
+
+def ints(*shape):
+    return torch.randint(-127, 127, shape, dtype=torch.int8)
+
+
+PROLOGUES = {  # kernels, f, inputs
+    "cast int8 weight": (1, lambda x, w: F.linear(x, w.to(x.dtype)), lambda: (torch.randn(5, 64), ints(24, 64))),
+    "int8 weight, scale of a row, bias, relu": (
+        1,
+        lambda x, w, s, b: F.linear(x, w.to(x.dtype) * s[:, None], b).relu(),
+        lambda: (torch.randn(5, 64), ints(24, 64), torch.rand(24), torch.randn(24)),
+    ),
+    "bfloat16 operands": (
+        1,
+        lambda x, w: F.linear(x.float(), w.float()).tanh(),
+        lambda: (torch.randn(5, 64).bfloat16(), torch.randn(24, 64).bfloat16()),
+    ),
+    "rows scaled by their norm": (  # the sums of squares are the other kernel
+        2,
+        lambda x, w: (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)) @ w,
+        lambda: (torch.randn(20, 64), torch.randn(64, 24)),
+    ),
+    "batch, constant": (
+        1,
+        lambda q, k: (q * 0.125) @ k.transpose(1, 2),
+        lambda: (torch.randn(3, 10, 16), torch.randn(3, 12, 16)),
+    ),
+    "one cast, two products": (
+        2,
+        lambda x, y, w: ((x @ w.float()).relu(), y @ w.float()),
+        lambda: (torch.randn(5, 64), torch.randn(7, 64), torch.randn(64, 24).half()),
+    ),
+    "factors along the reduction": (
+        2,
+        lambda x, s, w: (x * s) @ w,
+        lambda: (torch.randn(20, 64), torch.rand(64), torch.randn(64, 24)),
+    ),
+    "read by something else": (  # and the sums, which are not part of a graph
+        2,
+        lambda x, w: (x @ w.float(), w.float().cumsum(0)),
+        lambda: (torch.randn(5, 64), torch.randn(64, 24).half()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROLOGUES)
+def test_prologues(device, name):
+    count, f, make = PROLOGUES[name]
+    args = make()
+    check(device, f, *args, tolerance=2e-5)
+    if torch.spiral.get_device_properties(device).schedule_class != "block":  # whose operands must be of one dtype
+        assert len(kernels(f, *on(device, args))) == count
+
+
+def test_a_prologue_reads_before_what_it_reads_is_written(device):
+    def f(x, w):
+        scaled = w * 2.0
+        w.add_(1.0)
+        return x @ scaled
+
+    x, w = torch.randn(5, 64), torch.randn(64, 24)
+    ours = w.to(device)
+    got = torch.compile(f, backend="spiral", fullgraph=True)(x.to(device), ours)
+    torch.testing.assert_close(got.cpu(), x @ (w * 2.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.cpu(), w + 1.0)
+
+
 # ---- kernel counts ------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from .loops import Program, Store
 
 # (read, stored): every number of the first is one of the second.
 EXACT = {("f16", "f32"), ("bf16", "f32"), ("i8", "f32"), ("i8", "f16"), ("i8", "bf16")}
+WEIGHTS = {("f32", "f16"), ("f32", "bf16")}  # what autocast does to weights, which products do themselves (contraction.weight)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _match(program: Program, store: Store) -> Prologue | None:
         if load.op != "load" or len(load.args) != 1:
             return None
         pair = (dtypes[load.attr], dtypes[store.buffer])
-        if load.args[0] is store.index and (pair in EXACT or pair[0] == pair[1]):
+        if load.args[0] is store.index and (pair in EXACT | WEIGHTS or pair[0] == pair[1]):
             sources.append(load)
         elif term is load and load.dtype == "f32":
             factors.append(load)

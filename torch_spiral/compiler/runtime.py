@@ -130,14 +130,20 @@ class Externs:
 
 
 def fused_product(
-    kind: str, args: Sequence[Any], out: Tensor, shape: Sequence[int], steps: Sequence[Any], **options: Any
+    kind: str,
+    args: Sequence[Any],
+    out: Tensor,
+    shape: Sequence[int],
+    steps: Sequence[Any],
+    before: Sequence[Any] = (),
+    **options: Any,
 ) -> None:
     """A matrix product ("mm", "bmm", "addmm", "baddbmm") or "convolution" with an epilogue. out takes the result [batch, rows, columns]
-    or [batch, channels, pixels], contiguous; of a convolution also channels-last, as options' sizes and strides say. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand."""
-    from ..ops import contraction
+    or [batch, channels, pixels], contiguous; of a convolution also channels-last, as options' sizes and strides say. steps: names, and (kind, tensor, strides, offset) as in epilogue.Operand.
+    before: such steps that precede the bias, of operands that were scaled."""
     from ..ops.conv import _convolution
 
-    terms = [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
+    terms = _steps(steps, shape)
     if kind == "convolution":
         x, w, bias = args if len(args) == 3 else (*args, options["bias"])
         stride, padding, dilation, extra = (
@@ -148,17 +154,31 @@ def fused_product(
             x, w, list(options["taps"]), bias, stride, padding, dilation, False, extra, options["groups"], terms, out
         )
         return
+    _product(kind, args, out.view(shape), _steps(before, shape), terms, **options)
+
+
+def _steps(steps: Sequence[Any], shape: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(s, None) if isinstance(s, str) else (s[0], s[1].view(shape, s[2], s[3] or None)) for s in steps]
+
+
+def _product(
+    kind: str, args: Sequence[Any], out: Tensor, before: list[Any], terms: list[Any], alpha: Any = 1, beta: Any = 1
+) -> None:
+    """out [batch, rows, columns]. With `before`, alpha and beta are 1."""
+    from ..ops import contraction
+
     bias, (a, b) = (args[0], args[1:3]) if kind in ("addmm", "baddbmm") else (None, args[:2])
     if kind in ("mm", "addmm"):
         a, b = contraction.matrix(a, 0, 1), contraction.matrix(b, 0, 1)
-    alpha, beta = options.get("alpha", 1), options.get("beta", 1)
+    if before and bias is not None:
+        before, bias = [*before, ("add", bias)], None
     contraction.product(
         a,
         b,
-        out.view(shape),
+        out,
         None if alpha == 1 else _number(alpha),
         None if bias is None else (_number(float(beta)), bias),
-        terms,
+        [*before, *terms],
     )
 
 
@@ -186,17 +206,32 @@ def _number(v: Any) -> Any:
     return low.recorder().lift(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v
 
 
-def _with_out(name: str, *args: Any, out: Tensor, alpha: Any = 1, beta: Any = 1) -> None:
-    if name in ("addmm", "baddbmm"):
+def _with_out(name: str, *args: Any, out: Tensor, alpha: Any = 1, beta: Any = 1, before: Sequence[Any] = ()) -> None:
+    if before:
+        from ..ops import contraction
+
+        out = contraction.matrix(out, 0, 1) if out.ndim == 2 else out
+        _product(name, args, out, _steps(before, out.sizes), [])
+    elif name in ("addmm", "baddbmm"):
         low.lowerings[name](*args, _number(beta), _number(alpha), out)
     else:
         low.lowerings[name](*args, out)
 
 
+def kept_weight(x: Tensor, dtype: str) -> Tensor:
+    """contraction.weight of a matrix or of matrices."""
+    from ..ops import contraction
+
+    if x.ndim == 3:
+        return contraction.weight(x, dtype)
+    y = contraction.weight(contraction.matrix(x, 0, 1), dtype)
+    return y.view(x.sizes, y.strides[1:])
+
+
 OUT_EXTERNS = ("mm", "bmm", "addmm", "baddbmm")
 GLOBALS = {
     "empty": empty, "reinterpret_tensor": reinterpret, "extern_kernels": Externs(), "max": maximum, "min": low.minimum,
-    "attention": attention.forward, "attention_backward": attention.backward, "product": fused_product, "aten": aten,
+    "attention": attention.forward, "attention_backward": attention.backward, "product": fused_product, "aten": aten, "kept_weight": kept_weight,
 }  # fmt: skip
 
 

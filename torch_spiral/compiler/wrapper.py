@@ -15,7 +15,8 @@ import torch
 
 from .. import lowering as low
 from ..kernels.kernel import Target
-from . import attention, compat
+from ..kernels.vector.gemm import constant_step
+from . import attention, compat, prologue
 from .compat import V
 from .epilogue import Operand, match
 from .loops import Built, Program
@@ -183,6 +184,7 @@ class _Cutter:
         self.base: dict[str, tuple[str, str]] = {}  # views and aliases: what they are of, how they are made
 
     def cut(self) -> list[str]:
+        self._prologues()
         self._epilogues()
         index = 0
         while index < len(self.statements):
@@ -257,6 +259,127 @@ class _Cutter:
     def _block(self) -> bool:
         return Target.of(self.wrapper.device_index).schedule_class == "block"
 
+    # ---- prologues ------------------------------------------------------------------------------------------------------
+
+    def _prologues(self) -> None:
+        """Pointwise kernels that only cast or scale an operand of matrix products become part of the products' kernels."""
+        for index, s in enumerate(self.statements):
+            found = _call(getattr(s, "value", None))
+            if found is not None and found[0] in self.wrapper.programs:
+                matched = prologue.match(self.wrapper.programs[found[0]])
+                if matched:
+                    self._prologue(index, matched, found[1].args[0].elts)  # type: ignore[attr-defined]
+
+    def _prologue(self, index: int, stores: list[prologue.Prologue], buffers: list[ast.expr]) -> None:
+        """Lets products read what the kernel at `index` reads, if all that read its results are products that can."""
+        targets: dict[str, prologue.Prologue] = {}
+        for p in stores:
+            target = buffers[p.target]
+            if not isinstance(target, ast.Name) or _shape(target) is None or target.id in self.outer:
+                return
+            targets[target.id] = p
+        read = {i: buffers[i] for p in stores for i in (p.source, *(f.buffer for f in p.factors))}
+        kept = set(map(_root, read.values()))  # must hold what they hold until the last product
+        for _ in range(2):  # under all names of their memory
+            for s in self.statements[:index]:
+                found = _call(getattr(s, "value", None))
+                view = isinstance(s, ast.Assign) and (found is None or found[0] == "reinterpret_tensor")
+                if view and kept & {*_stored(s), *_loaded(s)}:
+                    kept |= {*_stored(s), *_loaded(s)}
+        changes: list[tuple[ast.Call, list[tuple[int, ast.expr]], list[str]]] = []
+        last, written = index, False
+        for at in range(index + 1, len(self.statements)):
+            s = self.statements[at]
+            if isinstance(s, ast.Delete):
+                continue
+            written = written or bool(kept & set(self._written(s)))
+            if isinstance(s, ast.Assign) and isinstance(s.value, (ast.Name, ast.Call)) and kept & set(_loaded(s.value)):
+                kept |= set(_stored(s))  # perhaps a view
+            if not targets.keys() & set(_loaded(s)):
+                continue
+            change = None if written else self._prepared(s, targets, read)
+            if change is None:
+                return
+            changes.append(change)
+            last = at
+        for call, operands, before in changes:
+            for i, operand in operands:
+                call.args[i] = operand
+            if before:
+                earlier = next((k for k in call.keywords if k.arg == "before"), None)
+                if earlier is None:
+                    earlier = ast.keyword("before", ast.Tuple([], ast.Load()))
+                    call.keywords.append(earlier)
+                earlier.value.elts += [ast.parse(b, mode="eval").body for b in before]  # type: ignore[attr-defined]
+        deleted = []
+        done = ast.parse("None").body[0]
+        for at, s in enumerate(self.statements):
+            if at == index or (isinstance(s, ast.Assign) and targets.keys() & set(_stored(s))):
+                self.statements[at] = done
+            elif isinstance(s, ast.Delete):
+                names = [t.id for t in s.targets if isinstance(t, ast.Name)]
+                early = kept & set(names) if index < at < last else set()
+                deleted += [n for n in names if n in early]
+                s.targets = [ast.Name(n, ast.Del()) for n in names if n not in early and n not in targets]
+                if not s.targets:
+                    self.statements[at] = done
+        if deleted:
+            self.statements.insert(last + 1, ast.Delete([ast.Name(n, ast.Del()) for n in deleted]))
+
+    def _prepared(
+        self, s: ast.stmt, targets: dict[str, prologue.Prologue], read: dict[int, ast.expr]
+    ) -> tuple[ast.Call, list[tuple[int, ast.expr]], list[str]] | None:
+        """(the product that a statement is, its new operands, steps before its bias), where it can do without the kernel that wrote
+        the targets."""
+        found = _call(getattr(s, "value", None))
+        if found is None or found[0].removeprefix("extern_kernels.") not in OUT_EXTERNS:
+            return None
+        call = found[1]
+        first = len(call.args) - 2  # after the bias
+        plain = all(k.arg in ("out", "before") or ast.unparse(k.value) == "1" for k in call.keywords)
+        others = [*call.args[:first], *(k.value for k in call.keywords)]
+        if any(targets.keys() & set(_loaded(e)) for e in others):
+            return None
+        operands: list[tuple[int, ast.expr]] = []
+        before: list[str] = []
+        dtypes = [dtype_name(V.graph.get_dtype(_root(e))) for e in call.args[first:]]
+        for side in (0, 1):
+            e = call.args[first + side]
+            if _root(e) not in targets:
+                continue
+            p, whole, shape, offset = targets[_root(e)], _shape(ast.Name(_root(e))), _shape(e), 0
+            if isinstance(e, ast.Call):
+                if not isinstance(e.args[0], ast.Name) or not all(map(_literal, e.args[1:])):
+                    return None
+                offset = ast.literal_eval(e.args[3]) if len(e.args) > 3 else 0
+            if shape is None or whole is None:
+                return None
+            if p.factors and (offset or math.prod(shape[0]) != math.prod(whole[0])):
+                return None
+            if not plain and (p.factors or p.constant != 1.0):
+                return None
+            source = ast.unparse(read[p.source])
+            text = f"reinterpret_tensor({source}, {tuple(shape[0])}, {tuple(shape[1])}, {offset})"
+            stored, dtypes[side] = dtypes[side], dtype_name(V.graph.get_dtype(_root(read[p.source])))
+            if (dtypes[side], stored) in prologue.WEIGHTS:
+                plain_input = _root(read[p.source]) in V.graph.graph_input_names and not p.factors and p.constant == 1.0
+                if side == 0 or not plain_input or dtypes[0] != stored:
+                    return None
+                text, dtypes[side] = f"kept_weight({text}, {stored!r})", stored
+            operands.append((first + side, ast.parse(text, mode="eval").body))
+            if p.constant != 1.0:
+                before.append(repr(constant_step("mul", p.constant)))
+            for factor in p.factors:
+                along = p.along(*shape, factor) if p.strides is not None else None
+                if along is None or along[-1 if side == 0 else -2] != 0:
+                    return None
+                three = (0,) * (3 - len(along)) + tuple(along)
+                before.append(f"('mul', {ast.unparse(read[factor.buffer])}, {three}, {factor.offset})")
+        narrow = [d for d in dtypes if d not in ("f32", "f16", "bf16")]
+        if dtypes[0] in narrow or (narrow and self._block) or (self._block and dtypes[0] != dtypes[1]):
+            return None
+        return call, operands, before
+
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 
     def _epilogues(self) -> None:
@@ -266,7 +389,7 @@ class _Cutter:
             if found is None or not found[0].startswith("extern_kernels."):
                 continue
             kind, call = found[0].removeprefix("extern_kernels."), found[1]
-            if kind in OUT_EXTERNS and all(k.arg in ("out", "alpha", "beta") for k in call.keywords):
+            if kind in OUT_EXTERNS and all(k.arg in ("out", "alpha", "beta", "before") for k in call.keywords):
                 out = next(k.value for k in call.keywords if k.arg == "out")
                 if isinstance(out, ast.Name):
                     self._epilogue(index, kind, call, out.id)
@@ -287,7 +410,7 @@ class _Cutter:
         names = {out}  # of the product's memory
         for at in range(index + 1, len(self.statements)):
             s = self.statements[at]
-            if isinstance(s, ast.Delete):
+            if isinstance(s, ast.Delete) or isinstance(getattr(s, "value", None), ast.Constant):
                 continue
             found = _call(getattr(s, "value", None))
             if isinstance(s, ast.Assign) and (
@@ -355,7 +478,7 @@ class _Cutter:
             if name in ("assert_size_stride", "assert_alignment"):
                 return bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id in inside
             function = name.removeprefix("extern_kernels.")
-            return function in OUT_EXTERNS and name != function and self._plain(node)
+            return function in OUT_EXTERNS and name != function
         if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
             if isinstance(s.value, ast.Subscript):
                 return isinstance(s.value.value, ast.Name) and s.value.value.id in inside
@@ -410,10 +533,6 @@ class _Cutter:
             shape, strides = (self.wrapper.codegen_python_shape_tuple(x) for x in (layout.size, layout.stride))
             for argument, text in (("taps", repr(list(sizes[2:]))), ("sizes", shape), ("strides", strides)):
                 node.keywords.append(ast.keyword(argument, ast.parse(text, mode="eval").body))
-        return True
-
-    def _plain(self, node: ast.Call) -> bool:
-        """Whether a product takes what its lowering takes: floats, on this device."""
         return True
 
     def _attention(self, backward: bool, node: ast.Call) -> bool:
@@ -514,7 +633,7 @@ class _Cutter:
             lines.append(f"    ({', '.join(sizes)},) = sizes")
         text = [
             re.sub(
-                r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|max|min|product|aten|attention|attention_backward)\b(?=[(.])",
+                r"\b(?<!\.)(empty|reinterpret_tensor|extern_kernels|kept_weight|max|min|product|aten|attention|attention_backward)\b(?=[(.])",
                 r'spiral.GLOBALS["\1"]',
                 line,
             )
