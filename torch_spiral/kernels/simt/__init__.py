@@ -169,6 +169,7 @@ class Text:
         self.shared_bytes = 0
         self.shared_lines: list[str] = []
         self.barrier_text = "workgroupBarrier();" if self.wgsl else "barrier(CLK_LOCAL_MEM_FENCE);"
+        self.subgroups = False
         self._unique = 0
 
     # Declarations
@@ -252,6 +253,21 @@ class Text:
 
     def barrier(self) -> None:
         self.add(self.barrier_text)
+
+    # Subgroups
+    def subgroup_lanes(self, dtype: str) -> int:
+        """How many neighbouring lanes can surely exchange values of dtype; 0: sums go through shared memory."""
+        lanes = self.target.subgroup if self.wgsl and dtype in ("f32", "i32", "u32") else 0
+        return lanes if self.threads % max(lanes, 1) == 0 else 0
+
+    def declare_lane(self) -> None:
+        """`lane`: the invocation's number, those of a subgroup's lanes in order (`lid` need not follow them)."""
+        self.subgroups = True
+        self.let("lane", "subgroup_id * subgroup_size + subgroup_lane")
+
+    def shuffle_xor(self, value: str, mask: int) -> str:
+        """Expression: the value of the lane whose number differs by mask."""
+        return f"subgroupShuffleXor({value}, {mask}u)"
 
     def loop(self, name: str, start: str, end: str, step: str) -> None:
         """Opens a loop with a u32 counter; closed by end()."""
@@ -459,6 +475,7 @@ class Text:
             (self.threads, 1, 1),
             module="\n".join(self.module.values()),
             trusted=True,
+            subgroups=self.subgroups,
         )
         start = [] if self.wgsl else ["const uint lid = get_local_id(0);"]
         source = prefix + "\n".join(self.shared_lines + start + self.lines) + "\n" + suffix

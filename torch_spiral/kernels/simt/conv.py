@@ -424,14 +424,21 @@ def direct_weight(target: Target, dtype: str, out_dtype: str, nd: int = 2) -> Ke
     Buffers g, w, c and scalars of conv(). Grid: (min(m * n * groups, 65535), 1, 1)."""
     acc = ACCUMULATOR[dtype]
     t = Text(target, f"conv{nd}_direct_weight_{dtype}_{out_dtype}", 64)
+    near = t.subgroup_lanes(acc)
+    if near:
+        t.name += f"_subgroups{near}"
+        t.declare_lane()
     t.buffer("g", dtype)
     t.buffer("w", dtype)
     out = _Store(t, NO_EPILOGUE, acc)
     out.buffers(out_dtype)
     cv = _Conv(t, "weight", nd, False, True)
     out.scalars()
-    t.shared("sums", acc, 64, 1)
-    t.shared("eighths", acc, 8, 1)
+    if near:
+        t.shared("parts", acc, 64 // near, 1)
+    else:
+        t.shared("sums", acc, 64, 1)
+        t.shared("eighths", acc, 8, 1)
     t.loop("e", t.group, "n * m * groups", t.groups)
     t.let("column", "e % n")
     t.let("row", "(e / n) % m")
@@ -452,15 +459,26 @@ def direct_weight(target: Target, dtype: str, out_dtype: str, nd: int = 2) -> Ke
     dy = t.load("w", "w_base", f"row * w_row + {cv.linear('w', p_major, p_spatial)}")
     t.add(f"sum = {t.fma('value', dy, 'sum', acc)};")
     t.end()
-    t.add("sums[lid] = sum;")
-    t.barrier()
-    t.open("lid < 8u")
-    t.add(f"eighths[lid] = {' + '.join(f'sums[lid * 8u + {j}u]' for j in range(8))};")
-    t.end()
+    if near:
+        step = 1
+        while step < near:
+            t.add(f"sum = sum + {t.shuffle_xor('sum', step)};")
+            step *= 2
+        t.open(f"(lane & {near - 1}u) == 0u")
+        t.add(f"parts[lane / {near}u] = sum;")
+        t.end()
+        total = " + ".join(f"parts[{j}]" for j in range(64 // near))
+    else:
+        t.add("sums[lid] = sum;")
+        t.barrier()
+        t.open("lid < 8u")
+        t.add(f"eighths[lid] = {' + '.join(f'sums[lid * 8u + {j}u]' for j in range(8))};")
+        t.end()
+        total = " + ".join(f"eighths[{j}]" for j in range(8))
     t.barrier()
     t.open("lid == 0u")
     out.begin("z")
-    out.store("row", f"row * c_row + {cv.linear('c', major, spatial)}", " + ".join(f"eighths[{j}]" for j in range(8)))
+    out.store("row", f"row * c_row + {cv.linear('c', major, spatial)}", total)
     t.end()
     t.barrier()
     t.end()

@@ -747,6 +747,10 @@ def skinny(
         out_dtype, epilogue = acc, NO_EPILOGUE
     name = f"skinny_{dtype}_{b_dtype}_{out_dtype}_{rows}{b}{'v' if vec else 's'}{'_split' if split else ''}_t{threads}"
     t = Text(target, name + epilogue_name(epilogue) + (f"_w{windows}" if windows > 1 else ""), threads)
+    near = t.subgroup_lanes(acc) if b == "t" else 0
+    near = near if near >= SKINNY_COLUMNS["t"] else 0
+    if near:
+        t.name += f"_subgroups{near}"
     vec = vec and not (t.wgsl and acc in ("f64", "i64"))
     width = 4 if vec else 1
     t.buffer("a", dtype, "r", width if b == "t" else 1)
@@ -790,31 +794,17 @@ def skinny(
             for r in range(rows):
                 t.add(f"s{r}_{c} = {t.fma(f'a{r}', f'b{c}', f's{r}_{c}', acc)};")
         t.end()
-        # One row of C at a time, so that shared memory stays small: 64 invocations add `threads` sums by eighths, 8
-        # add those.
-        t.shared("sums", acc, columns * (threads + 1), 1)
-        t.shared("eighths", acc, columns * 8, 1)
-        t.shared("totals", acc, rows * columns, 1)
-        for r in range(rows):
-            for c in range(columns):
-                value = f"s{r}_{c}"
-                if vec:
-                    value = f"(({value}.x + {value}.y) + ({value}.z + {value}.w))"
-                t.add(f"sums[{c * (threads + 1)}u + lid] = {value};")
-            t.barrier()
-            t.open(f"lid < {columns * 8}u")
-            t.let("from_", f"(lid / 8u) * {threads + 1}u + (lid % 8u)")
-            t.add(f"eighths[lid] = {' + '.join(f'sums[from_ + {8 * j}u]' for j in range(threads // 8))};")
-            t.end()
-            t.barrier()
-            t.open(f"lid < {columns}u")
-            total = " + ".join(f"eighths[lid * 8u + {j}u]" for j in range(8))
-            t.add(f"totals[{r * columns}u + lid] = {total};")
-            t.end()
+        if near:
+            _skinny_sums(t, rows, columns, near, acc, vec)
+        else:
+            _skinny_shared_sums(t, rows, columns, acc, vec)
         t.barrier()
         t.loop("e", "lid", f"{rows * columns}u", f"{threads}u")
-        _skinny_store(t, out, split, f"(e / {columns}u)", f"(col0 + e % {columns}u)", "totals[e]")
+        total = " + ".join(f"parts[e + {j * rows * columns}u]" for j in range(threads // near)) if near else "totals[e]"
+        _skinny_store(t, out, split, f"(e / {columns}u)", f"(col0 + e % {columns}u)", total)
         t.end()
+        if near:
+            t.barrier()
     else:
         per, lanes = 16, threads // 16  # 16 invocations along n, 4 columns each; `lanes` along k
         t.let("tx", f"lid % {per}u")
@@ -848,6 +838,57 @@ def skinny(
             t.barrier()
     t.end()
     return t.finish()
+
+
+def _skinny_shared_sums(t: Text, rows: int, columns: int, acc: str, vec: bool) -> None:
+    """totals[row * columns + column]: one row of C at a time, so that shared memory stays small; 64 invocations add `threads` sums by
+    eighths, 8 add those."""
+    threads = t.threads
+    t.shared("sums", acc, columns * (threads + 1), 1)
+    t.shared("eighths", acc, columns * 8, 1)
+    t.shared("totals", acc, rows * columns, 1)
+    for r in range(rows):
+        for c in range(columns):
+            value = f"s{r}_{c}"
+            if vec:
+                value = f"(({value}.x + {value}.y) + ({value}.z + {value}.w))"
+            t.add(f"sums[{c * (threads + 1)}u + lid] = {value};")
+        t.barrier()
+        t.open(f"lid < {columns * 8}u")
+        t.let("from_", f"(lid / 8u) * {threads + 1}u + (lid % 8u)")
+        t.add(f"eighths[lid] = {' + '.join(f'sums[from_ + {8 * j}u]' for j in range(threads // 8))};")
+        t.end()
+        t.barrier()
+        t.open(f"lid < {columns}u")
+        total = " + ".join(f"eighths[lid * 8u + {j}u]" for j in range(8))
+        t.add(f"totals[{r * columns}u + lid] = {total};")
+        t.end()
+
+
+def _skinny_sums(t: Text, rows: int, columns: int, near: int, acc: str, vec: bool) -> None:
+    """parts[block][row * columns + column]: of each block of `near` lanes. Lanes first exchange halves of their columns until each has
+    one (8 sums in 7 exchanges), then add up what lanes of the same column have."""
+    t.declare_lane()
+    t.shared("parts", acc, rows * columns * (t.threads // near), 1)
+    for r in range(rows):
+        sums = [f"s{r}_{c}" for c in range(columns)]
+        if vec:
+            sums = [f"(({v}.x + {v}.y) + ({v}.z + {v}.w))" for v in sums]
+        sums = [t.let(t.fresh(), v, acc) for v in sums]
+        step = columns // 2
+        while step:
+            upper = f"(lane & {step}u) != 0u"
+            kept = [t.select(a, b, upper) for a, b in zip(sums[:step], sums[step:])]
+            sent = [t.select(b, a, upper) for a, b in zip(sums[:step], sums[step:])]
+            sums = [t.let(t.fresh(), f"{a} + {t.shuffle_xor(b, step)}", acc) for a, b in zip(kept, sent)]
+            step //= 2
+        step = columns
+        while step < near:
+            sums = [t.let(t.fresh(), f"{sums[0]} + {t.shuffle_xor(sums[0], step)}", acc)]
+            step *= 2
+        t.open(f"(lane & {near - 1}u) < {columns}u")
+        t.add(f"parts[lane / {near}u * {rows * columns}u + {r * columns}u + (lane & {columns - 1}u)] = {sums[0]};")
+        t.end()
 
 
 def _skinny_store(t: Text, out: Output, split: bool, row: str, col: str, value: str) -> None:
