@@ -189,3 +189,20 @@ def test_empty_and_wrong_arguments(device):
         torch.empty(3, device=device).uniform_(2, 1)
     with pytest.raises(RuntimeError):
         torch.empty(3, device=device).bernoulli_(1.5)
+
+
+def test_reparameterized_gradients(device):
+    """Through samples of gamma, beta, Dirichlet and Student numbers, from the same samples as the CPU."""
+    torch.manual_seed(0)
+    alpha, beta = torch.rand(50) * 5 + 0.1, torch.rand(50) * 5 + 0.1
+    x = torch.distributions.Gamma(alpha, 1.0).sample()
+    expected = torch._standard_gamma_grad(alpha, x)
+    torch.testing.assert_close(torch._standard_gamma_grad(alpha.to(device), x.to(device)).cpu(), expected)
+    share = torch.distributions.Beta(alpha, beta).sample()
+    args = share, alpha, alpha + beta
+    torch.testing.assert_close(torch._dirichlet_grad(*(a.to(device) for a in args)).cpu(), torch._dirichlet_grad(*args))
+    p = alpha.to(device).requires_grad_()
+    for make in (lambda: torch.distributions.Beta(p, 2.0), lambda: torch.distributions.StudentT(p + 2)):
+        p.grad = None
+        make().rsample((100,)).sum().backward()
+        assert p.grad.isfinite().all() and p.grad.ne(0).all()

@@ -25,3 +25,6 @@ host("_linalg_svd.U")
 host("linalg_lstsq.out")
 # Bunch-Kaufman pivoting decides element by element.
 host("linalg_ldl_factor_ex.out", "linalg_ldl_solve.out")
+# Gradients of drawn gamma and Dirichlet numbers by their parameters: each element takes the series, expansion or fit in float64
+# that its size asks for.
+host("_standard_gamma_grad", "_dirichlet_grad")
