@@ -14,6 +14,7 @@ from torch_spiral.kernels.nest import (
     ALL,
     ANY,
     ARGMAX,
+    ARGMIN,
     LOGSUMEXP,
     MAX,
     WELFORD,
@@ -457,6 +458,43 @@ def test_rows_over_several_dimensions(target: Target) -> None:
         arguments = nest.scalars(sizes, [(0, 0, 1), (1, 37 * 20, 20)])
         got = run(nest.kernel, [np.zeros(37, np.float32), x], arguments, nest.groups(sizes))[0]
         close(got, x.astype(np.float64).sum((0, 2)), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["i64", "f64", "bool", "argmin"])
+def test_reductions_of_any_type_between_lanes_and_in_shared_memory(target: Target, kind: str) -> None:
+    """One long row, by both ways of a workgroup: 64-bit numbers whose halves both count, conditions, values with their index."""
+    dtype = "i64" if kind == "argmin" else kind
+    if (dtype == "i64" and not target.int64) or (dtype == "f64" and not target.float64):
+        pytest.skip(f"no {dtype}")
+    rng = np.random.default_rng(12)
+    d = 3000
+    x = {
+        "i64": rng.integers(-(1 << 52), 1 << 52, (2, d)), "f64": rng.standard_normal((2, d)) * 1e100,
+        "bool": np.arange(2 * d).reshape(2, d) % (2 * d) == d + 17, "argmin": rng.integers(-(1 << 60), 1 << 60, (2, d)),
+    }[kind]  # fmt: skip
+
+    def reduce(r: Any, v: Any) -> Any:
+        if kind == "argmin":
+            return r.reduce(ARGMIN("i64"), v, r.index)
+        return r.reduce(ANY, v) if kind == "bool" else r.sum(v)
+
+    want = {"i64": x.sum(1), "f64": x.sum(1), "bool": x.any(1), "argmin": None}[kind]
+    outs = [Operand("out", dtype, ("0", "1"))] + [Operand("at", "i32", ("0", "1"))] * (kind == "argmin")
+    for subgroups in (True, False):
+        nest = rows(
+            target, kind, outs, [Operand("x", dtype, ("1", "s"))], reduce, subgroups=subgroups, schedule="workgroup" if target.schedule_class == "simt" else None,
+        )  # fmt: skip
+        assert ("_subgroups" in nest.kernel.name) == (subgroups and target.subgroup > 0)
+        arrays = [np.zeros(2, x.dtype)] + [np.zeros(2, np.int32)] * (kind == "argmin") + [x]
+        scalars = nest.scalars([d, 2], [(0, 1)] * len(outs) + [(1, d)])
+        got = run(nest.kernel, arrays, scalars, nest.groups([d, 2]))
+        if kind == "argmin":
+            np.testing.assert_array_equal(got[0], x.min(1))
+            np.testing.assert_array_equal(got[1], x.argmin(1))
+        elif kind == "f64":
+            np.testing.assert_allclose(got[0], want, rtol=1e-13, atol=1e88)
+        else:
+            np.testing.assert_array_equal(got[0], want)
 
 
 def test_long_sum_is_accurate(target: Target) -> None:

@@ -606,10 +606,21 @@ class KernelBuilder:
     def subgroup_shuffle_xor(self, value: Any, mask: int) -> Node:
         """The value of the invocation whose lane differs by mask; mask < target.subgroup."""
         node = ir.as_node(value)
-        if self.target.language != "wgsl" or not self.target.subgroup or node.dtype not in ("f32", "i32", "u32"):
+        if self.target.language != "wgsl" or not self.target.subgroup:
             raise Unsupported(f"subgroup shuffle of {node.dtype} on this device")
         self.subgroups = True
-        return self.emitter.tmp(node.dtype, f"subgroupShuffleXor({self.emitter.value(node)}, {mask}u)")
+        text = self.emitter.value(node)
+        if node.dtype in ("f32", "i32", "u32"):
+            return self.emitter.tmp(node.dtype, f"subgroupShuffleXor({text}, {mask}u)")
+        if node.dtype == "bool":
+            return self.emitter.tmp("bool", f"subgroupShuffleXor(u32({text}), {mask}u) != 0u")
+        # 64 bits travel in halves.
+        bits = self.emitter.value(self.emitter.tmp("u64", text if node.dtype == "u64" else f"bitcast<u64>({text})"))
+        low, high = (
+            f"u64(subgroupShuffleXor(u32({x}), {mask}u))" for x in (f"{bits} & 0xfffffffflu", f"{bits} >> 32u")
+        )
+        word = f"{low} | ({high} << 32u)"
+        return self.emitter.tmp(node.dtype, word if node.dtype == "u64" else f"bitcast<{node.dtype}>({word})")
 
     def subgroup_lane(self) -> Node:
         self.subgroups = True

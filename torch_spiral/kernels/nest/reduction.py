@@ -813,7 +813,7 @@ class Rows(Declarations):
         k, size = self.k, self.workgroup
         if self.block:
             return k.reduce(monoid.name, monoid.combine, monoid.dtypes, acc)  # type: ignore[attr-defined]
-        if self.subgroups and all(t in ("f32", "i32", "u32") for t in monoid.dtypes):
+        if self.subgroups:
             # Butterflies of the guaranteed subgroup size, then one slot for each group of that many lanes.
             step = 1
             while step < self.target.subgroup:
