@@ -15,19 +15,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "plain.h"
+
 namespace spiral {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Nothing between the caller and the device that wants to see ATen's own operators.
-bool is_plain(const at::Tensor& t) {
-  constexpr c10::DispatchKeySet seen{
-      c10::DispatchKey::Python,   c10::DispatchKey::Functionalize,        c10::DispatchKey::FuncTorchBatched,
-      c10::DispatchKey::Negative, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::ZeroTensor};
-  return t.device().is_privateuseone() && !t.key_set().has_any(seen) && !t._fw_grad(/*level=*/0).defined();
-}
 
 bool fused(const at::Tensor& x, const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t reduction, double smoothing) {
   if ((weight && weight->defined()) || smoothing != 0 || reduction < at::Reduction::None || reduction > at::Reduction::Sum) {
