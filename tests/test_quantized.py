@@ -40,7 +40,7 @@ def test_weights_of_8_bits(device, dtype, m, k, n):
 @pytest.mark.parametrize(
     "dtype,group,inner", [(torch.float32, 32, 2), (torch.float16, 64, 4), (torch.bfloat16, 128, 8)]
 )
-@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("m", [1, 5, 40])
 def test_weights_of_4_bits(device, dtype, group, inner, m):
     k, n = 256, 48
     x, q = torch.randn(m, k).to(dtype), torch.randint(0, 16, (n, k))
@@ -48,7 +48,8 @@ def test_weights_of_4_bits(device, dtype, group, inner, m):
     packed = (q[:, ::2] * 16 + q[:, 1::2]).to(torch.uint8)
     weight = aten._convert_weight_to_int4pack(packed.to(device), inner)
     assert weight.shape == (n // 8, k // (inner * 16), 32, inner // 2) and weight.dtype == torch.int32
-    got = aten._weight_int4pack_mm(x.to(device), weight, group, scales.to(device))
+    beside = torch.cat([x[:, :1], x], 1).to(device)[:, 1:]  # at no multiple of four elements
+    got = aten._weight_int4pack_mm(beside, weight, group, scales.to(device))
     factor, zero = (scales[..., i].double().repeat_interleave(group, 0).t() for i in (0, 1))
     close(got, x.double() @ ((q - 8) * factor + zero).t())
 

@@ -241,6 +241,22 @@ def test_skinny(target, b, vec, splits):
     close(out.T.astype(float), want + bias[:, None], "f16")
 
 
+@pytest.mark.parametrize("dtype,rows,m,group", [("f32", 1, 1, 32), ("bf16", 4, 3, 64), ("f16", 8, 8, 32)])
+def test_skinny_of_4_bits(target, dtype, rows, m, group):
+    """Weights are dequantized as they are read; 9 columns fill two workgroups unevenly."""
+    rng = np.random.default_rng(3)
+    n, k = 9, 640
+    A, q = random(rng, (m, k), dtype), rng.integers(0, 16, (n, k))
+    packed = (q[:, ::2] * 16 + q[:, 1::2]).astype(np.uint8).view(np.int32)
+    scales = np.stack([rng.uniform(0, 0.1, (k // group, n)), rng.standard_normal((k // group, n))], -1)
+    scales = scales.astype(np.float32)
+    kernel = G.skinny(target, dtype, "f32", rows, "t", True, b_dtype="i32", group=group)
+    scalars = [1, m, n, k, 0, k, 1, 0, 1, k, 0, n, 1]
+    got = run(kernel, [A, packed, scales, np.zeros((m, n), np.float32)], scalars, G.skinny_groups("t", n, 1))[3]
+    factor, zero = (np.repeat(scales[..., i], group, 0).T for i in (0, 1))
+    close(got, decode(A, dtype).astype(float) @ ((q - 8) * factor + zero).T, "f32")
+
+
 def contiguous(shape):
     return [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
 

@@ -584,6 +584,15 @@ def _operand_strides(operands: Sequence[Tensor]) -> list[Any]:
     return out
 
 
+def few_rows(m: Any) -> int:
+    """A bound (1, 2, 4 or 8) of the rows of a product that simt.skinny computes; 0: there may be more."""
+    if is_one(m):
+        return 1
+    if isinstance(m, int) and m == 8:
+        return 8
+    return 1 << (bucket(m) + 1) if isinstance(m, int | Size) and 1 <= bucket(m) <= 2 else 0  # bucket 0: not known
+
+
 def _simt_product(
     a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any]
 ) -> None:
@@ -627,18 +636,10 @@ def _simt_product(
         return 2 * m * n * k * batch
 
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
+    rows = few_rows(m)
     skinny = (
-        compute == "f32"
-        and isinstance(m, int | Size)
-        and (is_one(m) or 1 <= bucket(m) <= 3)  # 0: not known
-        and a_layout == "n"
-        and b_layout in ("n", "t")
-        and c_layout == "n"
-        and bucket(k) >= 5
+        compute == "f32" and rows and a_layout == "n" and b_layout in ("n", "t") and c_layout == "n" and bucket(k) >= 5
     )
-    if skinny:
-        rows = 1 if is_one(m) else 1 << min(bucket(m) + 1, 3)
-        skinny = not (rows == 8 and bucket(m) == 3 and not isinstance(m, int))
     if skinny:
         k_or_n = k if b_layout == "t" else n
         vec = vec_b and (b_layout == "n" or vec_a) and divisible_by(k_or_n, 4)

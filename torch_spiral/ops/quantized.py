@@ -1,6 +1,6 @@
 """Products with quantized operands: int8 times int8, and weights of 8 or 4 bits that are dequantized in the product.
 
-On GPUs without tensor products of mixed types (OpenCL, wgpu) and on CPU devices the weights are dequantized first."""
+Weights of 4 bits are dequantized first on CPU devices, and for more than a few rows through OpenCL and WebGPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ from ..kernels.block import quantized as block
 from ..kernels.builder import KernelBuilder
 from ..kernels.kernel import Kernel, Target
 from ..kernels.nest import fold_groups
-from ..lowering import Tensor, bucket, build, cdiv, check, copy_bytes, empty, eq, is_one, launch, lowering, target
-from .common import broadcast, contiguous
-from .contraction import dot_precision, int8_product, matrix, product
+from ..kernels.simt import gemm as simt
+from ..lowering import (
+    Tensor,
+    bucket,
+    build,
+    cdiv,
+    check,
+    copy_bytes,
+    empty,
+    eq,
+    is_one,
+    launch,
+    lowering,
+    minimum,
+    target,
+)
+from .common import broadcast, contiguous, copy_to
+from .contraction import dot_precision, few_rows, int8_product, matrix, product
 
 WORKGROUP = 64
 
@@ -139,6 +154,17 @@ def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -
     )
     out = empty([m, n], self.dtype)
     w, scales = contiguous(mat2), contiguous(scales)
+    rows = few_rows(m) if target().schedule_class == "simt" and scales.windows == 1 else 0
+    if rows:
+        x = contiguous(self)
+        x = x if x.aligned(4) else _copied(x)
+        packed = ("i32", w.windows, simt.SKINNY_THREADS, group, scales.dtype)
+        kernel = build(simt.skinny, x.dtype, out.dtype, rows, "t", True, False, simt.NO_EPILOGUE, *packed)
+        launch(
+            kernel, [x, w, scales, out], [1, m, n, k, 0, k, 1, 0, 1, k, 0, n, 1], simt.skinny_groups("t", n, 1, 1, minimum),
+            lambda: 2 * m * n * k,
+        )  # fmt: skip
+        return out
     if target().schedule_class != "block":
         weight = empty([n, k], self.dtype)
         kernel = build(dequantize4, self.dtype, scales.dtype)
@@ -149,6 +175,12 @@ def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -
     s = block.schedule(x.dtype, 1 << bucket(m), group)
     kernel = build(block.product, s, x.dtype, 4, scales.dtype, group, dot_precision(x.dtype))
     launch(kernel, [x, w, scales, out], [x.strides[0], m, n, k], block.groups(s, m, n))
+    return out
+
+
+def _copied(x: Tensor) -> Tensor:
+    out = empty(x.sizes, x.dtype)
+    copy_to(out, x)
     return out
 
 

@@ -716,6 +716,7 @@ def reduce_groups(m, n, batch, minimum=min):
 
 # Columns of C that a workgroup of skinny() computes, by layout of B.
 SKINNY_COLUMNS = {"t": 8, "n": 64}
+SKINNY_THREADS = 64
 
 
 def skinny(
@@ -729,7 +730,9 @@ def skinny(
     epilogue: Epilogue = NO_EPILOGUE,
     b_dtype: str = "",
     windows: int = 1,
-    threads: int = 64,
+    threads: int = SKINNY_THREADS,
+    group: int = 0,
+    scale: str = "f32",
 ) -> Kernel:
     """C = epilogue(A B) for m <= rows (1, 2, 4 or 8): reads B once at memory bandwidth. A has stride 1 along k, C
     along n.
@@ -739,6 +742,8 @@ def skinny(
     vec: strides and offsets of A and B divisible by 4, and k (t) or n (n) divisible by 4; A need not be aligned for
     "n".
     split: as in gemm(): partials of k_span along k, for split_reduce(); k_span is a multiple of 4.
+    group: B ("t", vec) is of 4 bits, dequantized as it is read: b_dtype "i32", eight weights a word, of each byte the even one in the
+    high half; strides count weights. A buffer after b, of dtype `scale`, holds [k / group, n, 2]: s and z of (q - 8) * s + z.
     Buffers and scalars: those of gemm(). Grid: skinny_groups(b, n, batch[, splits]).
     """
     b_dtype = b_dtype or dtype
@@ -747,6 +752,9 @@ def skinny(
         out_dtype, epilogue = acc, NO_EPILOGUE
     name = f"skinny_{dtype}_{b_dtype}_{out_dtype}_{rows}{b}{'v' if vec else 's'}{'_split' if split else ''}_t{threads}"
     t = Text(target, name + epilogue_name(epilogue) + (f"_w{windows}" if windows > 1 else ""), threads)
+    if group:
+        assert b == "t" and vec and b_dtype == "i32" and group % 4 == 0
+        t.name += f"_q4_{group}_{scale}"
     near = t.subgroup_lanes(acc) if b == "t" else 0
     near = near if near >= SKINNY_COLUMNS["t"] else 0
     if near:
@@ -754,7 +762,9 @@ def skinny(
     vec = vec and not (t.wgsl and acc in ("f64", "i64"))
     width = 4 if vec else 1
     t.buffer("a", dtype, "r", width if b == "t" else 1)
-    t.buffer("b", b_dtype, "r", width, windows)
+    t.buffer("b", b_dtype, "r", 1 if group else width, windows)
+    if group:
+        t.buffer("scales", scale)
     out = Output(t, out_dtype, acc, False, True, epilogue)
     out.declare_buffers()
     t.scalar("batch", "m", "n", "k", "a_batch", "a_row", "a_col", "b_batch", "b_row", "b_col")
@@ -786,11 +796,16 @@ def skinny(
         for r in range(rows):
             for c in range(columns):
                 t.var(f"s{r}_{c}", t.zero(acc, width), acc, width)
+        if group:
+            t.base("scales_base", "scales")
         t.loop("i", f"k_begin + lid * {width}u", "k_end", f"{lanes * width}u")
         for r in range(rows):
             t.let(f"a{r}", t.load("a", "a_base", f"ar{r} + i", width), acc, width)
         for c in range(columns):
-            t.let(f"b{c}", t.load("b", "b_base", f"bc{c} + i", width), acc, width)
+            if group:
+                _four_bits(t, f"b{c}", f"bc{c} + i", f"((i / {group}u) * n + min(col0 + {c}u, n - 1u)) * 2u")
+            else:
+                t.let(f"b{c}", t.load("b", "b_base", f"bc{c} + i", width), acc, width)
             for r in range(rows):
                 t.add(f"s{r}_{c} = {t.fma(f'a{r}', f'b{c}', f's{r}_{c}', acc)};")
         t.end()
@@ -838,6 +853,17 @@ def skinny(
             t.barrier()
     t.end()
     return t.finish()
+
+
+def _four_bits(t: Text, name: str, at: str, scales: str) -> None:
+    """Declares `name`: the four weights of 4 bits from `at` on, a multiple of four; `scales`: where their s and z are."""
+    word = t.cast(t.load("b", "b_base", f"({at}) / 8u"), "u32")
+    bits = t.let(t.fresh(), f"{word} >> ((({at}) & 4u) * 4u)")
+    place = t.let(t.fresh(), scales)
+    s = t.splat(t.load("scales", "scales_base", place))
+    z = t.splat(t.load("scales", "scales_base", f"{place} + 1u"))
+    parts = [t.cast(f"(({bits} >> {shift}u) & 15u)", "f32") + " - 8.0f" for shift in (4, 0, 12, 8)]
+    t.let(name, t.fma(t.vector(parts), s, z, "f32"), "f32", 4)
 
 
 def _skinny_shared_sums(t: Text, rows: int, columns: int, acc: str, vec: bool) -> None:
