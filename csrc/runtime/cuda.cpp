@@ -130,14 +130,19 @@ struct CudaKernel final : Kernel {
   size_t scratch;  // bytes a workgroup
 };
 
-// The primary context, current in this thread while this lives.
+thread_local Context left_current = nullptr;  // by a Current that stays
+
+// The primary context, current in this thread while this lives. stays: also afterwards, where none was: device 0's is what the
+// vendor's runtime takes in such a thread, and a launch is spared two calls.
 class Current {
  public:
-  Current(const Api& api, Context context) : api_(api) {
+  Current(const Api& api, Context context, bool stays = false) : api_(api) {
     Context now = nullptr;
-    if (api.context_current(&now) == kSuccess && now == context) return;
+    const bool known = api.context_current(&now) == kSuccess;
+    if (known && now == context) return;
     CUDA_CHECK(api.context_push(context), "making the device current");
-    pushed_ = true;
+    pushed_ = !(stays && known && now == nullptr);
+    if (!pushed_) left_current = context;
   }
   ~Current() {
     Context popped;
@@ -189,6 +194,10 @@ class CudaEngine final : public Engine {
       if (scratch_) api_.free(scratch_);
       api_.stream_destroy(stream_);
       api_.context_pop(&popped);
+      if (Context now = nullptr; left_current == context_ && api_.context_current(&now) == kSuccess && now == context_) {
+        api_.context_pop(&popped);
+      }
+      left_current = nullptr;
     }
     api_.context_release(device_);
   }
@@ -377,7 +386,7 @@ class CudaEngine final : public Engine {
  private:
   Current enter() const {
     check_not_forked();
-    return Current(api_, context_);
+    return Current(api_, context_, device_ == 0);
   }
 
   Address range(Memory* memory, uint64_t offset, uint64_t size, const char* what) const {
