@@ -518,6 +518,12 @@ def gemm(
   int begin = 0, end = 0;
   for (uint g = 0; g <= get_group_id(2); g++) {{ begin = end; end = clamp(offs[g], begin, (int){"ALL_M" if grouped == "rows" else "K"}); }}
 """
+    # What the epilogue reads and writes comes while the tile is computed, or every tile would wait for the memory.
+    lines = sorted({*range(0, nr, 64 // DTYPES[compute].size), nr - 1})
+    tiles = [f"e{e} + (long)(i * {mr}u + {{r}}u) * e{e}m" for e, _, _, shape in ep.operands if shape == "mn"]
+    if c_layout == "n":
+        tiles.append(f"C + (long)(i * {mr}u + {{r}}u) * cm")
+    fetch = " ".join(f"PREFETCH({t.format(r=r)} + n0 + {j});" for t in tiles for r in range(mr) for j in lines)
     by_row = ep.folded[1] == "m"
     arrays, fold = ep.fold(s.mc if by_row else s.nc)
     fold_rows = fold(f"p * {mr}u", f"min(pe * {mr}u, M)") if by_row else ""
@@ -553,6 +559,7 @@ def gemm(
         for (uint i = p; i < pe; i++) {{
           const T* a_ = Ab + (i - p) * (kc * {mr}); T* t_ = Ct + (q * {s.mc // mr}u + i - p) * {mr * nr};
           {acc}
+          if (last) {{ {fetch} }}
           {loop}
           if (!first) {{ {from_tile} }}
           if (!last) {{ {to_tile} }}
