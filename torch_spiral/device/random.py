@@ -1,4 +1,5 @@
-"""Random numbers: Philox4x32-10. A generator's state is its seed and how many counter values were used: 16 bytes."""
+"""Random numbers: Philox4x32-10. A generator's state is its seed and how many counter values were used: 16 bytes.
+torch_spiral/ops/random.py says which words of the counter an element takes, so the numbers can be had elsewhere too."""
 
 from __future__ import annotations
 
