@@ -133,6 +133,12 @@ def test_tiles(device, layout, padding):
         assert sum(n.startswith("vector_winograd_weight") for n in names) == 1, names
 
 
+@pytest.mark.parametrize("x_shape", [(1, 65, 7, 7), (3, 33, 4, 5), (1, 32, 1, 40)])
+def test_few_tiles(device, x_shape):
+    torch.manual_seed(0)
+    check_convolution(device, x_shape, (40, x_shape[1], 3, 3), {"padding": 1}, False)
+
+
 def test_tiles_follow_a_written_weight(device):
     """The transformed filters are kept until their weight is written."""
     torch.manual_seed(0)

@@ -362,7 +362,7 @@ def _by_tiles(x: Tensor, y: Tensor, g: Geometry) -> bool:
         and x.ndim == 4
         and DTYPES[x.dtype].compute == DTYPES[y.dtype].compute == "f32"
         and min(bucket(x.sizes[1]), bucket(y.sizes[1])) >= 5
-        and product([_about(i) for i in (x.sizes[0], *_spatial(x))]) >= 128
+        and product([_about(i) for i in (x.sizes[0], *_spatial(x))]) >= 32
     )
 
 
