@@ -206,3 +206,18 @@ def test_reparameterized_gradients(device):
         p.grad = None
         make().rsample((100,)).sum().backward()
         assert p.grad.isfinite().all() and p.grad.ne(0).all()
+
+
+def test_probabilities_and_rates_are_checked(device):
+    """Asynchronously, with the texts of the CPU."""
+    for bad in ([0.5, 1.5], [-0.1, 0.5], [0.5, float("nan")]):
+        torch.bernoulli(torch.tensor(bad, device=device))
+        with pytest.raises(RuntimeError, match="Expected p_in >= 0 && p_in <= 1"):
+            torch.spiral.synchronize()
+    torch.poisson(torch.tensor([[1.0, -1.0]], device=device))
+    with pytest.raises(RuntimeError, match="expected rate to be non-negative"):
+        torch.spiral.synchronize()
+    edges = torch.bernoulli(torch.tensor([0.0, 1.0], device=device).expand(3, 2))
+    assert edges.tolist() == [[0, 1]] * 3 and torch.poisson(torch.zeros(2, device=device).half()).tolist() == [0, 0]
+    assert torch.empty(2, device=device).bernoulli_(torch.ones((), device=device)).tolist() == [1, 1]
+    assert torch.bernoulli(torch.empty(0, device=device)).shape == (0,)
