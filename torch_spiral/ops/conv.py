@@ -297,7 +297,12 @@ def _vector(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
         _depthwise(x, w, bias, out, g, flip, terms)
         return
     padding = [2 - p if flip else p for p in g.padding[1:]]
-    if _by_tiles(x, out, g) and out.is_contiguous and max(padding) <= 1 and 1 << bucket(x.sizes[3]) < 2 * winograd.TILES:
+    if (
+        _by_tiles(x, out, g)
+        and out.is_contiguous
+        and max(padding) <= 1
+        and 1 << bucket(x.sizes[3]) < 2 * winograd.TILES
+    ):
         _winograd(x, w, bias, out, g, flip, terms)
         return
     strides = _strides(out)
