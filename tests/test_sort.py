@@ -109,6 +109,29 @@ def test_isin_of_a_number(device):
             torch.isin(number, x.to(device))
 
 
+@pytest.mark.parametrize(
+    "op", ["kthvalue", "median", "mode", "nonzero", "masked_select", "index_select", "histc", "bucketize"]
+)
+def test_out_of_another_shape_is_resized_with_a_warning(device, op):
+    x = torch.arange(16.0).view(4, 4) % 5
+    calls = {
+        "kthvalue": lambda x, out: torch.kthvalue(x, 2, out=out),
+        "median": lambda x, out: torch.median(x, 1, out=out),
+        "mode": lambda x, out: torch.mode(x, 1, out=out),
+        "nonzero": lambda x, out: torch.nonzero(x, out=out[1]),
+        "masked_select": lambda x, out: torch.masked_select(x, x > 1, out=out[0]),
+        "index_select": lambda x, out: torch.index_select(x, 0, torch.tensor([2, 0], device=x.device), out=out[0]),
+        "histc": lambda x, out: torch.histc(x, 3, out=out[0]),
+        "bucketize": lambda x, out: torch.bucketize(x, torch.arange(4.0, device=x.device), out=out[1]),
+    }
+    outs = [[torch.ones(7, dtype=d, device=where) for d in (torch.float32, torch.int64)] for where in ("cpu", device)]
+    for out in outs:
+        with pytest.warns(UserWarning, match="was resized"):
+            calls[op](x.to(out[0].device), out)
+    assert torch.equal(outs[1][0].cpu(), outs[0][0])
+    assert outs[1][1].shape == outs[0][1].shape
+
+
 def test_unique(device):
     x = data().round().to(torch.int64)
     for i in range(3):

@@ -179,7 +179,11 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& destination) {
-  if (self.sizes() != destination.sizes()) destination.resize_(self.sizes());
+  if (self.sizes() != destination.sizes()) {
+    destination.resize_(self.sizes());
+    // An out= argument that a kernel of the CPU resized: LAPACK's results lie in columns.
+    if (self.is_non_overlapping_and_dense()) destination.as_strided_(self.sizes(), self.strides());
+  }
   return copy_from(self, destination, false);
 }
 

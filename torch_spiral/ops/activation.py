@@ -10,7 +10,7 @@ from ..kernels import ir
 from ..kernels.ir import where
 from ..lowering import Iter, Sym, Tensor, check, composite, empty, empty_like, eq, lowering, structured
 from . import pointwise as stubs
-from .common import broadcast, map_tensors
+from .common import broadcast, map_tensors, write_out
 from .elementwise import pointwise
 
 
@@ -62,7 +62,8 @@ def log_sigmoid_forward_output(x: torch.Tensor, *, output: torch.Tensor, buffer:
     if output.dtype != x.dtype:
         raise RuntimeError(f"expected scalar type {x.dtype} but found {output.dtype}")
     result, empty_buffer = torch.ops.aten.log_sigmoid_forward(x)
-    return write_out(output, result), write_out(buffer, empty_buffer)
+    # Resized without ATen's warning, as upstream's kernel does it.
+    return output.resize_(result.shape).copy_(result), buffer.resize_(empty_buffer.shape).copy_(empty_buffer)
 
 
 @composite("log_sigmoid_backward.grad_input")
@@ -71,12 +72,6 @@ def log_sigmoid_backward_out(
 ) -> Any:
     """log_sigmoid_backward into a given tensor."""
     return write_out(grad_input, torch.ops.aten.log_sigmoid_backward(grad, x, buffer))
-
-
-def write_out(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """out = result, resized as out= arguments are (with ATen's warning where out has elements)."""
-    torch._prims_common.wrappers._maybe_resize_out(out, result.shape)
-    return out.copy_(result)
 
 
 @lowering("glu", coarse=True)

@@ -138,6 +138,18 @@ def _constant(value: Any) -> Callable[..., Any]:
     return _constants.setdefault((type(value), value), lambda: value)
 
 
+def resize_out(out: Any, shape: list[int] | tuple[int, ...]) -> Any:
+    """An out= argument in the shape of the result, with ATen's warning where it had elements and another shape."""
+    import torch
+
+    return torch._prims_common.wrappers._maybe_resize_out(out, shape)
+
+
+def write_out(out: Any, result: Any) -> Any:
+    """out = result, resized as out= arguments are."""
+    return resize_out(out, result.shape).copy_(result)
+
+
 def out_variant(name: str, function: str, *outs: str) -> None:
     """Registers the out= overload `name` of an aten op by its functional overload `function`: the results are copied into the
     arguments `outs`, resized as out= arguments are."""
@@ -149,7 +161,7 @@ def out_variant(name: str, function: str, *outs: str) -> None:
         targets = [kwargs.pop(o) for o in outs]
         results = getattr(getattr(torch.ops.aten, base), overload or "default")(*args, **kwargs)
         for out, result in zip(targets, results if isinstance(results, (tuple, list)) else (results,)):
-            torch._prims_common.wrappers._maybe_resize_out(out, result.shape)
+            resize_out(out, result.shape)
             torch._prims_common.wrappers._safe_copy_out(copy_from=result, copy_to=out)
         return targets[0] if len(targets) == 1 else tuple(targets)
 

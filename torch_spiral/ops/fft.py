@@ -13,7 +13,7 @@ import torch
 from ..kernels import fft as kernels
 from ..kernels.nest import cdiv, fold_groups
 from ..lowering import Tensor, build, composite, empty, launch, operator, product, target
-from .common import contiguous
+from .common import contiguous, write_out
 
 COMPLEX_OF = {"f32": "c64", "f64": "c128", "c64": "c64", "c128": "c128"}
 REAL_OF = {"c64": "f32", "c128": "f64"}
@@ -150,23 +150,17 @@ def fft_c2r(self: Any, dim: Sequence[int], normalization: int, last_dim_size: in
     return torch.ops.spiral.fft(x, x.dim() - 1, last_dim_size, "c2r", False, scale).permute(back)
 
 
-def _into(out: Any, result: Any) -> Any:
-    if out.shape != result.shape:
-        out.resize_(result.shape)
-    return out.copy_(result)
-
-
 @composite("_fft_c2c.out")
 def fft_c2c_out(self: Any, dim: Sequence[int], normalization: int, forward: bool, *, out: Any) -> Any:
-    return _into(out, fft_c2c(self, dim, normalization, forward))
+    return write_out(out, fft_c2c(self, dim, normalization, forward))
 
 
 @composite("_fft_r2c.out")
 def fft_r2c_out(self: Any, dim: Sequence[int], normalization: int, onesided: bool, *, out: Any) -> Any:
     result = fft_r2c(self, dim, normalization, onesided)
-    return _into(out, result)
+    return write_out(out, result)
 
 
 @composite("_fft_c2r.out")
 def fft_c2r_out(self: Any, dim: Sequence[int], normalization: int, last_dim_size: int, *, out: Any) -> Any:
-    return _into(out, fft_c2r(self, dim, normalization, last_dim_size))
+    return write_out(out, fft_c2r(self, dim, normalization, last_dim_size))

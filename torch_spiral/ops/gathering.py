@@ -13,6 +13,7 @@ from ..kernels.builder import KernelBuilder
 from ..kernels.ir import Node
 from ..kernels.kernel import DTYPES, Target
 from ..lowering import Tensor, build, composite, is_one, is_zero, launch
+from .common import write_out
 
 
 class Element:
@@ -190,6 +191,5 @@ def out_variant(name: str, out_name: str) -> None:
         for out, r in zip(outs, result if isinstance(result, tuple) else (result,), strict=True):
             if out.dtype != r.dtype:
                 raise RuntimeError(f"Expected out tensor to have dtype {r.dtype}, but got {out.dtype} instead")
-            torch._prims_common.wrappers._maybe_resize_out(out, r.shape)
-            out.copy_(r)
+            write_out(out, r)
         return outs[0] if len(outs) == 1 else tuple(outs)

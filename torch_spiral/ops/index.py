@@ -39,7 +39,7 @@ from ..lowering import (
     to_int,
     where,
 )
-from .common import broadcast, contiguous, copy_to, fill, map_tensors
+from .common import broadcast, contiguous, copy_to, fill, map_tensors, resize_out
 from .elementwise import SCALAR_TYPES, as_dtype
 from .items import Item, each
 
@@ -349,7 +349,7 @@ def index_select_out(self: Any, dim: int, index: Any, *, out: Any) -> Any:
     sizes = list(self.shape)
     if self.dim():
         sizes[dim] = index.numel()
-    out.resize_(sizes)
+    resize_out(out, sizes)
     torch.ops.spiral.index_select_(out, self, dim, index)
     return out
 
@@ -1103,7 +1103,7 @@ def nonzero_out(self: Any, *, out: Any) -> Any:
         )
     if out.device != self.device:
         raise RuntimeError(f"Expected object of device type {self.device} but got {out.device} for argument 'out'")
-    return _nonzero(self, out.resize_)
+    return _nonzero(self, lambda shape: resize_out(out, shape))
 
 
 def _scalar_name(dtype: Any) -> str:
@@ -1186,7 +1186,7 @@ def masked_select_out(self: Any, mask: Any, *, out: Any) -> Any:
     if self.dtype != out.dtype:
         raise RuntimeError("masked_select(): self and result must have the same scalar type")
     _no_overlap("masked_select", out, self, mask)
-    return _masked_select(self, mask, out.resize_)
+    return _masked_select(self, mask, lambda shape: resize_out(out, shape))
 
 
 def _masked_scatter(it: Item) -> None:

@@ -631,7 +631,7 @@ def rrelu_with_noise_out(
     out: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """rrelu_with_noise into a given tensor."""
-    from .activation import write_out
+    from .common import write_out
 
     return write_out(out, torch.ops.aten.rrelu_with_noise(x, noise, lower, upper, training, generator))
 

@@ -30,7 +30,7 @@ from ..lowering import (
     stub,
     target,
 )
-from .common import contiguous, copy_to
+from .common import contiguous, copy_to, resize_out, write_out
 from .index import at_least_1d, bits, number, replace, value_of
 from .items import Item, each
 
@@ -420,9 +420,7 @@ def topk(self: Tensor, k: Any, dim: int, largest: bool, sorted: bool, values: Te
 def _finish(results: tuple[Any, Any], out_values: Any, out_indices: Any) -> Any:
     """results in the tensors of an out= overload."""
     values, indices = results
-    out_values.resize_(values.shape).copy_(values)
-    out_indices.resize_(indices.shape).copy_(indices)
-    return out_values, out_indices
+    return write_out(out_values, values), write_out(out_indices, indices)
 
 
 def _wrapped(dim: int, ndim: int) -> int:
@@ -681,7 +679,7 @@ def _searchsorted(
                 "torch.searchsorted(): output tensor's dtype is wrong, it can only be Int(int32) or Long(int64) depending on "
                 f"whether out_int32 flag is True, but we got output tensor's dtype {out.dtype} and out_int32 flag is {out_int32}"
             )
-        out.resize_(shape)
+        resize_out(out, shape)
     if out.numel() == 0:
         return out
     if bounds.shape[-1] == 0:
@@ -798,7 +796,7 @@ def isin_scalar_out(
     if out.dtype != torch.bool:
         got = _CPP_NAMES.get(out.dtype, out.dtype)
         raise RuntimeError(f"Expected out tensor to have dtype bool, but got {got} instead")
-    torch._prims_common.wrappers._maybe_resize_out(out, ())
+    resize_out(out, ())
     return out.copy_(isin_scalar(element, test_elements, invert=invert))
 
 
@@ -968,8 +966,7 @@ def _check_hist(self: Any, hist: Any) -> None:
 @composite("histc.out")
 def histc_out(self: Any, bins: int = 100, min: Any = 0, max: Any = 0, *, out: Any) -> Any:
     _check_hist(self, out)
-    result = _histc(self, bins, min, max)
-    return out.resize_(result.shape).copy_(result)
+    return write_out(out, _histc(self, bins, min, max))
 
 
 def _histogramdd(self: Any, edges: Sequence[Any], weight: Any, density: bool) -> Any:

@@ -217,8 +217,12 @@ def _as_good(result: Any, reference: Any, exact: Any, info: Any, grad: bool = Fa
     # Gradients of what was broadcast are sums, in which large terms may cancel.
     elementwise = isinstance(info, (UnaryUfuncInfo, BinaryUfuncInfo)) and not grad
     for o, t, e in zip(tree_leaves(result), tree_leaves(reference), tree_leaves(exact), strict=True):
-        if not isinstance(t, Tensor) or not (t.dtype.is_floating_point or t.dtype.is_complex):
-            if isinstance(t, Tensor) and not torch.equal(o.cpu(), t):
+        if not isinstance(t, Tensor):
+            if not isinstance(t, (float, torch.device)) and o != t:
+                return False
+            continue
+        if not (t.dtype.is_floating_point or t.dtype.is_complex):
+            if not torch.equal(o.cpu(), t):
                 return False
             continue
         if o.layout != torch.strided or e.shape != t.shape:
