@@ -87,13 +87,14 @@ def write(page: Path = PAGE) -> Path:
             hosted = any(r.host for d in DTYPES if (r := found.get(f"{op} {d} forward")))
             how = "host" if hosted else "native" if op in native else "decomposed"
             lines.append(f"| {op} | {how} | " + " | ".join(cells) + " |")
-    lines += ["", "## Unexpected failures", ""]
+    failures = []
     for name, found in engines.items():
         for key in sorted(found):
             r = found[key]
             if r.status in ("fail", "crash", "timeout") and (r.op, r.check, r.dtype, name) not in expected:
                 said = r.message.replace("|", "\\|").replace("`", "'")[:120]
-                lines.append(f"- {name}: {key}: {r.status}, `{said}`")
+                failures.append(f"- {name}: {key}: {r.status}, `{said}`")
+    lines += ["", "## Unexpected failures", "", *(failures or ["None."])]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
