@@ -1,6 +1,7 @@
 """torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
 
 import copy
+import logging
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops import associative_scan, scan, while_loop
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_spiral import _C
@@ -607,6 +609,143 @@ def test_the_default_backend_in_a_new_process():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+MODES = [
+    {"mode": "max-autotune"},
+    {"mode": "reduce-overhead"},
+    {"mode": "max-autotune", "backend": "spiral"},
+    {"options": {"triton.cudagraphs": True, "max_autotune": True}, "backend": "spiral"},
+]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("how", [MODES[0], *(pytest.param(m, marks=pytest.mark.full) for m in MODES[1:])], ids=str)
+def test_modes_for_cuda_devices_change_nothing(device, how, caplog):
+    """No CUDA graphs, no templates, no word about either: the kernels of the default mode, forward and backward."""
+    from torch_spiral.compiler import runtime
+
+    def f(x, w, v):
+        return torch.relu(x @ w).sum(1) * (x[:1] @ v), (x @ v).softmax(0)
+
+    def run(**how):
+        torch._dynamo.reset()
+        _C.clear_plans()
+        runtime.recorded.clear()
+        there = [t.to(device).requires_grad_() for t in (x, w, v)]
+        found = torch.compile(f, fullgraph=True, **how)(*there)
+        found += torch.autograd.grad(sum(t.sum() for t in found), there)
+        return found, [g.kernels for g in runtime.recorded]
+
+    x, w, v = torch.randn(8, 16), torch.randn(16, 16), torch.randn(16, 1)
+    here = [t.double().requires_grad_() for t in (x, w, v)]
+    expected = f(*here)
+    expected += torch.autograd.grad(sum(t.sum() for t in expected), here)
+    plain = run()[1]
+    found, names = run(**how)
+    assert names == plain and len(names) == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-4)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_mode_in_a_new_process():
+    """Inductor asks for devices when a graph is half compiled; then it is too late to refuse CUDA graphs."""
+    code = """
+        import torch
+        f = torch.compile(lambda: torch.ones(3, device="spiral").exp(), fullgraph=True, mode="reduce-overhead")
+        assert torch.allclose(f().cpu(), torch.ones(3).exp())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+# ---- branches and loops ---------------------------------------------------------------------------------------------------
+
+
+def branches(x, w):
+    """The product before the branch is used by both and after; a kernel of the branch is one that stands outside too."""
+    y = x @ w + 1
+    z, s = torch.cond(
+        y.sum() > 0,
+        lambda y, w: (torch.relu(y @ w) + y.sin(), y.sum()),
+        lambda y, w: ((y - w[: y.shape[0]]).softmax(-1), y.sum() * 2),
+        (y, w),
+    )
+    return z * 2 + y.cos(), torch.relu(x @ w) + x.sin(), s
+
+
+def nested(x, w):
+    def positive(x, w):
+        return torch.cond(x[0, 0] > 1, lambda x, w: x @ w, lambda x, w: x @ w.t(), (x, w)) + 1
+
+    return torch.cond(x.sum() > 0, positive, lambda x, w: x * 2, (x, w)) @ w
+
+
+def loop(x, w):
+    i = torch.zeros((), dtype=torch.int64, device=x.device)
+    i, y = while_loop(lambda i, y: i < 5, lambda i, y: (i + 1, torch.tanh(y @ w) + 1), (i, x * 2))
+    return y + i, x + 1
+
+
+def never(x, w):
+    return while_loop(lambda x: x.sum() > 1e9, lambda x: (x.sin(),), (x * 2,))[0] @ w
+
+
+def scanned(x, w):
+    last, partial = scan(lambda c, a: ((c @ w + a).sin(), c * a), x[0], x, dim=0)
+    return last, partial @ w
+
+
+def scanned_in_a_tree(x, w):
+    return associative_scan(lambda a, b: a * b, (x @ w).sin(), dim=0, combine_mode="generic") + 1
+
+
+@pytest.mark.filterwarnings("error:spiral runs a graph")
+@pytest.mark.parametrize(
+    ("f", "layout"),
+    [
+        (branches, "contiguous"),
+        (branches, "negative"),
+        pytest.param(branches, "transposed", marks=pytest.mark.full),
+        pytest.param(nested, "sliced", marks=pytest.mark.full),
+        (loop, "sliced"),
+        pytest.param(never, "contiguous", marks=pytest.mark.full),
+        pytest.param(scanned, "contiguous", marks=pytest.mark.full),
+        pytest.param(scanned_in_a_tree, "contiguous", marks=pytest.mark.full),
+    ],
+)
+def test_branches_and_loops(device, f, layout):
+    """The functions of branches and bodies are graphs of kernels of ours; which runs is decided on the host."""
+    x, w = torch.randn(8, 16), torch.randn(16, 16) / 4
+    x = {
+        "contiguous": x, "transposed": torch.randn(16, 8).t(), "sliced": torch.randn(9, 40)[1:, 3:19], "negative": -x.abs() - 1
+    }[layout]  # fmt: skip
+    check(device, f, x, w)
+
+
+@pytest.mark.full
+def test_branches_of_dynamic_sizes(device):
+    f = torch.compile(branches, backend="spiral", fullgraph=True, dynamic=True)
+    for n in (3, 5, 8):
+        for sign in (1, -1):
+            x, w = torch.randn(n, 16).abs() * sign, torch.randn(16, 16).abs()
+            for a, b in zip(f(x.to(device), w.to(device)), branches(x, w), strict=True):
+                torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("f", [branches, loop, scanned])
+def test_gradients_of_branches_and_loops(device, f):
+    x, w = torch.randn(8, 16) / 4, torch.randn(16, 16) / 4
+    found = []
+    for g, where in ((f, "cpu"), (torch.compile(f, backend="spiral", fullgraph=True), device)):
+        there = [t.to(where).requires_grad_() for t in (x, w)]
+        out = sum(t.sin().sum() for t in g(*there))
+        found.append([t.cpu() for t in torch.autograd.grad(out, there)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(517, 1040), (8, 300, 33)], ids=str)

@@ -177,6 +177,20 @@ def _data_parallel() -> None:
     module._get_available_device_type = _get_available_device_type  # type: ignore[attr-defined]
 
 
+def _compile() -> None:
+    """The default backend of torch.compile asks for devices when a compilation is under way: it is told before the first one."""
+    original = torch._TorchCompileInductorWrapper.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .compiler import device
+
+        device.register()
+        return original(self, *args, **kwargs)
+
+    torch._TorchCompileInductorWrapper.__call__ = __call__  # type: ignore[method-assign]
+
+
 def _register() -> None:
     _C.set_engine_library("opencl", _opencl_library())
     _C.set_engine_library("wgpu", _wgpu_library())
@@ -189,6 +203,7 @@ def _register() -> None:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     _keep_parameters()
     _data_parallel()
+    _compile()
     _dlpack()
     _print_on_the_cpu()
 

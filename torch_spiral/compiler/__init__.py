@@ -25,8 +25,15 @@ def _devices(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> set[str
     return found
 
 
-def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-    """The backend "spiral" of torch.compile. options: Inductor's configuration, as torch.compile's `options`.
+def backend(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend "spiral" of torch.compile. mode: one of torch.compile's. options: Inductor's configuration, as torch.compile's. What
+    either asks of CUDA devices alone (CUDA graphs, autotuning of templates) is left out.
 
     RuntimeError for graphs over CPU tensors. A graph that cannot be compiled runs eagerly, with a warning that says why; under
     fullgraph=True the error is raised."""
@@ -37,11 +44,12 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
             f'torch.compile(backend="spiral") compiles for spiral, but the inputs and parameters are on {kinds}: '
             'move them with .to("spiral")'
         )
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor import compile_fx, list_mode_options
 
     from . import compat, device, dynamo
 
     device.register()
+    config = {**list_mode_options(mode or "default"), **(options or {})}
     dynamo.forget_stream(gm)
     from .passes import fuse_attention, share_keys
 
@@ -49,9 +57,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: 
         fuse_attention(gm)
         share_keys(gm)
         with compat.parts_of_compilation() as parts:
-            compiled: Any = compile_fx(
-                gm, list(example_inputs), config_patches={**CONFIG, **options.get("options", options)}
-            )
+            compiled: Any = compile_fx.compile_fx(gm, list(example_inputs), config_patches=config)
         module = compat.plain_inference(parts)
         direct = _direct(module, len(example_inputs))
         if dynamo.keeps_traces():

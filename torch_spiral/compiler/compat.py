@@ -17,7 +17,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
 from torch._functorch._aot_autograd.schemas import OutputType
-from torch._inductor import config, metrics, scheduler, utils
+from torch._inductor import compile_fx, config, metrics, scheduler, utils
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.common import (
     CSE,
@@ -31,7 +31,7 @@ from torch._inductor.codegen.common import (
     register_device_op_overrides,
 )
 from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
-from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SubgraphPythonWrapperCodegen
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 from torch._inductor.ir import ComputedBuffer, ExternKernel, FixedLayout, TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering
@@ -76,6 +76,25 @@ def reorder_loops() -> None:
 
     scheduler.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
     scheduler.Scheduler.create_backend = create_backend
+
+
+def compile_with(defaults: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Has Inductor compile graphs on spiral under these settings, whatever the program asks for, and torch.compile under these defaults."""
+    upstream = compile_fx.compile_fx
+
+    @functools.wraps(upstream)
+    def compile_graph(gm: Any, inputs: Any, *args: Any, config_patches: Any = None, **kwargs: Any) -> Any:
+        values = [*inputs, *gm.parameters(), *gm.buffers()]
+        if isinstance(gm, torch.fx.GraphModule):
+            values += [n.meta.get("val", n.meta.get("example_value")) for n in gm.graph.nodes]
+        if any(isinstance(v, torch.Tensor) and v.device.type == "spiral" for v in values):
+            getattr(gm, "meta", {}).pop("cudagraph_annotation", None)  # torch._dynamo.override_cudagraphs
+            if config_patches is not None or any(getattr(config, k) != v for k, v in settings.items()):
+                config_patches = {**defaults, **(config_patches or {}), **settings}
+            # Else all is applied: upstream calls itself without patches.
+        return upstream(gm, inputs, *args, config_patches=config_patches, **kwargs)
+
+    compile_fx.compile_fx = compile_graph
 
 
 def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> None:
@@ -328,12 +347,14 @@ __all__ = [
     "PythonWrapperCodegen",
     "SIMDKernel",
     "SIMDScheduling",
+    "SubgraphPythonWrapperCodegen",
     "SymT",
     "TensorBox",
     "V",
     "ValueRanges",
     "Where",
     "compile_exported",
+    "compile_with",
     "config",
     "equal",
     "fusion_reasons",

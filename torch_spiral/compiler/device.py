@@ -100,10 +100,20 @@ class Overrides(compat.DeviceOpOverrides):
         return f"torch.spiral.device({device_idx})"
 
 
+# What modes of torch.compile ask of CUDA devices. A plan is replayed without CUDA graphs; templates are Triton's, and the decomposition
+# of small products that coordinate descent brings is meant for its kernels.
+SETTINGS = {
+    "triton.cudagraphs": False,
+    "max_autotune": False,
+    "max_autotune_gemm": False,
+    "coordinate_descent_tuning": False,
+}
+
+
 @functools.cache
 def register() -> None:
     """Makes Dynamo and Inductor know the device; once."""
-    from . import passes
+    from . import CONFIG, passes
     from .codegen import Scheduling, pieces
     from .ops import OPERATORS
     from .wrapper import Wrapper
@@ -112,6 +122,7 @@ def register() -> None:
         compat.register_interface_for_device(name, Interface)
     compat.register_overrides("spiral", Overrides())
     compat.register_backend_for_device("spiral", Scheduling, Wrapper, device_custom_pass=passes.Passes())
+    compat.compile_with(CONFIG, SETTINGS)
     compat.reorder_loops()
     compat.split_reductions(pieces)
     dynamo.call_directly(_C.GraphCall)

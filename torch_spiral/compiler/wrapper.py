@@ -71,9 +71,7 @@ class Wrapper(compat.PythonWrapperCodegen):
 
     @staticmethod
     def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
-        if is_subgraph:
-            return compat.PythonWrapperCodegen.create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures)
-        return Wrapper()
+        return Subgraph(subgraph_name, parent_wrapper, partition_signatures) if is_subgraph else Wrapper()
 
     def write_header(self) -> None:
         super().write_header()
@@ -148,14 +146,35 @@ class Wrapper(compat.PythonWrapperCodegen):
         cutter = _Cutter(self, text)
         lines = cutter.cut()
         hosts.append(tuple(cutter.steps))
-        direct = cutter.direct()
-        self.header.writeline(f"arguments = {len(V.graph.graph_input_names)}")
-        if direct is not None:
-            self.header.writeline(f"direct = graph_0.direct({direct})")
+        self.write_direct(cutter)
         self.wrapper_call.clear()
         with self.wrapper_call.indent():
             for line in lines:
                 self.wrapper_call.writeline(line)
+
+    def write_direct(self, cutter: _Cutter) -> None:
+        """What the backend looks for in the module: how many arguments the function takes, and the C++ object that does the same."""
+        direct = cutter.direct()
+        self.header.writeline(f"arguments = {len(V.graph.graph_input_names)}")
+        if direct is not None:
+            self.header.writeline(f"direct = graph_0.direct({direct})")
+
+
+class Subgraph(compat.SubgraphPythonWrapperCodegen, Wrapper):
+    """The function of a branch of torch.cond or of the body of a loop. Kernels and graphs are those of the module."""
+
+    def __init__(self, name: str, parent: Any, signature: Any) -> None:
+        super().__init__(name, parent, signature)
+        root = self.get_root_graph()
+        if not isinstance(root, Wrapper):
+            raise NotImplementedError(
+                "spiral's compiler has no branches or loops on spiral in a graph on another device"
+            )
+        self.fused, self.fused_origins = root.fused, root.fused_origins
+        self.programs, self.graphs = root.programs, root.graphs
+
+    def write_direct(self, cutter: _Cutter) -> None:
+        pass
 
 
 class _Cutter:
@@ -292,7 +311,7 @@ class _Cutter:
             s = self.statements[at]
             if isinstance(s, ast.Delete):
                 continue
-            written = written or bool(kept & set(self._written(s)))
+            written = written or bool(kept & set(_loaded(s) if _to_function(s) else self._written(s)))
             if isinstance(s, ast.Assign) and isinstance(s.value, (ast.Name, ast.Call)) and kept & set(_loaded(s.value)):
                 kept |= set(_stored(s))  # perhaps a view
             if not targets.keys() & set(_loaded(s)):
@@ -483,7 +502,8 @@ class _Cutter:
             if isinstance(s.value, ast.Subscript):
                 return isinstance(s.value.value, ast.Name) and s.value.value.id in inside
             if isinstance(s.value, ast.Name):
-                return not SIZE.match(s.targets[0].id)
+                known = s.value.id in inside or V.graph.try_get_buffer(s.value.id) is not None
+                return known and not SIZE.match(s.targets[0].id)
             found = _call(s.value)
             if found is None:
                 return False
@@ -718,6 +738,14 @@ def _of_convolution(operand: Operand, shape: Sequence[int], last: bool) -> bool:
     strides = [s if n > 1 else None for s, n in zip(operand.strides, shape, strict=True)]
     return operand.offset == 0 and any(
         all(s in (None, wanted) for s, wanted in zip(strides, layout, strict=True)) for layout in ((0, 1, 0), dense)
+    )
+
+
+def _to_function(s: ast.stmt) -> bool:
+    """Whether a statement hands what it reads to the function of a branch or a loop, which may write it: by a list of arguments, the
+    state of a loop, or the call itself, in the statement `if` or `while`."""
+    return not isinstance(s, (ast.Assign, ast.Expr)) or (
+        isinstance(s, ast.Assign) and (isinstance(s.value, ast.List) or not isinstance(s.targets[0], ast.Name))
     )
 
 
