@@ -82,8 +82,9 @@ def test_gradients_flow_through(device, mode, missing):
     assert x.grad.tolist() == [2, 2, 2] and x.grad.device == x.device
 
 
-def test_the_variable_is_checked():
-    code = "import torch; torch.spiral.fallback_mode()"
+@pytest.mark.parametrize("code", ["torch.spiral.fallback_mode()", "torch.empty(0, device='spiral')"])
+def test_the_variable_is_checked(code):
+    code = f"import torch; {code}"
     wrong = subprocess.run(
         [sys.executable, "-c", code], env={"SPIRAL_FALLBACK": "maybe", "PATH": ""}, capture_output=True, text=True
     )

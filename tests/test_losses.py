@@ -56,6 +56,31 @@ def test_other_losses(device, reduction):
     compare(device, lambda x, t: F.multilabel_margin_loss(x, t, reduction=reduction), torch.randn(9, 10), labels)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_binary_cross_entropy_takes_probabilities(device, reduction):
+    """Others are reported asynchronously, by the operator's name and with the text of the CPU."""
+
+    text = r"binary_cross_entropy\(\): all elements of input should be between 0 and 1"
+
+    def loss(x, **options):
+        return F.binary_cross_entropy(x, torch.ones_like(x), reduction=reduction, **options)
+
+    fine = torch.rand(40, 6, device=device)
+    fine[0, :2] = torch.tensor([0.0, 1.0], device=device)
+    for bad in (1.5, -1e-6, float("nan")):
+        for x in (fine.clone(), fine.t().clone().t(), fine.half(), fine[3:, 1:].clone()):
+            x[11, 2] = bad
+            loss(x, weight=torch.zeros(x.shape[1], device=device))
+            with pytest.raises(RuntimeError, match=text):
+                torch.spiral.synchronize()
+    beside = torch.cat([fine, fine + 2], 1)
+    for x in (fine, fine[1], beside[:, :6], fine.t(), fine[:1].expand(5, 6), fine[0, 1], fine[:0], fine.half()):
+        torch.testing.assert_close(
+            loss(x).cpu(), loss(x.cpu().float()).to(x.dtype), rtol=1e-3, atol=1e-5, equal_nan=True
+        )
+    torch.spiral.synchronize()
+
+
 def test_ctc(device):
     x, target = torch.randn(12, 4, 6), torch.randint(1, 6, (4, 5))
     target[0, :4], target[3, :3] = torch.tensor([2, 2, 3, 1]), torch.tensor([1, 2, 3])

@@ -1,4 +1,5 @@
 // The operators that only the owner of the memory can supply: making tensors, viewing and resizing them, reading one number.
+#include "aten/fallback.h"
 #include "runtime/device.h"
 #include "runtime/memory.h"
 
@@ -26,6 +27,7 @@ using Layout = std::optional<at::Layout>;
 using MaybeDevice = std::optional<at::Device>;
 
 void check_factory(Layout layout, std::optional<bool> pin_memory) {
+  [[maybe_unused]] static const FallbackMode checked = fallback_mode();  // a wrong SPIRAL_FALLBACK fails the first tensor
   TORCH_CHECK(!layout || *layout == at::kStrided, "spiral tensors are strided; got layout ", *layout);
   TORCH_CHECK(!pin_memory || !*pin_memory, "Only dense CPU tensors can be pinned");
 }

@@ -22,6 +22,7 @@ from ..kernels.kernel import DTYPES, Kernel, Target
 from ..kernels.nest import SIMT_WORKGROUP, fold_groups
 from ..kernels.nest.operands import unravel
 from ..lowering import Sym, Tensor, build, cdiv, error_site, is_one, is_zero, launch, maximum, product, target
+from .common import contiguous
 
 TASK = 16384  # elements that one workgroup of a CPU device handles
 
@@ -126,6 +127,18 @@ def each(
     narrow = [v for t, v in named.values() if t not in ("i64", "f64")]
     number = [error_site(site)] if site is not None else []
     launch(kernel, list(operands.values()), [*wide, *sizes, *values, *number, *strides, *narrow], groups)
+
+
+def require(name: str, body: Callable[[Item], None], x: Tensor, text: str) -> None:
+    """Has a body check each element of x, "x"; `text` is reported where it does not hold."""
+    flat = contiguous(x)
+    each(name, body, (flat.numel,), {"x": flat.view((flat.numel,), (1,))}, site=text)
+
+
+def is_probability(it: Item) -> None:
+    """0 <= x <= 1, which NaN is not."""
+    x = it.load("x")
+    it.check(ir.cast(ir.and_(ir.ge(x, 0), ir.le(x, 1)), "i32"), 1, 2)
 
 
 def _build(

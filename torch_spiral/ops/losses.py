@@ -26,7 +26,7 @@ from ..lowering import (
     structured,
 )
 from .common import braces, broadcast, contiguous, fill, map_tensors, out_variant
-from .items import Item, each
+from .items import Item, each, is_probability, require
 from .norms import largest_and_total, one_pass, sum_all
 from .reduce import reduce_rows
 
@@ -281,26 +281,38 @@ def _bce(x: Any, target: Any, *weight: Any) -> Any:
     return loss * weight[0] if weight else loss
 
 
+def _bce_sum(r: Any, x: Any, *rest: Any) -> Any:
+    """(the sum, how many x are no probabilities)"""
+    zero, one = ir.const(0.0, x.dtype), ir.const(1.0, x.dtype)
+    return sum_all(r, [_bce(x, *rest), ir.where(ir.and_(ir.ge(x, zero), ir.le(x, one)), zero, one)])
+
+
 def _bce_mean(r: Any, *args: Any) -> Any:
-    return _mean(r, _bce(*args))
+    total, outside = _bce_sum(r, *args)
+    return total / ir.cast(r.count, total.dtype), outside
 
 
-def _bce_sum(r: Any, *args: Any) -> Any:
-    return r.sum(_bce(*args))
+def _is_zero(it: Item) -> None:
+    it.check(ir.cast(ir.eq(it.load("x"), 0), "i32"), 1, 2)
 
 
 @lowering("binary_cross_entropy")
 def binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+    """Elements of x outside of [0, 1] are reported by a kernel: by the loss's own where it reduces, counted on the way."""
+    text = "binary_cross_entropy(): all elements of input should be between 0 and 1"
     ins = [x, *(broadcast(t, x.sizes) for t in (target, weight) if t is not None)]
     suffix = "_weighted" if weight is not None else ""
     if reduction == 0:
         out = empty(x.sizes, x.dtype)
         map_tensors("bce" + suffix, _bce, [out], ins)
+        require("bce_check", is_probability, x, text)
         return out
-    out = empty((), x.dtype)
+    out, outside = empty((), x.dtype), empty((), WIDE[x.dtype])
     name, function = ("bce_mean", _bce_mean) if reduction == 1 else ("bce_sum", _bce_sum)
     ins = [contiguous(t) for t in ins]
-    reduce_rows(name + suffix, function, [(out, (0,))], [(t, (1,)) for t in ins], [x.numel], 1, length=20)
+    outs, rows = [(out, (0,)), (outside, (0,))], [(t, (1,)) for t in ins]
+    reduce_rows(name + suffix, function, outs, rows, [x.numel], 1, length=20)
+    require("bce_outside", _is_zero, outside, text)
     return out
 
 

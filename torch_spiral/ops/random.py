@@ -50,7 +50,7 @@ from ..lowering import (
 from ..lowering import where as select
 from .common import broadcast, contiguous, copy_to, fill, map_tensors
 from .elementwise import as_dtype
-from .items import Item, each
+from .items import Item, is_probability, require
 
 LANES = 16  # counters of a block; a part of the numbering, not a tuning parameter
 TASK_BLOCKS = 128  # blocks that one workgroup of a CPU device draws
@@ -447,25 +447,15 @@ def _below_probability(bits: Any, p: Any) -> Any:
     return ir.lt(ir.cast(bits, p.dtype) * 2.0**-24, p)
 
 
-def _require(name: str, body: Callable[[Item], None], p: Tensor, text: str) -> None:
-    flat = contiguous(p)
-    each(name, body, (flat.numel,), {"p": flat.view((flat.numel,), (1,))}, site=text)
-
-
-def _is_probability(it: Item) -> None:
-    p = it.load("p")
-    it.check(ir.cast(ir.and_(ir.ge(p, 0), ir.le(p, 1)), "i32"), 1, 2)
-
-
 def _is_rate(it: Item) -> None:
-    it.check(ir.cast(ir.ge(it.load("p"), 0), "i32"), 1, 2)
+    it.check(ir.cast(ir.ge(it.load("x"), 0), "i32"), 1, 2)
 
 
 @stub("bernoulli_tensor_stub")
 def bernoulli_tensor(p: Tensor, out: Tensor) -> None:
     """1 with the probabilities of p, else 0. Probabilities outside of [0, 1] are reported by the kernel."""
     text = "Expected p_in >= 0 && p_in <= 1 to be true, but got false."
-    _require("bernoulli_check", _is_probability, p, text)
+    require("bernoulli_check", is_probability, p, text)
     p = contiguous(broadcast(p, out.sizes))
     with _contiguous_out(out) as flat:
         draw("bernoulli_tensor", _bits24, 1, _below_probability, [flat], [p])
@@ -837,7 +827,7 @@ def standard_gamma(alpha: Tensor, generator: None = None) -> Tensor:
 def poisson(rate: Tensor, generator: None = None) -> Tensor:
     """Poisson-distributed with these rates."""
     out = empty(rate.sizes, rate.dtype)
-    _require("poisson_check", _is_rate, rate, "invalid Poisson rate, expected rate to be non-negative")
+    require("poisson_check", _is_rate, rate, "invalid Poisson rate, expected rate to be non-negative")
     draw_each("poisson", _poisson, out, [contiguous(rate)])
     return out
 
