@@ -894,7 +894,8 @@ def packed(x: Tensor, sizes: Sequence[Any], dtype: str, kind: str) -> Iterator[T
     if x.number < r.operand_count and x.offset is None and not x.written and r.when == NONE:
         r.allocations[-1][6] = x.number
         if all(isinstance(n, int) for n in (*x.sizes, *x.strides)):
-            kind = f"{kind}{x.sizes}{x.strides}"  # a view in a compiled graph, which may read an operand through several
+            # A view in a compiled graph, which may read an operand through several.
+            kind = f"{kind}{x.sizes}{x.strides}"
         r.allocations[-1][7] = _packed_kinds.setdefault(f"{kind}:{dtype}", len(_packed_kinds))
         r.when = p.number - r.operand_count
         try:

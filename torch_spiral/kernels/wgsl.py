@@ -14,7 +14,14 @@ ELEMENT = {
     "c64": "vec2<f32>", "c128": "vec4<u32>", "b128": "vec4<u32>",
 }  # fmt: skip
 
-VECTOR4 = {"f32": "vec4<f32>", "i32": "vec4<i32>", "u32": "vec4<u32>", "f16": "vec2<u32>", "bf16": "vec2<u32>", "i8": "u32"}
+VECTOR4 = {
+    "f32": "vec4<f32>",
+    "i32": "vec4<i32>",
+    "u32": "vec4<u32>",
+    "f16": "vec2<u32>",
+    "bf16": "vec2<u32>",
+    "i8": "u32",
+}
 
 
 def is_atomic(b: BufferDecl) -> bool:
