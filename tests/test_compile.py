@@ -611,6 +611,24 @@ def test_the_default_backend_in_a_new_process():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_first_graph_of_a_process_is_called_without_python():
+    code = """
+        import sys, torch
+        f = torch.compile(lambda x: x.softmax(-1) * 2, backend="spiral", fullgraph=True)
+        x = torch.randn(4, 10, device="spiral")
+        called = []
+        with torch.no_grad():
+            f(x), f(x)
+            sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+            f(x)
+            sys.setprofile(None)
+        assert "<lambda>" in called, called
+        assert "_fn" not in called, called  # what Dynamo wraps compiled functions in
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 MODES = [
     {"mode": "max-autotune"},
     {"mode": "reduce-overhead"},

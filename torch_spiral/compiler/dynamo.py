@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch._dynamo import decorators, trace_rules
+from torch._dynamo import eval_frame, trace_rules
 
 
 @functools.cache
@@ -16,13 +16,14 @@ def call_directly(kind: type) -> None:
     """Has Dynamo call compiled functions of this type (without frames of Python, which it might trace) without a wrapper in Python,
     and without marks for the profiler around a call: together a third of what Dynamo costs a call."""
     trace_rules.add("torch_spiral")  # our own Python is called, not traced
-    disable = decorators.disable
+    # Not `disable`, which a compilation that is under way when we get here has imported already.
+    wrap = eval_frame.DisableContext.__call__
 
-    @functools.wraps(disable)
-    def unless_direct(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return fn if isinstance(fn, kind) else disable(fn, *args, **kwargs)
+    @functools.wraps(wrap)
+    def unless_direct(self: Any, fn: Any) -> Any:
+        return fn if isinstance(fn, kind) else wrap(self, fn)
 
-    decorators.disable = torch._dynamo.disable = unless_direct
+    eval_frame.DisableContext.__call__ = unless_direct
     if hasattr(torch._dynamo.config, "record_runtime_overhead"):
         torch._dynamo.config.record_runtime_overhead = False
 
