@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -764,15 +765,33 @@ std::string platform_string(const Api& api, cl_platform_id platform, cl_uint wha
 }
 
 #ifndef _WIN32
+// Whether this PoCL has its two CPU drivers and no other, which a list of drivers would hide. They are files beside its library.
+bool has_cpu_drivers_only(cl_platform_id platform) {
+  Dl_info library{};
+  if (!dladdr(platform, &library) || !library.dli_fname) return false;
+  int wanted = 0, others = 0;
+  const auto folder = std::filesystem::path(library.dli_fname).parent_path() / "pocl";
+  std::error_code missing;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, missing)) {
+    const std::string name = entry.path().stem().string();
+    if (name.rfind("libpocl-devices-", 0) != 0) continue;
+    (name == "libpocl-devices-basic" || name == "libpocl-devices-pthread" ? wanted : others)++;
+  }
+  return wanted == 2 && others == 0;
+}
+
 // Precedes the platform's first answer about devices, which is when it reads the environment. What the user has set stays.
-void configure_pocl(const std::string& version) {
+void configure_pocl(cl_platform_id platform, const std::string& version) {
   const size_t at = version.find("PoCL ");
   if (at == std::string::npos) return;
   // A binary holds a kernel for any workgroup size. PoCL would compile it once more for the size of each launch, which ours fix
   // in the source already: a third of the time of a first launch, and again where a binary of our cache is loaded.
   setenv("POCL_WORK_GROUP_SPECIALIZATION", "0", /*overwrite=*/0);
-  // The CPU twice: with threads, and for `compile_inline`. The drivers' names changed with version 4.
-  setenv("POCL_DEVICES", std::atoi(version.c_str() + at + 5) < 4 ? "pthread basic" : "cpu cpu-minimal", /*overwrite=*/0);
+  // The CPU twice: with threads, and for `compile_inline`. The drivers have other names since 4 or so; an unknown one is an error.
+  const int major = std::atoi(version.c_str() + at + 5);
+  if (major != 4 && has_cpu_drivers_only(platform)) {
+    setenv("POCL_DEVICES", major < 4 ? "pthread basic" : "cpu cpu-minimal", /*overwrite=*/0);
+  }
 #ifdef __linux__
   // PoCL's threads, woken together by one that is running, often end up on one processor, and a kernel of a few milliseconds is
   // over before the scheduler moves them. Thread i then stays on processor i: only where the process may use all of them.
@@ -820,7 +839,7 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
   api->clGetPlatformIDs(count, platforms.data(), nullptr);
   for (cl_platform_id platform : platforms) {
 #ifndef _WIN32
-    configure_pocl(platform_string(*api, platform, CL_PLATFORM_VERSION));
+    configure_pocl(platform, platform_string(*api, platform, CL_PLATFORM_VERSION));
 #endif
     cl_uint device_count = 0;
     if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, 0, nullptr, &device_count) != CL_SUCCESS) continue;
