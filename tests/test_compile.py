@@ -935,6 +935,13 @@ def test_prologues(device, name):
         assert len(kernels(f, *on(device, args))) == count
 
 
+def test_an_infinite_constant_is_no_prologue(device):
+    """It makes NaN of a sum of infinities, which it would not of the sum."""
+    x, w = torch.randn(5, 64), torch.randn(64, 24)
+    f = torch.compile(lambda x, w: (x * float("inf")) @ w, backend="spiral", fullgraph=True)
+    assert f(x.to(device), w.to(device)).isnan().all()
+
+
 def test_a_prologue_reads_before_what_it_reads_is_written(device):
     def f(x, w):
         scaled = w * 2.0

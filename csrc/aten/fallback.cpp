@@ -85,10 +85,7 @@ std::string where() {
   return place.empty() ? "" : " at " + place;
 }
 
-// A CPU tensor beside ours is a mistake of the caller, which no copy may hide; numbers, tensors of no dimension, belong to both.
-void check_same_device(const std::string& name, c10::ArrayRef<c10::IValue> arguments) {
-  const at::Tensor* ours = nullptr;
-  const at::Tensor* other = nullptr;
+std::vector<at::Tensor> tensors_of(c10::ArrayRef<c10::IValue> arguments) {
   std::vector<at::Tensor> tensors;
   for (const auto& value : arguments) {
     if (value.isTensor()) tensors.push_back(value.toTensor());
@@ -96,10 +93,22 @@ void check_same_device(const std::string& name, c10::ArrayRef<c10::IValue> argum
       for (const at::Tensor& t : value.toTensorVector()) tensors.push_back(t);
     }
   }
+  return tensors;
+}
+
+bool is_ours(const at::Tensor& t) { return t.defined() && t.device().is_privateuseone(); }
+
+// A CPU tensor beside ours is a mistake of the caller, which no copy may hide; numbers, tensors of no dimension, belong to both.
+void check_same_device(const std::string& name, c10::ArrayRef<c10::IValue> arguments) {
+  const at::Tensor* ours = nullptr;
+  const at::Tensor* other = nullptr;
+  const std::vector<at::Tensor> tensors = tensors_of(arguments);
   for (const at::Tensor& t : tensors) {
-    if (!t.defined()) continue;
-    if (t.device().is_privateuseone()) ours = &t;
-    else if (t.dim() > 0) other = &t;
+    if (is_ours(t)) {
+      ours = &t;
+    } else if (t.defined() && t.dim() > 0) {
+      other = &t;
+    }
   }
   TORCH_CHECK(
       !ours || !other, "Expected all tensors to be on the same device, but found at least two devices, ", ours->device(), " and ",
@@ -107,14 +116,10 @@ void check_same_device(const std::string& name, c10::ArrayRef<c10::IValue> argum
 }
 
 c10::DeviceIndex device_of(c10::ArrayRef<c10::IValue> arguments) {
-  const auto is_ours = [](const at::Tensor& t) { return t.defined() && t.device().type() == c10::DeviceType::PrivateUse1; };
+  for (const at::Tensor& t : tensors_of(arguments)) {
+    if (is_ours(t)) return t.device().index();
+  }
   for (const auto& value : arguments) {
-    if (value.isTensor() && is_ours(value.toTensor())) return value.toTensor().device().index();
-    if (value.isTensorList()) {
-      for (const at::Tensor& t : value.toTensorVector()) {
-        if (is_ours(t)) return t.device().index();
-      }
-    }
     if (value.isDevice() && value.toDevice().has_index()) return value.toDevice().index();
   }
   return current_device();

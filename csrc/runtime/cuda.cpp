@@ -17,7 +17,6 @@
 #include <mutex>
 #include <utility>
 
-
 namespace spiral {
 namespace {
 

@@ -673,8 +673,8 @@ class OpenCLEngine final : public Engine {
 
   cl_program build(const KernelSource& source, cl_device_id device) {
     const DeviceProperties& p = properties_;
-    const Digest key = cache_key({"opencl", found_.platform_version, device_string(api_, device, CL_DEVICE_NAME), p.vendor, p.driver, p.api_version,
-                                  found_.build_options, source.source});
+    const Digest key = cache_key({"opencl", found_.platform_version, device_string(api_, device, CL_DEVICE_NAME), p.vendor,
+                                  p.driver, p.api_version, found_.build_options, source.source});
     if (const auto binary = cache_load(key)) {
       if (cl_program program = load(*binary, device)) {
         objects_++;
@@ -782,13 +782,11 @@ bool has_cpu_drivers_only(cl_platform_id platform) {
 
 // Precedes the platform's first answer about devices, which is when it reads the environment. What the user has set stays.
 void configure_pocl(cl_platform_id platform, const std::string& version) {
-  const size_t at = version.find("PoCL ");
-  if (at == std::string::npos) return;
   // A binary holds a kernel for any workgroup size. PoCL would compile it once more for the size of each launch, which ours fix
   // in the source already: a third of the time of a first launch, and again where a binary of our cache is loaded.
   setenv("POCL_WORK_GROUP_SPECIALIZATION", "0", /*overwrite=*/0);
   // The CPU twice: with threads, and for `compile_inline`. The drivers have other names since 4 or so; an unknown one is an error.
-  const int major = std::atoi(version.c_str() + at + 5);
+  const int major = std::atoi(version.c_str() + version.find("PoCL ") + 5);
   if (major != 4 && has_cpu_drivers_only(platform)) {
     setenv("POCL_DEVICES", major < 4 ? "pthread basic" : "cpu cpu-minimal", /*overwrite=*/0);
   }
@@ -838,14 +836,15 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
   std::vector<cl_platform_id> platforms(count);
   api->clGetPlatformIDs(count, platforms.data(), nullptr);
   for (cl_platform_id platform : platforms) {
+    const std::string platform_version = platform_string(*api, platform, CL_PLATFORM_VERSION);
+    const bool pocl = platform_version.find("PoCL ") != std::string::npos;
 #ifndef _WIN32
-    configure_pocl(platform, platform_string(*api, platform, CL_PLATFORM_VERSION));
+    if (pocl) configure_pocl(platform, platform_version);
 #endif
     cl_uint device_count = 0;
     if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, 0, nullptr, &device_count) != CL_SUCCESS) continue;
     std::vector<cl_device_id> devices(device_count);
     if (api->clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, device_count, devices.data(), nullptr) != CL_SUCCESS) continue;
-    const bool pocl = platform_string(*api, platform, CL_PLATFORM_VERSION).find("PoCL") != std::string::npos;
     const cl_device_id inline_device = pocl ? find_inline(*api, devices) : nullptr;
     for (cl_device_id device : devices) {
       if (device == inline_device) continue;
@@ -868,8 +867,7 @@ std::vector<std::unique_ptr<Adapter>> opencl_adapters(const std::string& library
         options += " -cl-fp32-correctly-rounded-divide-sqrt";
       }
       const bool cpu = adapter->properties.schedule_class == ScheduleClass::Vector;
-      adapter->found = {api, platform, device, cpu ? inline_device : nullptr,
-                        platform_string(*api, platform, CL_PLATFORM_VERSION), options, !cpu};
+      adapter->found = {api, platform, device, cpu ? inline_device : nullptr, platform_version, options, !cpu};
       adapters.push_back(std::move(adapter));
     }
   }

@@ -162,9 +162,9 @@ def _replace(value: Node, old: Node, new: Node) -> Node:
     return ir.substitute(value, lambda n: new if n is old else None)
 
 
-def _terms(op: str, n: Node) -> list[Node]:
+def terms(op: str, n: Node) -> list[Node]:
     """What is added up, or multiplied, in n."""
-    return [t for a in n.args for t in _terms(op, a)] if n.op == op else [n]
+    return [t for a in n.args for t in terms(op, a)] if n.op == op else [n]
 
 
 def _operand(op: str, n: Node) -> tuple[str, Node] | None:
@@ -217,9 +217,9 @@ def _next(value: Node, current: Node, names: list[str]) -> tuple[Node, Any] | No
                 if math.isfinite(c):
                     return n, constant_step("add" if n.op in ("add", "sub") else "mul", c)
             whole = _operand(n.op, other)
-            terms = _terms(n.op, other) if n.op in ("add", "mul") else [other]
-            steps = [whole] if whole else [_operand(n.op, t) for t in terms]
-            if current not in terms and all(steps):
+            parts = terms(n.op, other) if n.op in ("add", "mul") else [other]
+            steps = [whole] if whole else [_operand(n.op, t) for t in parts]
+            if current not in parts and all(steps):
                 return n, steps
         below = ir.walk(_replace(n, current, ir.leaf("acc", current.dtype)))
         if any(x.op == "load" or (x.op == "leaf" and x.attr != "acc") for x in below):

@@ -4,11 +4,13 @@ A cast that loses nothing becomes the operand's own dtype; factors that are cons
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..kernels import ir
 from ..kernels.ir import Node
+from .epilogue import terms
 from .loops import Program, Store
 
 # (read, stored): every number of the first is one of the second.
@@ -68,7 +70,7 @@ def _match(program: Program, store: Store) -> Prologue | None:
     names = [name for name, _, _ in program.buffers]
     dtypes = {name: dtype for name, dtype, _ in program.buffers}
     sources, factors, constant = [], [], 1.0
-    for term in _terms(store.value):
+    for term in terms("mul", store.value):
         if term.op == "const":
             constant *= float(ir.const_value(term))
             continue
@@ -82,6 +84,8 @@ def _match(program: Program, store: Store) -> Prologue | None:
             factors.append(load)
         else:
             return None
+    if not math.isfinite(constant):  # of which sums of infinities that cancel would make something else
+        return None
     if len(sources) != 1 or (not factors and constant == 1.0 and dtypes[sources[0].attr] == dtypes[store.buffer]):
         return None
     place = _affine(store.index, len(program.rows))
@@ -101,15 +105,11 @@ def _match(program: Program, store: Store) -> Prologue | None:
     )
 
 
-def _terms(n: Node) -> list[Node]:
-    """What is multiplied in n."""
-    return [t for a in n.args for t in _terms(a)] if n.op == "mul" else [n]
-
-
 def _affine(n: Node, dims: int) -> tuple[tuple[int, ...], int] | None:
     """(strides along the coordinates, offset) of an index, where it is affine."""
     if n.op == "leaf":
-        return tuple(int(n.attr == f"x{d}") for d in range(dims)), 0
+        found = tuple(int(n.attr == f"x{d}") for d in range(dims))
+        return (found, 0) if any(found) else None
     if n.op == "const":
         return (0,) * dims, int(ir.const_value(n))
     if n.op not in ("add", "sub", "mul"):

@@ -111,7 +111,12 @@ def contiguous(x: Tensor, dtype: str | None = None) -> Tensor:
     dtype = dtype or x.dtype
     if x.is_contiguous and x.dtype == dtype and not x.is_conj and not x.is_neg:
         return x
-    out = empty(x.sizes, dtype)
+    return copied(x, dtype)
+
+
+def copied(x: Tensor, dtype: str | None = None) -> Tensor:
+    """A contiguous tensor of its own with x's elements, of `dtype` (default: x's), for the time of the call."""
+    out = empty(x.sizes, dtype or x.dtype)
     copy_to(out, x)
     return out
 

@@ -37,7 +37,7 @@ from ..lowering import (
     where,
 )
 from ..lowering import product as multiply
-from .common import broadcast, contiguous, copy_to, map_tensors
+from .common import broadcast, contiguous, copied, copy_to, map_tensors
 from .contraction import product
 from .items import Item, each
 
@@ -83,8 +83,7 @@ def _in_place(x: Tensor) -> Iterator[Tensor]:
     if found is not None:
         yield found
         return
-    temporary = empty(x.sizes, x.dtype)
-    copy_to(temporary, x)
+    temporary = copied(x)
     collapsed = _collapsed(temporary)
     assert collapsed is not None
     yield collapsed
@@ -256,8 +255,7 @@ def cholesky_inverse(upper: bool, result: Tensor) -> None:
     if result.is_empty:
         return
     with _in_place(result) as x:
-        factor = empty(x.sizes, x.dtype)
-        copy_to(factor, x)
+        factor = copied(x)
         _set_identity(x)
         _cholesky_solve(factor, x, upper)
 

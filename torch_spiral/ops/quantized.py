@@ -27,7 +27,7 @@ from ..lowering import (
     minimum,
     target,
 )
-from .common import broadcast, contiguous, copy_to
+from .common import broadcast, contiguous, copied
 from .contraction import dot_precision, few_rows, int8_product, matrix, product
 
 WORKGROUP = 64
@@ -157,7 +157,7 @@ def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -
     rows = few_rows(m) if target().schedule_class == "simt" and scales.windows == 1 else 0
     if rows:
         x = contiguous(self)
-        x = x if x.aligned(4) else _copied(x)
+        x = x if x.aligned(4) else copied(x)
         packed = ("i32", w.windows, simt.SKINNY_THREADS, group, scales.dtype)
         kernel = build(simt.skinny, x.dtype, out.dtype, rows, "t", True, False, simt.NO_EPILOGUE, *packed)
         launch(
@@ -175,12 +175,6 @@ def weight_int4pack_mm(self: Tensor, mat2: Tensor, group: int, scales: Tensor) -
     s = block.schedule(x.dtype, 1 << bucket(m), group)
     kernel = build(block.product, s, x.dtype, 4, scales.dtype, group, dot_precision(x.dtype))
     launch(kernel, [x, w, scales, out], [x.strides[0], m, n, k], block.groups(s, m, n))
-    return out
-
-
-def _copied(x: Tensor) -> Tensor:
-    out = empty(x.sizes, x.dtype)
-    copy_to(out, x)
     return out
 
 

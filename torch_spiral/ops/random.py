@@ -48,7 +48,7 @@ from ..lowering import (
     to_int,
 )  # fmt: skip
 from ..lowering import where as select
-from .common import broadcast, contiguous, copy_to, fill, map_tensors
+from .common import broadcast, contiguous, copy_to, fill, map_tensors, write_out
 from .elementwise import as_dtype
 from .items import Item, is_probability, require
 
@@ -621,8 +621,6 @@ def rrelu_with_noise_out(
     out: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """rrelu_with_noise into a given tensor."""
-    from .common import write_out
-
     return write_out(out, torch.ops.aten.rrelu_with_noise(x, noise, lower, upper, training, generator))
 
 

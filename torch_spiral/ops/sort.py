@@ -30,7 +30,7 @@ from ..lowering import (
     stub,
     target,
 )
-from .common import contiguous, copy_to, resize_out, write_out
+from .common import contiguous, copied, resize_out, write_out
 from .index import at_least_1d, bits, number, replace, value_of
 from .items import Item, each
 
@@ -381,9 +381,7 @@ def sort_into(x: Tensor, dim: int, descending: bool, values: Tensor, indices: Te
     order = [d for d in range(x.ndim) if d != dim] + [dim]
     x, values, indices = x.permute(order), values.permute(order), indices.permute(order)
     if values.same_storage(x):
-        copied = empty(x.sizes, x.dtype)
-        copy_to(copied, x)
-        x = copied
+        x = copied(x)
     count = values.sizes[-1]
     pieces = _pieces(x, count) if selected else 0
     if pieces:
