@@ -38,6 +38,7 @@ Step = Callable[[], Any]
 # Seconds before each measurement: a pool of threads (OpenMP's, PoCL's) spins on for some milliseconds after its last work, and
 # would take a core from the next contender.
 PAUSE = 0.02
+ROUND = 0.02  # seconds of work between a start and a wait, or one step where that takes longer
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,15 @@ def time_work(work: Work, device: torch.device, *, seconds: float = 4.0, least: 
     gc.collect()
     contenders = work.contenders(device)
     fallen = devices.fallbacks()
-    once: dict[str, float] = {}
-    for name, c in contenders.items():
+    for c in contenders.values():
         for _ in range(3):  # compiles kernels, fills caches
-            once[name] = _clock(c, 1)
-    first = next(iter(once.values()))
-    calls = max(1, min(1000, int(0.01 / max(first, 1e-6))))
-    slowest = max(once.values()) * calls
+            c.step()
+    # A first guess holds the time of waking up and waiting; what it leads to, hardly.
+    calls = 1
+    for _ in range(2):
+        each = {name: _clock(c, calls) for name, c in contenders.items()}
+        calls = max(1, min(2000, int(ROUND / max(next(iter(each.values())), 1e-6))))
+    slowest = max(each.values()) * calls
     rounds = int(max(least, min(most, seconds / max(slowest, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -121,9 +124,12 @@ def time_work(work: Work, device: torch.device, *, seconds: float = 4.0, least: 
 
 
 def _clock(c: Contender, calls: int) -> float:
-    """Seconds a call, from an idle device to an idle device."""
+    """Seconds a call, from an idle device that has just worked to an idle device."""
     devices.synchronize(c.device)
     time.sleep(PAUSE)
+    if calls > 1:  # beside one long step, waking up is little
+        c.step()
+        devices.synchronize(c.device)
     start = time.perf_counter()
     for _ in range(calls):
         c.step()

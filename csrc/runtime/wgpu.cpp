@@ -65,8 +65,10 @@ struct Api {
 constexpr uint32_t kVersion = 29;  // of wgpu-native's headers: its structs change between major versions
 
 constexpr uint32_t kMaxDispatches = 128;           // in one submission
+constexpr uint32_t kFirstDispatches = 16;           // in a submission to a device that has nothing to do
 constexpr uint64_t kMaxStaged = 32u << 20;         // bytes written in one submission
 constexpr size_t kMaxInFlight = 16;                // submissions
+constexpr std::chrono::milliseconds kAwake{2};     // of waiting without sleeping
 constexpr uint64_t kMaxUpload = 256u << 20;        // bytes of upload buffers
 constexpr uint64_t kUploadChunk = 1u << 20;        // shared by small writes
 constexpr uint64_t kUploadPiece = 16u << 20;       // of a large write
@@ -523,7 +525,7 @@ class WgpuEngine final : public Engine {
       api_.ComputePassEncoderSetImmediates(pass, 0, params, round_up(k->params_size, 4));
     }
     api_.ComputePassEncoderDispatchWorkgroups(pass, groups[0], groups[1], groups[2]);
-    if (++dispatches_ >= kMaxDispatches) flush();
+    if (++dispatches_ >= (in_flight_.empty() ? kFirstDispatches : kMaxDispatches)) flush();
   }
 
   // The queue
@@ -1038,7 +1040,15 @@ class WgpuEngine final : public Engine {
     retire();
   }
 
+  // Asleep, a thread learns of the end some 100 us late. A software adapter needs its core meanwhile.
+  void wait_awake(uint64_t submission) {
+    if (properties_.type == DeviceType::Software) return;
+    const auto end = std::chrono::steady_clock::now() + kAwake;
+    while (completed_ < submission && !lost_ && std::chrono::steady_clock::now() < end) api_.DevicePoll(device_, false, nullptr);
+  }
+
   void wait_for(uint64_t submission) {
+    wait_awake(submission);
     while (completed_ < submission && !lost_) {
       auto found = std::find_if(in_flight_.begin(), in_flight_.end(), [&](const Submission& s) { return s.id >= submission; });
       if (found == in_flight_.end()) break;
