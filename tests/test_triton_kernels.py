@@ -84,6 +84,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
                 for c in (conv.choices(target, d, p, 4096, 256, 9, 256, 1)[0],)
             ),
             attention.forward(target, attention.forward_schedule("bf16", 64, 10), "bf16", 64, 64, False, "", True, ""),
+            *(
+                attention.forward(
+                    target, attention.forward_schedule("bf16", 64, 0), "bf16", 64, 64, True, "", True, "", "full", True, paged
+                )
+                for paged in ("tiles", "rows")
+            ),
         ]  # fmt: skip
         for kernel in kernels:
             binary = compile_kernel(kernel, GPUTarget(*gpu), (), memory)
@@ -678,6 +684,57 @@ else:
         run(attention.merge(TARGET, "f32", 32), [parts, part_lse, out, lse], scalars, (1, 1, 1))
         torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0) @ v, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("left,right,page,split", [(1 << 29, 0, 16, False), (7, 3, 5, False), (1 << 29, 0, 24, True), (40, 3, 32, True)])  # fmt: skip
+    def test_attention_of_pages(left, right, page, split):
+        """Keys in pages, of whole tiles and others; a sequence without keys, queries of no sequence, runs without keys."""
+        heads, kv, head, scale, width = 4, 2, 24, 0.2, 20
+        used, counts, queries = [90, 0, 3], [20, 1, 3], 25
+        pages = sum(-(-n // page) for n in used)
+        k, v = (torch.full((pages, page, kv, head), torch.nan) for _ in range(2))
+        table, order = torch.full((3, width), 99, dtype=torch.int32), iter(torch.randperm(pages).tolist())
+        q, expected, logs = torch.randn(queries, heads, head), torch.zeros(queries, heads, head), []
+        spans, first = [], 0
+        for z, (n, m) in enumerate(zip(used, counts)):
+            rows, (kx, vx) = q[first : first + m], torch.randn(2, n, kv, head)
+            for j in range(-(-n // page)):
+                table[z, j] = number = next(order)
+                part = slice(j * page, min((j + 1) * page, n))
+                k[number, : part.stop - part.start], v[number, : part.stop - part.start] = kx[part], vx[part]
+            place = torch.arange(n) - (torch.arange(m)[:, None] + n - m)
+            scores = torch.einsum("qhd,khd->hqk", rows, kx.repeat_interleave(2, 1)) * scale
+            scores = scores.masked_fill((place > right) | (place < -left), -torch.inf)
+            weights = scores.softmax(-1).nan_to_num(0)
+            expected[first : first + m] = torch.einsum("hqk,khd->qhd", weights, vx.repeat_interleave(2, 1))
+            logs.append(scores.logsumexp(-1))
+            spans.append((first, first + m, 0, n))
+            first += m
+        s, kind = attention.Schedule(16, 16, 4, 1), "window" if left < 100 else "full"
+        paged = "rows" if page % s.keys else "tiles"
+        key = (s, "f32", 32, 32, False, "", True, "ieee", kind, split, paged)
+        out, lse = torch.zeros(queries, heads, head), torch.full((heads, queries), -torch.inf)
+        of_pages = [x.stride(i) for x in (k, v) for i in (0, 2, 1)]
+        strides = [0, q.stride(1), q.stride(0), *of_pages, 0, out.stride(1), out.stride(0), table.stride(0)]
+        scalars = [*strides, heads, heads // kv, queries, page, head, head, scale, 20, left, right, page, pages]
+        grid, runs = attention.groups(16, 20, 3 * heads), 3
+        inputs = [q, k, v, torch.tensor(spans, dtype=torch.int32), table]
+        if split:
+            parts, part_lse = (
+                torch.full((runs, heads, queries, head), torch.nan),
+                torch.full((runs, heads, queries), -torch.inf),
+            )
+            run(
+                attention.forward(TARGET, *key),
+                [*inputs, parts, part_lse],
+                [*scalars, heads * queries],
+                (grid[0], runs, 1),
+            )
+            scalars = [0, out.stride(1), out.stride(0), runs, heads * queries, heads, queries, head]
+            run(attention.merge(TARGET, "f32", 32), [parts, part_lse, out, lse], scalars, (7, 1, 1))
+        else:
+            run(attention.forward(TARGET, *key), [*inputs, out, lse], scalars, grid)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse[:, :first], torch.cat(logs, 1), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("left,right", [(1 << 29, 0), (7, 3)])
     def test_attention_of_sequences(left, right):

@@ -114,6 +114,99 @@ def test_cache_and_pages(device):
     close(out, want)
 
 
+def paged(used, page, kv, head, dtype=torch.float32, spare=2):
+    """Keys and values of each sequence, the pools of pages that hold them in some order, and the table. What is not used is NaN."""
+    width = max(-(-n // page) for n in used) + 1
+    keys, values = ([torch.randn(n, kv, head).to(dtype) for n in used] for _ in range(2))
+    total = sum(-(-n // page) for n in used)
+    order = iter(torch.randperm(total + spare).tolist())
+    table = torch.full((len(used), width), -7, dtype=torch.int32)  # no page, where no key counts
+    pools = [torch.full((total + spare, page, kv, head), torch.nan, dtype=dtype) for _ in range(2)]
+    for i, n in enumerate(used):
+        for j in range(-(-n // page)):
+            table[i, j] = number = next(order)
+            for pool, parts in zip(pools, (keys, values)):
+                part = parts[i][j * page : (j + 1) * page]
+                pool[number, : len(part)] = part
+    return keys, values, pools, table
+
+
+@pytest.mark.parametrize(
+    "counts,used,page,window,splits,dtype",
+    [
+        ([1, 1, 1, 1], [70, 3, 0, 37], 16, (-1, 0), None, torch.float32),
+        ([1, 1, 1], [301, 1, 130], 24, ALL, 3, torch.float32),
+        ([5, 0, 20, 9, 1], [70, 12, 20, 0, 3], 24, (-1, 0), None, torch.float32),
+        ([2, 7, 3], [150, 7, 90], 20, (30, 2), 4, torch.float32),
+        pytest.param([2, 60, 9], [150, 70, 9], 64, (30, 2), None, torch.float32, marks=pytest.mark.full),
+        pytest.param([1, 1, 1], [700, 1, 130], 256, (-1, 0), None, torch.bfloat16, marks=pytest.mark.full),
+        pytest.param([40, 3, 1], [41, 3, 130], 7, ALL, 2, torch.float16, marks=pytest.mark.full),
+    ],
+)
+def test_pages(device, counts, used, page, window, splits, dtype):
+    """Ragged lengths, pages that are no multiple of a tile, query heads that share keys, keys in several runs."""
+    heads, kv, head = 4, 2, 24
+    keys, values, pools, table = paged(used, page, kv, head, dtype)
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    q = torch.randn(ends[-1], heads, head).to(dtype)
+    parts = [
+        attend(q[end - n : end].double(), k.double(), v.double(), window=window)
+        for n, end, k, v in zip(counts, ends, keys, values)
+    ]
+    k, v = (x.to(device) for x in pools)
+    with torch.spiral.telemetry() as t:
+        out, lse = varlen.varlen_attn(
+            q.to(device), k, v, cumulative(ends, device), None, max(counts), max(used), seqused_k=torch.tensor(used, dtype=torch.int32).to(device),
+            block_table=table.to(device), window_size=window, enable_gqa=True, num_splits=splits,
+            return_aux=varlen.AuxRequest(lse=True),
+        )  # fmt: skip
+        torch.spiral.synchronize(device)
+    close(out, torch.cat([x for x, _ in parts]))
+    torch.testing.assert_close(lse.cpu().double(), torch.cat([x for _, x in parts], 1), rtol=1e-3, atol=1e-3)
+    known = "attention", "spans", "pack_b", "fill", "copy"
+    assert all(any(name in x.kernel for name in known) for x in t.launches), {x.kernel for x in t.launches}
+
+
+def test_pages_of_views(device):
+    """Pages of one tensor that holds keys and values; a table that is a part of a wider one; queries of no sequence give zeros."""
+    used, page, heads, head = [20, 33], 8, 2, 32
+    keys, values, pools, table = paged(used, page, heads, head)
+    pool = torch.stack(pools, 1).to(device)  # [pages, 2, page, heads, head]
+    wide = torch.nn.functional.pad(table, (0, 3), value=1 << 30).to(device)
+    q = torch.randn(4, heads, head)
+    lengths = torch.tensor(used, dtype=torch.int32, device=device)
+    want = [attend(q[i : i + 1].double(), keys[i].double(), values[i].double())[0] for i in range(2)]
+    want = torch.cat([*want, torch.zeros(2, heads, head, dtype=torch.float64)])
+    for splits in (1, 2):
+        got = varlen.varlen_attn(
+            q.to(device), pool[:, 0], pool[:, 1], cumulative([1, 2], device), None, 1, 33, seqused_k=lengths,
+            block_table=wide[:, : table.shape[1]], num_splits=splits,
+        )  # fmt: skip
+        close(got, want)
+
+
+def test_pages_refused(device):
+    used, q = torch.tensor([9], dtype=torch.int32, device=device), torch.zeros(1, 2, 8, device=device)
+    pool, table, cum = torch.zeros(3, 4, 2, 8, device=device), used.new_zeros(1, 3), cumulative([1], device)
+
+    def attn(table, value=pool, used=used):
+        return varlen.varlen_attn(q, pool, value, cum, None, 1, 9, seqused_k=used, block_table=table)
+
+    with pytest.raises(RuntimeError, match="block_table must have dtype"):
+        attn(table.long())
+    with pytest.raises(RuntimeError, match="block_table must have 1 rows"):
+        attn(table.expand(2, 3))
+    with pytest.raises(RuntimeError, match="contiguous last dimension"):
+        attn(used.new_zeros(3, 2).t()[:1])
+    with pytest.raises(RuntimeError, match="block_table requires seqused_k"):
+        attn(table, used=None)
+    with pytest.raises(RuntimeError, match="page size, heads, head dimension"):
+        attn(table, pool[:2])
+    with pytest.raises(Exception, match="lists page 3, which key and value don't have"):
+        attn(torch.tensor([[0, 2, 3]], dtype=torch.int32, device=device))
+        torch.spiral.synchronize(device)
+
+
 def test_dense(device):
     """Flash attention of [B, T, H, D]; its causal mask ends at the last key."""
     q, k, v = torch.randn(2, 9, 2, 16), torch.randn(2, 13, 2, 16), torch.randn(2, 13, 2, 16)

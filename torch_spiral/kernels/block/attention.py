@@ -8,6 +8,9 @@ varlen: the batch are sequences that lie one after the other in tensors with one
 (int32) says where each begins and ends, in q and in k. Row i of the queries sees keys from i + diagonal - left (with "window") to
 i + diagonal + right, where the last query of a sequence has its diagonal at the last key. queries and keys are those of all
 sequences together, longest those of the longest.
+
+paged (with varlen): k and v are pages [pages, Hk, page, D], whose stride is k_b; table [sequences, ..] (int32) says which pages hold the
+keys of a sequence, one after the other. Keys of a sequence count from 0. "tiles": a page is a multiple of a tile's keys; else "rows".
 """
 
 from __future__ import annotations
@@ -68,10 +71,11 @@ def candidates(dtype: str, head: int, rows: int) -> list[Schedule]:
     ]
 
 
-def _names(tensors: str, mask: str, varlen: str = "") -> list[tuple[str, str]]:
-    """Scalars: batch, head and row strides of each tensor, then sizes; with varlen longest, left and right after them."""
+def _names(tensors: str, mask: str, varlen: str = "", paged: str = "") -> list[tuple[str, str]]:
+    """Scalars: batch, head and row strides of each tensor, those of the mask or the table's row stride, then sizes; with varlen longest,
+    left and right after them."""
     names = [(f"{t}_{d}", "i64") for t in tensors.split() for d in "bht"]
-    names += [(f"mask_{d}", "i64") for d in "bhqk"] * bool(mask)
+    names += [(f"mask_{d}", "i64") for d in "bhqk"] * bool(mask) + [("table_b", "i64")] * bool(paged)
     return [*names, *((n, "i32") for n in ("heads", "share", "queries", "keys", "head", "head_v")), ("scale", "f32"),
             *((n, "i32") for n in ("longest", "left", "right") if varlen)]  # fmt: skip
 
@@ -144,7 +148,7 @@ def _dims(d: int, dv: int) -> list[str]:
     return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {LOG2E}"]
 
 
-def _queries(s: Schedule, d: int, dv: int, causal: bool, varlen: str) -> list[str]:
+def _queries(s: Schedule, d: int, dv: int, causal: bool, varlen: str, paged: str = "") -> list[str]:
     """A tile of queries, where its keys and values begin, its rows of [B, H, Tq], and the keys `begin` to `last` that it sees."""
     if not causal:
         last = "keys"
@@ -152,22 +156,44 @@ def _queries(s: Schedule, d: int, dv: int, causal: bool, varlen: str) -> list[st
         last = f"tl.maximum(tl.minimum(tl.minimum(start + {s.queries}, queries) + diagonal + right, keys), first_key)"
     else:
         last = f"tl.minimum(start + {s.queries}, keys)"
+    begin = "tl.maximum(first_key, start + diagonal - left)" if varlen == "window" else "first_key" if varlen else "0"
     return [
         *_place("queries", s.queries, reverse=causal, varlen=varlen),
         "hk = h // share",
         f"last = {last}",
-        "begin = "
-        + ("tl.maximum(first_key, start + diagonal - left)" if varlen == "window" else "first_key" if varlen else "0"),
+        f"begin = {begin}" + (f" // {s.keys} * {s.keys}" if paged and varlen == "window" else ""),
         f"rq = start + tl.arange(0, {s.queries})",
         *_dims(d, dv),
-        "k_base = k + b * k_b + hk * k_h",
-        "v_base = v + b * v_b + hk * v_h",
+        f"k_base = k + hk * k_h{'' if paged else ' + b * k_b'}",
+        f"v_base = v + hk * v_h{'' if paged else ' + b * v_b'}",
         f"row = {'h * total' if varlen else 'bh.to(tl.int64) * queries'} + rq",
     ]
 
 
-def _buffers(dtype: str, tensors: str, mask: str, varlen: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
-    tables = [*([("mask", mask)] if mask else []), *([("spans", "i32")] if varlen else [])]
+def _page(paged: str, keys: int) -> list[str]:
+    """Where the keys and values of the tile at j are: k_at [D, keys] and v_at [keys, Dv]. A page that does not exist is not read."""
+    x, mask = ("j", "") if paged == "tiles" else ("x", ", mask=x < keys, other=0")
+    lines = [
+        f"at = tl.load(table + b * table_b + {x} // page{mask})",
+        "at = tl.minimum(tl.maximum(at, 0), pages - 1).to(tl.int64)",
+    ]
+    if paged == "rows":
+        return [
+            *lines,
+            "k_at = rd[:, None] + (at * k_b + x % page * k_t)[None, :]",
+            "v_at = (at * v_b + x % page * v_t)[:, None] + rv[None, :]",
+        ]
+    return [
+        *lines,
+        f"k_at = rd[:, None] + (at * k_b + (j % page + tl.arange(0, {keys})) * k_t)[None, :]",
+        f"v_at = (at * v_b + (j % page + tl.arange(0, {keys})) * v_t)[:, None] + rv[None, :]",
+    ]
+
+
+def _buffers(
+    dtype: str, tensors: str, mask: str, varlen: str, *more: tuple[str, str], paged: str = ""
+) -> list[tuple[str, str]]:
+    tables = [("mask", mask)] * bool(mask) + [("spans", "i32")] * bool(varlen) + [("table", "i32")] * bool(paged)
     return [*((t, dtype) for t in tensors.split()), *tables, *more]
 
 
@@ -190,14 +216,18 @@ def forward(
     precision: str,
     varlen: str = "",
     split: bool = False,
+    paged: str = "",
 ) -> Kernel:
-    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), out,
-    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"). Grid: groups(). varlen goes with causal, without mask.
+    """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), (table), out,
+    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"), with paged also page (keys of one) and pages. Grid: groups().
+    varlen goes with causal, without mask.
 
-    split (few queries, many keys; not causal): program_id(1) is one of several runs of `span` keys, a multiple of the tile's. out
-    [runs, B, H, Tq, Dv] (float32) and lse [runs, B, H, Tq] are contiguous; merge() finishes. Further scalars: span, rows (B * H * Tq)."""
+    split (few queries, many keys; not causal but varlen): program_id(1) is one of several runs of `span` keys, a multiple of the
+    tile's. out [runs, B, H, Tq, Dv] (float32) and lse [runs, B, H, Tq] are contiguous; merge() finishes. Further scalars: span, rows
+    (B * H * Tq). With varlen the keys that a tile sees are dealt to the runs evenly: there is no span."""
     assert not varlen or (causal and not mask)
-    assert not split or not causal
+    assert not split or varlen or not causal
+    assert varlen or not paged
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
@@ -211,9 +241,10 @@ def forward(
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
         in_x = _mask("(x[:, None] < keys)" if edge else "", in_v)
-        need_x = edge or mask
+        need_x = edge or mask or paged == "rows"
         lines = [
             *([f"x = j + tl.arange(0, {s.keys})"] if need_x else []),
+            *(_page(paged, s.keys) if paged else []),
             f"kt = tl.load(k_base + k_at{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
             *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen)[fold:],
@@ -226,15 +257,14 @@ def forward(
             f"vt = tl.load(v_base + v_at{in_x})",
             f"acc = tl.dot({p}, vt, acc{ip})",
             "m_i = m_new",
-            f"k_base += {s.keys} * k_t",
-            f"v_base += {s.keys} * v_t",
+            *([f"k_base += {s.keys} * k_t", f"v_base += {s.keys} * v_t"] if not paged else []),
         ]  # fmt: skip
         return ["    " + line for line in lines]
 
     if varlen == "window":
         full = "begin"
     elif varlen:
-        full = f"begin + tl.maximum(tl.minimum(start + diagonal + right + 1, keys) - begin, 0) // {s.keys} * {s.keys}"
+        full = f"begin + tl.maximum(tl.minimum(start + diagonal + right + 1, last) - begin, 0) // {s.keys} * {s.keys}"
     else:
         full = f"{'tl.minimum(start, keys)' if causal else 'last'} // {s.keys} * {s.keys}"
     to, at = ("tl.float32", "row[:, None] * head_v") if split else (STORAGE[dtype], "rq[:, None].to(tl.int64) * out_t")
@@ -242,13 +272,20 @@ def forward(
         "o_base = out" + ("" if split else " + b * out_b + h * out_h"),
         f"tl.store(o_base + {at} + rv[None, :], acc.to({to}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]
+    run = ["begin = tl.program_id(1) * span", "last = tl.minimum(begin + span, keys)"]
+    if varlen:
+        run = [
+            f"span = tl.cdiv(tl.cdiv(tl.maximum(last - begin, 0), tl.num_programs(1)), {s.keys}) * {s.keys}",
+            "begin += tl.program_id(1) * span",
+            "last = tl.minimum(begin + span, last)",
+        ]
     lines = [
-        *_queries(s, d, dv, causal, varlen),
-        *(["begin = tl.program_id(1) * span", "last = tl.minimum(begin + span, keys)"] if split else []),
+        *_queries(s, d, dv, causal, varlen, paged),
+        *(run if split else []),
         *(["row += tl.program_id(1).to(tl.int64) * rows"] if split else []),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
-        f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
-        f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]",
+        *([f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
+           f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]"] if not paged else []),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
@@ -256,7 +293,7 @@ def forward(
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
         f"l_i = tl.zeros([{s.queries}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
-        *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if varlen or split else []),
+        *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if (varlen or split) and not paged else []),
         f"full = {full}",
         f"for j in range(begin, full, {s.keys}):",
         *body(False),
@@ -267,12 +304,15 @@ def forward(
         f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
         *store,
     ]  # fmt: skip
-    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}{'_split' * split}_{s}"
-    buffers = _buffers(dtype, "q k v", mask, varlen, ("out", "f32" if split else dtype), ("lse", "f32"))
+    kind = f"{f'_paged{paged}' if paged else ''}{'_split' * split}"
+    name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}{kind}_{s}"
+    buffers = _buffers(dtype, "q k v", mask, varlen, ("out", "f32" if split else dtype), ("lse", "f32"), paged=paged)
+    scalars = [("page", "i32"), ("pages", "i32")] * bool(paged)
+    scalars += ([("span", "i32")] * (not varlen) + [("rows", "i32")]) * split
     return template(
         name,
         buffers,
-        _names("q k v out", mask, varlen) + [("span", "i32"), ("rows", "i32")] * split,
+        _names("q k v out", mask, varlen, paged) + scalars,
         "\n".join(lines),
         s.warps,
         s.stages,
@@ -300,7 +340,7 @@ def merge(target: Target, dtype: str, head_v: int) -> Kernel:
             weight = tl.exp(tl.load(part_lse + i * rows + row, mask=inside, other=float("-inf")) - safe)
             total += weight
             at = parts + (i * rows + row)[:, None] * head_v + rv[None, :]
-            acc += weight[:, None] * tl.load(at, mask=inside[:, None] & (rv[None, :] < head_v), other=0)
+            acc += weight[:, None] * tl.load(at, mask=(weight > 0)[:, None] & (rv[None, :] < head_v), other=0)
         whole = tl.where(total == 0.0, 1.0, total)
         tl.store(lse + row, high + tl.log(whole), mask=inside)
         place = out + row // (heads * queries) * out_b + row // queries % heads * out_h + row % queries * out_t

@@ -14,6 +14,9 @@ varlen ("full", "window"): the batch are sequences that lie one after the other 
 buffer spans [sequences, 4] (int32) says where each begins and ends, in q and in k. Query i sees keys from i + diagonal - left (with
 "window") to i + diagonal + right, where the last query of a sequence has its diagonal at its last key. queries and keys are those
 of all sequences together, longest those of the longest; left, right (i32) and longest (u32) take the place of causal_shift.
+
+paged (forward with varlen): k and v are pages [pages, kv_heads, page, head], whose strides are k_batch and v_batch. The buffer table
+[sequences, ..] (int32) says which pages hold the keys of a sequence, one after the other; they count from 0.
 """
 
 from __future__ import annotations
@@ -106,16 +109,16 @@ class _Scores:
         self.lanes_k, self.lanes_q = s.block_k // 4, s.block_q // s.thread_q
 
     def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
-                rows_end: str = "queries", cols_end: str = "keys") -> None:  # fmt: skip
+                rows_end: str = "queries", cols_end: str = "keys", paged: bool = False) -> None:  # fmt: skip
         """name[row][column] = sum over d < size of a[row0 + row, d] b[col0 + column, d]; a, b: buffers with
-        <buffer>_row strides.
+        <buffer>_row strides; paged: those of b are in pages.
         Rows and columns beyond their ends repeat the last ones."""
         t, s = self.t, self.s
         la = TileLoader(t, a, "stage", s.block_q, s.chunk, "k", self.vec, True, False)
         lb = TileLoader(t, b, "stage", s.block_k, s.chunk, "k", self.vec, True, False)
         la.shared, lb.shared = "stage", "stage"
         offset = s.chunk * la.pitch
-        pa, pb = _Prefixed(la, f"{name}a", 0), _Prefixed(lb, f"{name}b", offset)
+        pa, pb = _Prefixed(la, f"{name}a", 0), (_Paged if paged else _Prefixed)(lb, f"{name}b", offset)
         acc = Accumulators(t, name, s.thread_q, 4, "f32")
         acc.declare()
         t.open()
@@ -144,13 +147,13 @@ class _Prefixed(TileLoader):
         self.__dict__.update(loader.__dict__)
         self.prefix, self.offset = prefix, offset
 
-    def begin(self, *args: str) -> None:
+    def begin(self, base: str, row0: str, rows_end: str, stride_r: str, stride_k: str, k_begin: str) -> None:
         self.shared = self.prefix
-        super().begin(*args)
+        super().begin(base, row0, rows_end, stride_r, stride_k, k_begin)
 
-    def load(self, *args: str) -> None:
+    def load(self, k0: str, k_end: str) -> None:
         self.shared = self.prefix
-        super().load(*args)
+        super().load(k0, k_end)
 
     def store(self) -> None:
         t = self.t
@@ -179,6 +182,32 @@ class _Prefixed(TileLoader):
                 t.end()
 
 
+class _Paged(_Prefixed):
+    """A loader of rows that a table of pages has."""
+
+    def begin(self, base: str, row0: str, rows_end: str, stride_r: str, stride_k: str, k_begin: str) -> None:
+        if self.unit == "k":  # a row each; its place in the page is where the loads start
+            super().begin(base, row0, rows_end, "0u", stride_k, k_begin)
+            for step in range(self.loads):
+                self.t.add(f"{self.prefix}_i{step} += {self._place(f'{self.prefix}_r{step}')};")
+        else:  # k_begin is of the first load, whose row load() finds
+            super().begin(base, row0, rows_end, stride_r, "0u", "0u")
+
+    def load(self, k0: str, k_end: str) -> None:
+        if self.unit == "r":
+            for step in range(self.loads):
+                p = self.prefix
+                row = f"min({k0} + {self.place(step)[1]}, {k_end} - 1u)"
+                self.t.add(f"{p}_i{step} = {p}_r{step} + {self._place(row)};")
+        super().load(k0, k_end)
+
+    def _place(self, key: str) -> str:
+        """The place of a key, from its head's base. A page that does not exist is not read."""
+        t = self.t
+        found = t.load("table", "table_base", f"({key}) / page")
+        return f"min({t.cast(f'max({found}, 0)', 'u32')}, pages - 1u) * {self.buffer}_batch + ({key}) % page * {self.buffer}_row"
+
+
 def _weighted(
     t: Text,
     acc: Accumulators,
@@ -197,15 +226,16 @@ def _weighted(
     vec: bool,
     prefix: str,
     unroll: int,
+    paged: bool = False,
 ) -> None:
     """acc[m][column] += sum over r < block of weights[r][m] X[row0 + r, column]: X is the second operand of P V, dS
-    K, dS^T Q, P^T dO.
+    K, dS^T Q, P^T dO. paged: its rows are in pages.
 
     weights: shared, r-major with `pitch` vec4 a row. Rows of X beyond rows_end load zeros; columns beyond size are
     clamped.
     """
     loader = TileLoader(t, buffer, "stage", columns, chunk, "r", vec, True, False, columns // 4)
-    p = _Prefixed(loader, prefix, 0)
+    p = (_Paged if paged else _Prefixed)(loader, prefix, 0)
     t.open()
     p.begin(base, "0u", size, "1u", f"{buffer}_row", row0)
     t.loop("r0", "0u", f"{block}u", f"{chunk}u")
@@ -220,11 +250,12 @@ def _weighted(
 
 
 def _score(
-    t: Text, mask: str, causal: bool, value: str, query: str, key: str, out: str, varlen: str = "", end: str = "queries"
-) -> None:
+    t: Text, mask: str, causal: bool, value: str, query: str, key: str, out: str, varlen: str = "", end: str = "queries",
+    keys_end: str = "key_end",
+) -> None:  # fmt: skip
     """Declares f32 `out`: the score of (query, key), NEVER where it does not count. end: of the queries."""
     t.var(out, f"{value} * scale", "f32")
-    conditions = [f"{key} >= key_end", f"{query} >= {end}"]
+    conditions = [f"{key} >= {keys_end}", f"{query} >= {end}"]
     if varlen == "window":
         conditions.append(f"{t.cast(key, 'i32')} < {t.cast(query, 'i32')} + diagonal - left")
     if causal:
@@ -327,16 +358,18 @@ def forward(
     vec: bool = False,
     split: bool = False,
     varlen: str = "",
+    paged: bool = False,
 ) -> Kernel:
     """out = softmax(scale q k^T + mask) v and lse = logsumexp of the scores (f32, natural logarithm).
 
     head, head_v: head_class() of the sizes; the sizes themselves are scalars. mask: "" or the mask's storage dtype
     ("bool": true counts).
     vec: head sizes, strides and offsets of q, k, v divisible by 4. All have stride 1 along the head dimension.
-    Buffers: q, k, v, [mask], [spans], out, lse. varlen goes with causal, without mask and split.
+    Buffers: q, k, v, [mask], [spans], [table], out, lse. varlen goes with causal, without mask.
     Scalars (u32): batch, heads, group (= heads / kv_heads), queries, keys, head, head_v, [mask_batch, mask_head,
     mask_row, mask_col], [causal_shift (i32)], scale (f32), then batch, head, row strides of q, k, v, out each; with
-    split: splits, key_span.
+    split: splits, key_span (not with varlen: the keys that a tile sees are dealt evenly); with paged: the row stride of table, page
+    (keys of one), pages.
     lse is contiguous (batch, heads, queries).
     split (decode, few queries): the keys are dealt to `splits` workgroups, key_span each; out is then f32 and
     contiguous (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's
@@ -344,8 +377,10 @@ def forward(
     Grid: forward_groups().
     """
     s = schedule
-    assert not varlen or (causal and not mask and not split)
-    name = _name("attention", s, dtype, head, head_v, mask, causal, vec, "_split" if split else "", varlen)
+    assert not varlen or (causal and not mask)
+    assert varlen or not paged
+    last = ("_paged" if paged else "") + ("_split" if split else "")
+    name = _name("attention", s, dtype, head, head_v, mask, causal, vec, last, varlen)
     t = Text(target, name, s.threads)
     width = 4 if vec else 1
     for n in "qkv":
@@ -354,12 +389,16 @@ def forward(
         t.buffer("mask", mask)
     if varlen:
         t.buffer("spans", "i32")
+    if paged:
+        t.buffer("table", "i32")
     t.buffer("out", "f32" if split else dtype, "w")
     t.buffer("lse", "f32", "w")
     _common_scalars(t, mask, causal, varlen)
     _declare(t, ["q", "k", "v", "out"])
     if split:
-        t.scalar("splits", "key_span")
+        t.scalar("splits", *([] if varlen else ["key_span"]))
+    if paged:
+        t.scalar("table_row", "page", "pages")
     lanes_k, lanes_q = s.block_k // 4, s.block_q // s.thread_q
     columns = padded(head_v, lanes_k)
     pitch_p = s.block_q // 4 + 1
@@ -388,14 +427,24 @@ def forward(
     if varlen:
         _find_sequence(t)
     t.let("q0", f"{'first_query + ' if varlen else ''}{block} * {s.block_q}u")
-    if split:
+    begin, end = "key_begin", "key_end"
+    if split and not varlen:
         t.let("part_begin", "min(part * key_span, keys)")
         _key_range(t, s, causal, varlen, "part_begin", "min(part_begin + key_span, keys)")
     else:
         _key_range(t, s, causal, varlen, *(("first_key", "last_key") if varlen else ("0u", "keys")))
+    if split and varlen:
+        t.let("seen", "max(key_end, key_begin) - key_begin")
+        t.let("key_span", f"((seen + splits - 1u) / splits + {s.block_k - 1}u) / {s.block_k}u * {s.block_k}u")
+        t.let("part_begin", "min(key_begin + part * key_span, max(key_end, key_begin))")
+        t.let("part_end", "min(part_begin + key_span, max(key_end, key_begin))")
+        begin, end = "part_begin", "part_end"
     t.base("q_base", "q", ("z", "q_batch"), ("h", "q_head"))
-    t.base("k_base", "k", ("z", "k_batch"), ("(h / group)", "k_head"))
-    t.base("v_base", "v", ("z", "v_batch"), ("(h / group)", "v_head"))
+    batch = [] if paged else ["z"]
+    t.base("k_base", "k", *((z, "k_batch") for z in batch), ("(h / group)", "k_head"))
+    t.base("v_base", "v", *((z, "v_batch") for z in batch), ("(h / group)", "v_head"))
+    if paged:
+        t.base("table_base", "table", ("z", "table_row"))
     if mask:
         t.base("mask_base", "mask", ("z", "mask_batch"), ("h", "mask_head"))
     o = Accumulators(t, "o", s.thread_q, columns // lanes_k, "f32")
@@ -405,8 +454,10 @@ def forward(
     t.add(f"row_max[lid] = {t.splat(t_float(t, NEVER))};", f"row_sum[lid] = {t.zero('f32', 4)};")
     t.end()
     t.barrier()
-    t.loop("k0", "key_begin", "key_end", f"{s.block_k}u")
-    scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head")
+    t.loop("k0", begin, end, f"{s.block_k}u")
+    scores.product(
+        "s", "q", "k", "q_base", "k_base", "q0", "k0", "head", cols_end=end if paged else "keys", paged=paged
+    )
     # Scores with mask; the maximum of a row over this invocation's four keys.
     for i in range(s.thread_q):
         row = f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)"
@@ -414,7 +465,7 @@ def forward(
         t.let("query", f"q0 + {row}")
         t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen)
+            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
         t.add(f"s{i}_0 = {t.vector([f'e{j}' for j in range(4)])};")
         t.add(f"partial[tx * {s.block_q}u + {row}] = max(max(e0, e1), max(e2, e3));")
         t.end()
@@ -462,7 +513,7 @@ def forward(
         "v",
         "v_base",
         "k0",
-        "key_end",
+        end,
         "head_v",
         columns,
         lanes_k,
@@ -471,11 +522,13 @@ def forward(
         vec,
         "vv",
         s.unroll,
+        paged,
     )
     t.barrier()
     t.end()
     if split:
-        t.let("out_at", "((part * batch + z) * heads + h) * queries")
+        # The sequences of varlen share one batch.
+        t.let("out_at", f"({'part' if varlen else '(part * batch + z)'} * heads + h) * queries")
         t.base("out_base", "out", ("out_at", "head_v"))
     else:
         t.base("out_base", "out", ("z", "out_batch"), ("h", "out_head"))
@@ -503,13 +556,7 @@ def forward(
                 t.end()
         t.open("tx == 0u")
         inf = negative_infinity(t)
-        at = (
-            "((part * batch + z) * heads + h) * queries + query"
-            if split
-            else "h * queries + query"
-            if varlen
-            else "bh * queries + query"
-        )
+        at = "out_at + query" if split else "h * queries + query" if varlen else "bh * queries + query"
         t.base("lse_base", "lse")
         t.store(
             "lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}")
@@ -555,9 +602,10 @@ def merge(target: Target, dtype: str) -> Kernel:
     t.let("l", t.load("part_lse", "part_lse_base", "i * rows + row"), "f32")
     # An empty part has -inf, which max() keeps out of the exponent.
     t.let("weight", t.select(t_float(t, "0.0"), "exp(l - high)", f"l > {t_float(t, NEVER)}"), "f32")
+    t.open(f"weight > {t_float(t, '0.0')}")
     t.add("total = total + weight;")
     t.add(f"sum = sum + weight * {t.load('parts', 'parts_base', '(i * rows + row) * head_v + col')};")
-    t.end()
+    t.end(2)
     zero = t_float(t, "0.0")
     t.let("inverse", t.select(f"{t_float(t, '1.0')} / total", zero, f"total == {zero}"), "f32")
     t.base("out_base", "out", ("(row / (queries * heads))", "out_batch"), ("((row / queries) % heads)", "out_head"))

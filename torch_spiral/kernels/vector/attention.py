@@ -13,7 +13,7 @@ from typing import Any
 
 from ..kernel import Kernel, Target
 from ..opencl import POINTEE
-from .gemm import Schedule, block_schedule, cdiv, micro, pack_b
+from .gemm import IN_PAGES, Schedule, block_schedule, cdiv, micro, pack_b
 from .source import finish, prelude, vector_width
 
 BLOCK = 64  # columns of a tile
@@ -49,14 +49,14 @@ def row_schedule(s: Schedule | None = None) -> Schedule:
     return replace(s or block_schedule(), kc=BLOCK)
 
 
-def pack_columns(target: Target, dtype: str) -> Kernel:
+def pack_columns(target: Target, dtype: str, paged: bool = False) -> Kernel:
     """gemm.pack_b of X[.., T, D] seen as [D, T] (bk = 1, bn = stride of T; K = D, N = T)."""
-    return pack_b(target, dtype, "t", column_schedule())
+    return pack_b(target, dtype, "t", column_schedule(), paged=paged)
 
 
-def pack_rows(target: Target, dtype: str) -> Kernel:
+def pack_rows(target: Target, dtype: str, paged: bool = False) -> Kernel:
     """gemm.pack_b of X[.., T, D] (bk = stride of T, bn = 1; K = T, N = D)."""
-    return pack_b(target, dtype, "n", row_schedule())
+    return pack_b(target, dtype, "n", row_schedule(), paged=paged)
 
 
 def _module(w: int, dtypes: tuple[str, ...]) -> str:
@@ -313,6 +313,8 @@ def attention_decode(
     mask: str | None = None,
     width: int | None = None,
     split: bool = False,
+    varlen: bool = False,
+    paged: bool = False,
 ) -> Kernel:
     """attention_forward for few queries (decoding with a KV cache): K and V are read in place, once per query, without packing.
 
@@ -320,42 +322,71 @@ def attention_decode(
     Scalars: strides (i64) qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, and with mask mb, mh, mq, mk; then as attention_forward.
     Grid: (Tq, B * H, 1).
 
-    split (few queries and heads for the compute units; not causal): group_id(2) is one of several runs of `span` keys. O [runs, B, H,
-    Tq, Dv] (f32) and L [runs, B, H, Tq] are contiguous; simt's merge() finishes. span (u32) is the last scalar. Grid: (Tq, B * H, runs).
+    split (few queries and heads for the compute units; not causal but varlen): group_id(2) is one of several runs of `span` keys. O
+    [runs, B, H, Tq, Dv] (f32) and L [runs, B, H, Tq] are contiguous; simt's merge() finishes. span (u32) is the last scalar. Grid: (Tq,
+    B * H, runs).
+
+    varlen: as in attention_forward; the keys that a query sees are dealt to the runs evenly, without a span. Grid: (the longest,
+    sequences * H, runs). paged (with varlen): K and V are pages [pages, Hk, page, D], whose strides are kb and vb; a further buffer,
+    table [sequences, ..] (int32), says which pages hold the keys of a sequence, one after the other, which count from 0. Last
+    scalars: tb (the row stride of table), page (keys of one), pages (u32).
     """
+    assert varlen or not paged
+    assert not split or varlen or not causal
+    assert not varlen or (causal and not mask)
     w = block_schedule("f32", width or vector_width()).w
     n, ku = 256, 4  # keys of a chunk, keys at a time
+
+    def at(x: str, j: int) -> str:
+        key = f"n0 + min(t + {j}u, cols - 1)"
+        return f"in_pages({key}, {x}b, {x}t, table, page, pages)" if paged else f"(long)({key}) * {x}t"
+
     kptr = " ".join(
-        f"const __global {POINTEE[dtype]}* k{j} = Ki + (long)(n0 + min(t + {j}u, cols - 1)) * kt; V s{j} = (V)(0); T r{j} = 0;"
-        for j in range(ku)
+        f"const __global {POINTEE[dtype]}* k{j} = Ki + {at('k', j)}; V s{j} = (V)(0); T r{j} = 0;" for j in range(ku)
     )
     dots = " ".join(f"s{j} = FMA(q, LDV_{dtype}(k{j} + d), s{j});" for j in range(ku))
     dot1 = " ".join(f"r{j} = FMA(Qs[d], LD_{dtype}(k{j} + d), r{j});" for j in range(ku))
     put = " ".join(f"S[t + {j}] = vsum(s{j}) + r{j};" for j in range(ku))
     vptr = " ".join(
-        f"const __global {POINTEE[dtype]}* v{j} = Vi + (long)(n0 + min(t + {j}u, cols - 1)) * vt; const T p{j} = S[t + {j}];"
-        for j in range(ku)
+        f"const __global {POINTEE[dtype]}* v{j} = Vi + {at('v', j)}; const T p{j} = S[t + {j}];" for j in range(ku)
     )
     add = " ".join(f"a = FMA((V)(p{j}), LDV_{dtype}(v{j} + d), a);" for j in range(ku))
     add1 = " ".join(f"a = FMA(p{j}, LD_{dtype}(v{j} + d), a);" for j in range(ku))
     masked = (
-        _masking(mask, causal, w)
+        _masking(mask, causal and not varlen, w)
         .replace(f"j < {BLOCK}u", "j < ((cols + 15u) & ~15u)")
         .replace(f"cols == {BLOCK}u", "(cols & 15u) == 0")
     )
-    assert not (split and causal)
     out = "f32" if split else dtype
+    # The row's place in what a run writes.
+    place = f"{'((ulong)get_group_id(2) * H + h)' if varlen else '((ulong)get_group_id(2) * get_num_groups(1) + bh)'} * Tq + row"
+    if varlen:  # no key of the range is masked
+        query = f"""const uint z = bh / H; {SEQUENCE}
+  const uint row = qs + get_group_id(0); if (row >= qe) return;
+  const int seen = max((int)ks, (int)row + lowest), unseen = max(seen, min((int)ke, (int)row + diagonal + 1));
+  {"table += (ulong)z * tb;" if paged else ""}"""
+        first, keys = "(uint)seen", "(uint)unseen"
+        if split:
+            query += " const uint span = ((uint)(unseen - seen) + get_num_groups(2) - 1) / get_num_groups(2);"
+            first, keys = "(uint)seen + get_group_id(2) * span", "min((uint)unseen, first + span)"
+    else:
+        query = "const uint row = get_group_id(0);"
+        first = "get_group_id(2) * span" if split else "0"
+        keys = (
+            "min(Tk, (uint)max(0, (int)row + diagonal + 1))" if causal else "min(Tk, first + span)" if split else "Tk"
+        )
     body = f"""
   T Qs[{MAX_HEAD}]; T Os[{MAX_HEAD}]; T S[{n}];
-  const uint row = get_group_id(0), bh = get_group_id(1), b = bh / H, h = bh % H, hk = h / group;
-  Q += (long)b * qb + (long)h * qh + (long)row * qt; O += {"(((ulong)get_group_id(2) * get_num_groups(1) + bh) * Tq + row) * Dv" if split else "(long)b * ob + (long)h * oh + (long)row * ot"};
+  const uint bh = get_group_id(1), b = {"0" if varlen else "bh / H"}, h = bh % H, hk = h / group;
+  {query}
+  Q += (long)b * qb + (long)h * qh + (long)row * qt; O += {f"({place}) * Dv" if split else "(long)b * ob + (long)h * oh + (long)row * ot"};
   Ki += (long)b * kb + (long)hk * kh; Vi += (long)b * vb + (long)hk * vh;
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
   for (uint d = 0; d < D; d++) Qs[d] = LD_{dtype}(Q + d) * (scale * LOG2E);
   for (uint d = 0; d < Dv; d++) Os[d] = 0;
-  T m = -INFINITY, z = 0;
-  const uint first = {"get_group_id(2) * span" if split else "0"};
-  const uint keys = {"min(Tk, (uint)max(0, (int)row + diagonal + 1))" if causal else "min(Tk, first + span)" if split else "Tk"};
+  T m = -INFINITY, sum = 0;
+  const uint first = {first};
+  const uint keys = {keys};
   for (uint n0 = first; n0 < keys; n0 += {n}u) {{
     const uint cols = min({n}u, keys - n0); T* S_ = S;
     for (uint t = 0; t < cols; t += {ku}u) {{
@@ -368,7 +399,7 @@ def attention_decode(
     T top = m; for (uint j = 0; j < cols; j++) top = max(top, S[j]);
     const T base = top == -INFINITY ? 0 : top, al = exp2(m - base); m = top;
     V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v(load{w}(0, S + j) - base); zs += e; store{w}(e, 0, S + j); }}
-    z = fma(z, al, vsum(zs));
+    sum = fma(sum, al, vsum(zs));
     for (uint d = 0; d < Dv; d++) Os[d] *= al;
     for (uint t = 0; t < cols; t += {ku}u) {{
       {vptr} uint d = 0;
@@ -376,8 +407,8 @@ def attention_decode(
       for (; d < Dv; d++) {{ T a = Os[d]; {add1} Os[d] = a; }}
     }}
   }}
-  const T inv = z == 0 ? 0 : 1 / z;
-  L[({"(ulong)get_group_id(2) * get_num_groups(1) + bh" if split else "(ulong)bh"}) * Tq + row] = logsumexp(m, z);
+  const T inv = sum == 0 ? 0 : 1 / sum;
+  L[{place if split else f"(ulong){'h' if varlen else 'bh'} * Tq + row"}] = logsumexp(m, sum);
   for (uint d = 0; d < Dv; d++) ST_{out}(O + d, Os[d] * inv);
 """
     strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
@@ -387,6 +418,8 @@ def attention_decode(
             "vector_attention_decode",
             dtype,
             "causal" if causal else "",
+            "varlen" if varlen else "",
+            "paged" if paged else "",
             f"mask{mask}" if mask else "",
             "split" if split else "",
             f"w{w}",
@@ -397,13 +430,16 @@ def attention_decode(
         target,
         name,
         [("Q", dtype, "r"), ("Ki", dtype, "r"), ("Vi", dtype, "r"), ("O", out, "w"), ("L", "f32", "w")]
-        + ([("mask", mask, "r")] if mask else []),
+        + ([("mask", mask, "r")] if mask else [])
+        + ([("spans", "i32", "r")] if varlen else [])
+        + ([("table", "i32", "r")] if paged else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
-        + ([("diagonal", "i32")] if causal else [])
+        + _diagonals(causal, varlen)
         + [("scale", "f32")]
-        + ([("span", "u32")] if split else []),
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
+        + ([("span", "u32")] if split and not varlen else [])
+        + ([(x, "u32") for x in ("tb", "page", "pages")] if paged else []),
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + IN_PAGES * paged,
         body,
     )
 

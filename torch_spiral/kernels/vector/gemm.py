@@ -361,7 +361,22 @@ def micro(
     )
 
 
-def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None, compute: str | None = None) -> Kernel:
+# Where a key of a paged cache is: row `key` of the pages that a row of the table lists. A page that does not exist is not read.
+IN_PAGES = """
+long in_pages(uint key, long page_stride, long row_stride, const __global int* table, uint page, uint pages) {
+  return (long)min((uint)max(table[key / page], 0), pages - 1) * page_stride + (long)(key % page) * row_stride;
+}
+"""
+
+
+def pack_b(
+    target: Target,
+    dtype: str,
+    layout: str,
+    s: Schedule | None = None,
+    compute: str | None = None,
+    paged: bool = False,
+) -> Kernel:
     """Packs B[b, K, N] into P[b, cdiv(K, kc), cdiv(N, nr), min(kc, rest of K), nr] of the dtype `compute` (default: what B's is
     computed in), zero-filled beyond N.
 
@@ -369,18 +384,27 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None, c
     The batch has two levels (batch and head): item i starts at B + i / inner * bb + i % inner * bi.
     Buffers: B, P. Scalars: bb, bi, bk, bn (i64), inner, K, N (u32).
     Grid: (tasks along panels, tasks along K, batch), any numbers >= 1. Temporary: batch * cdiv(N, nr) * K * nr elements.
+
+    paged (of attention's keys and values): the keys, which are N ("t") or K ("n"), are those of sequences of `slot` keys each, whose
+    pages of `page` keys table [sequences * slot / page] (int32) lists; bb is the stride of pages, of which there are `pages`, and the
+    batch has one level. Further buffers: table, spans [sequences, 4] (int32; the last: where the keys of a sequence end, what lies
+    behind is not read). Further scalars: slot, page, pages (u32).
     """
+    assert not paged or layout in ("n", "t")
     compute = compute or compute_dtype(dtype)
     s = s or schedule(compute)
     w, nr, kc = s.w, s.nr, s.kc  # kc is a multiple of 8: a block of the transpose never crosses it
     tw, macros = pack_macros(compute, w, dtype)
     g = 4 if layout == "n" else 1
+    unused = "{key} >= (uint)spans[{key} / slot * 4 + 3]"
     if layout == "n":
+        row = "in_pages(k, bb, bk, table, page, pages)" if paged else "(long)k * bk"
+        skip = f"if ({unused.format(key='k')}) continue;" if paged else ""
         inner = f"""
   for (uint g = p0; g < p1; g += {g}u) {{
     const uint ge = min(g + {g}u, p1);
     for (uint k = k0; k < k1; k++) {{
-      const __global {{ptr}}* s_ = B + (long)k * bk;
+      {skip}const __global {{ptr}}* s_ = B + {row};
       for (uint p = g; p < ge; p++) {{
         __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr}; const uint n0 = p * {nr}u;
         if (n0 + {nr}u <= N) {{ UNROLL for (uint v = 0; v < {s.nv}u; v++) store{w}(LDV_{dtype}(s_ + n0 + v * {w}u), v, d); }}
@@ -390,27 +414,35 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None, c
   }}"""
     else:
         names = [f"x{i}" for i in range(tw)]
-        load = " ".join(f"const CV{tw} x{i} = LD{tw}_{dtype}(s_ + {i} * bn);" for i in range(tw))
+        load = " ".join(
+            f"const CV{tw} x{i} = LD{tw}_{dtype}({f'B + at_[{i}] + k' if paged else f's_ + {i} * bn'});"
+            for i in range(tw)
+        )
         body = transpose(tw, names, [f"y{i}" for i in range(tw)], f"const CV{tw}")
         stores = " ".join(f"store{tw}(y{i}, 0, d + {i} * {nr});" for i in range(tw))
         fast = (
             f"""
       if (j + {tw}u <= n) {{ for (; k + {tw}u <= k1; k += {tw}u) {{
-        const __global {{ptr}}* s_ = B + (long)(n0 + j) * bn + k; __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
+        {"" if paged else "const __global {ptr}* s_ = B + (long)(n0 + j) * bn + k;"} __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
         {load}
         {body} {stores}
       }} }}"""
             if layout == "t"
             else ""
         )
+        item, skip, places = "(long)k * bk + (long)(n0 + j + i) * bn", "", ""
+        if paged:
+            item, skip = "at_[i] + k", f"if ({unused.format(key='n0')} && n0 / slot == (n0 + n - 1) / slot) continue;"
+            each = (f"in_pages(min(n0 + j + {i}u, N - 1), bb, bn, table, page, pages)" for i in range(tw))
+            places = f"const long at_[{tw}] = {{{', '.join(each)}}};"
         inner = f"""
   for (uint p = p0; p < p1; p++) {{
-    const uint n0 = p * {nr}u, n = min({nr}u, N - n0);
-    for (uint j = 0; j < {nr}u; j += {tw}u) {{
+    const uint n0 = p * {nr}u, n = min({nr}u, N - n0);{skip}
+    for (uint j = 0; j < {nr}u; j += {tw}u) {{{places}
       uint k = k0;{fast}
       for (; k < k1; k++) {{
         __global T* d = P + ((ulong)(k / {kc}u * {kc}u) * NP + (ulong)p * min({kc}u, K - k / {kc}u * {kc}u) + k % {kc}u) * {nr} + j;
-        for (uint i = 0; i < {tw}u; i++) d[i] = j + i < n ? LD_{dtype}(B + (long)k * bk + (long)(n0 + j + i) * bn) : (T)0;
+        for (uint i = 0; i < {tw}u; i++) d[i] = j + i < n ? LD_{dtype}(B + {item}) : (T)0;
       }}
     }}
   }}"""
@@ -420,15 +452,16 @@ def pack_b(target: Target, dtype: str, layout: str, s: Schedule | None = None, c
   const uint p0 = (ulong)NP * get_group_id(0) / get_num_groups(0), p1 = (ulong)NP * (get_group_id(0) + 1) / get_num_groups(0);
   const uint KB = (K + 7u) / 8u;
   const uint k0 = (ulong)KB * get_group_id(1) / get_num_groups(1) * 8u, k1 = min(K, (uint)((ulong)KB * (get_group_id(1) + 1) / get_num_groups(1) * 8u));
-  const uint item = get_group_id(2); B += (long)(item / inner) * bb + (long)(item % inner) * bi; P += (ulong)get_group_id(2) * NP * K * {nr};
+  const uint item = get_group_id(2); B += {"" if paged else "(long)(item / inner) * bb + "}(long)(item % inner) * bi; P += (ulong)get_group_id(2) * NP * K * {nr};
 {inner}
 """
     return finish(
         target,
-        f"vector_pack_b_{dtype}{'' if compute == compute_dtype(dtype) else f'_{compute}'}_{layout}_{s}",
-        [("B", dtype, "r"), ("P", compute, "w")],
-        [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64"), ("inner", "u32"), ("K", "u32"), ("N", "u32")],
-        module(compute, w, (dtype,)) + macros,
+        f"vector_pack_b_{dtype}{'' if compute == compute_dtype(dtype) else f'_{compute}'}_{layout}{'_paged' * paged}_{s}",
+        [("B", dtype, "r"), ("P", compute, "w")] + [("table", "i32", "r"), ("spans", "i32", "r")] * paged,
+        [("bb", "i64"), ("bi", "i64"), ("bk", "i64"), ("bn", "i64")]
+        + [(x, "u32") for x in ("inner", "K", "N", *(("slot", "page", "pages") if paged else ()))],
+        module(compute, w, (dtype,)) + IN_PAGES * paged + macros,
         body,
     )
 
