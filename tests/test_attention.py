@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from philox import kept
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OVERRIDEABLE = SDPBackend.OVERRIDEABLE.value
@@ -186,7 +188,7 @@ def test_choice(device):
     assert choice(q) == OVERRIDEABLE
     assert choice(q, mask=make(8, 8)) == choice(q, mask=make(2, 1, 1, 8, dtype=torch.bool)) == OVERRIDEABLE
     assert choice(q, make(2, 2, 5, 16), make(2, 2, 5, 16), enable_gqa=True) == OVERRIDEABLE
-    assert choice(q, p=0.1) == math
+    assert choice(q, p=0.1) == choice(q, p=1.0) == OVERRIDEABLE
     assert choice(make(2, 4, 8, 257)) == math
     assert choice(make(4, 8, 16)) == math
     with sdpa_kernel(SDPBackend.MATH):
@@ -203,11 +205,120 @@ def test_choice_of_fake_tensors(device):
         assert out.stride() == q.stride() and out.device == q.device
 
 
-def test_dropout_keeps_the_expectation(device):
-    torch.manual_seed(0)
-    q, k = torch.zeros(1, 1, 64, 8, device=device), torch.zeros(1, 1, 256, 8, device=device)
-    out = F.scaled_dot_product_attention(q, k, torch.ones_like(k), dropout_p=0.5).cpu()
-    assert out.std() > 0 and abs(out.mean() - 1) < 0.1
+def equal_scores(device, *shape):
+    """q, k and v for which attention is the mask of its dropout over (1 - p) * keys."""
+    b, h, queries, keys = shape
+    v = torch.eye(keys, device=device).expand(b, h, keys, keys)
+    return torch.zeros(b, h, queries, 24, device=device), torch.zeros(b, h, keys, 24, device=device), v
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_mask(device, p):
+    """Of the seed, the head and the position alone: whatever the engine, the tiles and the lengths."""
+    for shape in ((2, 2, 37, 32), (1, 1, 64, 29)):
+        torch.manual_seed(77)
+        q, k, v = equal_scores(device, *shape)
+        for offset in (0, 16):  # the second call's numbers are others
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=p).cpu() * shape[3] * (1 - p)
+            mask = kept(77, offset, p, shape)
+            torch.testing.assert_close(out, mask.float(), rtol=1e-6, atol=1e-6)
+            assert abs(mask.float().mean() - (1 - p)) < 4 * (p * (1 - p) / mask.numel()) ** 0.5
+
+
+# batch, heads, kv heads, queries, keys, head, head of v, causal, mask, dtype
+DROPOUT_CASES = {
+    "": (1, 4, 2, 37, 40, 24, 24, False, None, torch.float32),
+    "causal": (2, 2, 2, 130, 130, 64, 64, True, None, torch.float32),
+    "bool": (2, 4, 2, 33, 70, 24, 40, False, "bool", torch.float32),
+    "bias": (2, 4, 2, 33, 70, 24, 40, False, "bias", torch.float32),
+    "one query": (2, 4, 2, 1, 600, 16, 16, False, "bool", torch.float32),
+    "half": (1, 2, 2, 3, 5, 17, 17, False, None, torch.float16),
+    "bfloat16": (1, 4, 1, 50, 50, 80, 80, True, None, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", DROPOUT_CASES)
+def test_dropout_and_gradients(device, case):
+    """Views of one projection, of (batch, tokens, heads, head) in memory, against a reference with the same mask."""
+    b, h, hk, tq, tk, d, dv, causal, mask, dtype = DROPOUT_CASES[case]
+    if torch.spiral.get_device_properties(device).engine != "opencl" and case != "":
+        pytest.skip("covered by the other cases")
+    torch.manual_seed(tk)
+    q = torch.randn(b, tq, h, d).to(dtype).transpose(1, 2)
+    kv = torch.randn(b, tk, hk * (d + dv)).to(dtype)
+    gradient = torch.randn(dv).to(dtype).expand(b, h, tq, dv)
+    added = {
+        None: None,
+        "bool": torch.rand(b, 1, tq, tk) > 0.4,
+        "bias": torch.randn(h, 1, tk).to(dtype),
+    }[mask]
+    p, scale, results = 0.3, 0.2, []
+    for to in (lambda x: x.double() if x.is_floating_point() else x, lambda x: x.to(device)):
+        leaves = [to(q).requires_grad_(), to(kv).requires_grad_()]
+        bias = added if added is None else to(added)
+        if mask == "bias":
+            leaves.append(bias.requires_grad_())
+        k, v = (x.unflatten(-1, (hk, -1)).transpose(1, 2) for x in leaves[1].split((hk * d, hk * dv), -1))
+        if to(q).device.type == "cpu":
+            k, v = (x.repeat_interleave(h // hk, 1) for x in (k, v))
+            scores = leaves[0] @ k.mT * scale
+            if mask is not None:
+                scores = scores.masked_fill(~bias, -torch.inf) if mask == "bool" else scores + bias
+            if causal:
+                scores = scores.masked_fill(~torch.ones(tq, tk, dtype=torch.bool).tril(), -torch.inf)
+            out = scores.softmax(-1) * kept(5, 0, p, (b, h, tq, tk)) / (1 - p) @ v
+        else:
+            torch.manual_seed(5)
+            out = F.scaled_dot_product_attention(
+                leaves[0], k, v, bias, p, is_causal=causal, scale=scale, enable_gqa=h != hk
+            )
+        grads = torch.autograd.grad(out, leaves, to(gradient.contiguous()).expand_as(out))
+        results.append([x.detach() for x in (out, *grads)])
+    for want, got in zip(*results, strict=True):
+        close(got, want, 1.5 * TOLERANCE[dtype])
+
+
+def test_dropout_follows_the_generator(device):
+    """The same seed or state gives the same numbers; recomputation under checkpoint, too."""
+    torch.manual_seed(3)
+    leaves = [torch.randn(1, 2, n, 24, device=device, requires_grad=True) for n in (37, 40, 40)]
+
+    def attend(*leaves):
+        return F.scaled_dot_product_attention(*leaves, dropout_p=0.4)
+
+    def run(through):
+        torch.manual_seed(9)
+        out = through(*leaves)
+        return [x.cpu() for x in (out, *torch.autograd.grad(out, leaves, out.detach()))]
+
+    first = run(attend)
+    for reentrant in (False, True):
+        if reentrant:  # differentiates by backward() alone
+            torch.manual_seed(9)
+            out = checkpoint(attend, *leaves, use_reentrant=True)
+            out.backward(out.detach())
+            got = [x.cpu() for x in (out.detach(), *(x.grad for x in leaves))]
+        else:
+            got = run(lambda *x: checkpoint(attend, *x, use_reentrant=False))
+        assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
+    state = torch.spiral.get_rng_state(device)
+    second = attend(*leaves)
+    assert not torch.equal(second, attend(*leaves))
+    torch.spiral.set_rng_state(state, device)
+    assert torch.equal(second, attend(*leaves)) and not torch.equal(second.cpu(), first[0])
+
+
+def test_dropout_of_everything_and_of_probabilities_that_are_none(device):
+    leaves = [torch.randn(1, 2, n, 24, device=device, requires_grad=True) for n in (37, 40, 40)]
+    out = F.scaled_dot_product_attention(*leaves, dropout_p=1.0)
+    out.backward(torch.ones_like(out))
+    assert all((x == 0).all() for x in (out, *(x.grad for x in leaves)))
+    for p in (-0.1, 1.5):
+        with pytest.raises(RuntimeError, match=f"dropout probability has to be between 0 and 1, but got {p}"):
+            F.scaled_dot_product_attention(*leaves, dropout_p=p)
+    empty = torch.randn(1, 2, 0, 24, device=device, requires_grad=True)
+    F.scaled_dot_product_attention(empty, *leaves[1:], dropout_p=0.5).sum().backward()
+    assert empty.grad.shape == empty.shape
 
 
 def test_multi_head_attention(device):

@@ -808,14 +808,14 @@ def target() -> Target:
     return recorder().target
 
 
-def build(builder: Callable[..., Any], *key: Any) -> Any:
-    """`builder(target, *key)`, made once for each target and key (hashable)."""
-    return _build(recorder().target, builder, key)
+def build(builder: Callable[..., Any], *key: Any, **options: Any) -> Any:
+    """`builder(target, *key, **options)`, made once for each target, key and options (hashable)."""
+    return _build(recorder().target, builder, key, **options)
 
 
 @functools.cache
-def _build(target: Target, builder: Callable[..., Any], key: tuple) -> Any:
-    return builder(target, *key)
+def _build(target: Target, builder: Callable[..., Any], key: tuple, **options: Any) -> Any:
+    return builder(target, *key, **options)
 
 
 @functools.cache

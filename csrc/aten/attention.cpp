@@ -27,7 +27,7 @@ constexpr int64_t kMaxHead = 256;
 
 // Also asked of fake tensors: looks at no data, and at sizes by their symbols.
 bool fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MaybeTensor& mask, double dropout, bool gqa) {
-  if (dropout != 0 || q.is_nested() || k.is_nested() || v.is_nested()) return false;
+  if (!(dropout >= 0 && dropout <= 1) || q.is_nested() || k.is_nested() || v.is_nested()) return false;
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
   const at::ScalarType dtype = q.scalar_type();
   if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) return false;
@@ -46,6 +46,8 @@ bool fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 int64_t choose(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MaybeTensor& mask, double dropout, bool /*causal*/,
     std::optional<double> /*scale*/, bool gqa) {
+  TORCH_CHECK(
+      dropout >= 0 && dropout <= 1, "dropout probability has to be between 0 and 1, but got ", dropout);
   const auto& context = at::globalContext();
   if (context.userEnabledOverrideableSDP() && fused(q, k, v, mask, dropout, gqa)) {
     return static_cast<int64_t>(at::SDPBackend::overrideable);
@@ -97,7 +99,7 @@ struct Problem {
     TORCH_CHECK_NOT_IMPLEMENTED(
         fused(q, k, v, bias, dropout, true),
         "spiral's fused attention takes 4-dimensional float32, float16 or bfloat16 tensors with at most ", kMaxHead,
-        " elements a head, a mask that expands to the scores, and no dropout");
+        " elements a head, a mask that expands to the scores, and a dropout probability of 0 to 1");
     if (bias && bias->defined()) {
       mask = bias->resolve_neg().expand({q.size(0), q.size(1), q.size(2), k.size(2)});
     }
@@ -138,6 +140,8 @@ forward(
   const at::Tensor out = make_output(query, value.size(3));
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
   const at::Tensor lse = at::empty({batch, heads, queries}, query.options().dtype(at::kFloat));
+  // With dropout, 64 random bits: the key of the call's own Philox numbers, which backward draws again. There is no offset.
+  const at::Tensor seed = at::empty({}, query.options().dtype(at::kLong));
   if (out.numel() != 0 && keys == 0) {
     out.zero_();
     lse.fill_(-INFINITY);
@@ -145,7 +149,7 @@ forward(
     const at::Tensor written = writable(out);
     at::Tensor result = written;
     // One query of each head: the query heads that share keys become queries of one head.
-    if (const int64_t kv_heads = key.size(1); queries == 1 && kv_heads != heads && !is_causal) {
+    if (const int64_t kv_heads = key.size(1); queries == 1 && kv_heads != heads && !is_causal && dropout_p == 0) {
       auto fold = [&](const at::Tensor& t) {
         const int64_t head = t.stride(1);
         return t.as_strided(
@@ -163,14 +167,14 @@ forward(
     call.tensor(p.mask);
     call.value(p.causal);
     call.slot(p.scale);
+    dropout_p == 0 ? call.none() : call.slot(dropout_p);
     p.classes(call);
     call.out(result);
     call.out(lse);
+    dropout_p == 0 ? call.none() : call.out(seed);
     call.run();
     finish(out, written);
   }
-  // Without dropout there is no random state; the operator's callers still want tensors.
-  const at::Tensor seed = at::empty({}, query.options().dtype(at::kLong));
   return {out, lse, at::Tensor(), at::Tensor(), queries, keys, seed, seed, at::Tensor()};
 }
 
@@ -178,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& attn_bias, std::array<bool, 4> wanted, const at::Tensor& out, const at::Tensor& logsumexp,
     const at::Tensor& /*cum_seq_q*/, const at::Tensor& /*cum_seq_k*/, c10::SymInt /*max_q*/,
-    c10::SymInt /*max_k*/, double dropout_p, bool is_causal, const at::Tensor& /*philox_seed*/,
+    c10::SymInt /*max_k*/, double dropout_p, bool is_causal, const at::Tensor& philox_seed,
     const at::Tensor& /*philox_offset*/, std::optional<double> scale) {
   Problem p(query, key, value, attn_bias, dropout_p, is_causal, scale);
   const bool dq_wanted = wanted[0], dkv_wanted = wanted[1] || wanted[2], bias_wanted = wanted[3] && attn_bias.defined();
@@ -208,6 +212,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   call.tensor(lse);
   call.value(p.causal);
   call.slot(p.scale);
+  dropout_p == 0 ? call.none() : call.slot(dropout_p);
+  dropout_p == 0 ? call.none() : call.tensor(philox_seed);
   p.classes(call);
   const at::Tensor results[] = {dq, dk, dv}, written[] = {writable(dq), writable(dk), writable(dv)};
   for (const at::Tensor& t : written) t.defined() ? call.out(t) : call.none();

@@ -115,7 +115,7 @@ def forward(
     if fold:
         taken = [None if x is None else _folded(x, k.sizes[1]) for x in taken]
     query, mask, result, logsumexp = taken
-    low.lowerings[NAME](query, k, v, mask, causal, low.recorder().lift(float(scale)), *classes, result, logsumexp)
+    low.lowerings[NAME](query, k, v, mask, causal, low.recorder().lift(float(scale)), None, *classes, result, logsumexp, None)
     return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
 
 
@@ -151,6 +151,8 @@ def backward(
         lse,
         causal,
         low.recorder().lift(float(scale)),
+        None,
+        None,
         *classes,
         dq,
         dk,

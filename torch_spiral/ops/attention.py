@@ -10,6 +10,7 @@ depends on how long a sequence is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..lowering import (
     cdiv,
     composite,
     empty,
+    eq,
     fill_bytes,
     hint,
     launch,
@@ -33,7 +35,11 @@ from ..lowering import (
     structured,
     target,
 )
+from ..lowering import where as select
 from .contraction import dot_precision
+from .random import draw_bits, threshold24
+
+Dropout = tuple[list[Tensor], list[Any]]  # the last buffers and scalars of kernels with dropout; both empty without
 
 
 def _bht(*tensors: Tensor) -> list[Any]:
@@ -43,37 +49,59 @@ def _bht(*tensors: Tensor) -> list[Any]:
 
 @structured("_scaled_dot_product_fused_attention_overrideable", coarse=True)
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: int,
-    rows: int, splits: int, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, dropout: Any, head_class: int, head_v_class: int,
+    vec: int, rows: int, splits: int, out: Tensor, lse: Tensor, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """out = softmax(scale * q k^T + mask) v, and the logsumexp of the scores (natural logarithm, float32).
+    """out = dropout(softmax(scale * q k^T + mask)) v, and the logsumexp of the scores (natural logarithm, float32).
 
     q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], out [B, H, Tq, Dv], lse [B, H, Tq] contiguous; mask [B, H, Tq, Tk]
-    (any strides), boolean (true: attend) or added. H is a multiple of Hk. causal: query i sees keys up to i."""
+    (any strides), boolean (true: attend) or added. H is a multiple of Hk. causal: query i sees keys up to i.
+
+    dropout: the probability, or None; with it seed (int64, 0-dim) becomes 64 bits of the generator. Probability (b, h, i, j) is
+    kept, times 1 / (1 - dropout), where the 24 high bits of word i % 4 of Philox with the key `seed` and the counter
+    (j, i / 4, b * H + h, 0) are below (1 - dropout) * 2^24: whatever the tiles, and the same in backward()."""
+    drop = _dropout(dropout, seed)
+    if seed is not None:
+        splits = 1
+        draw_bits(drop[0][0])
     if target().schedule_class == "vector":
-        _vector_forward(q, k, v, mask, causal, scale, rows, splits, out, lse)
+        _vector_forward(q, k, v, mask, causal, scale, drop, rows, splits, out, lse)
     elif target().schedule_class == "block":
-        _block_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
+        _block_forward(q, k, v, mask, causal, scale, drop, head_class, head_v_class, vec, rows, splits, out, lse)
     else:
-        _simt_forward(q, k, v, mask, causal, scale, head_class, head_v_class, vec, rows, splits, out, lse)
+        _simt_forward(q, k, v, mask, causal, scale, drop, head_class, head_v_class, vec, rows, splits, out, lse)
 
 
 @structured("_scaled_dot_product_fused_attention_overrideable_backward", coarse=True)
 def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head_class: int, head_v_class: int, vec: int, rows: int, splits: int,
+    dropout: Any, seed: Tensor | None, head_class: int, head_v_class: int, vec: int, rows: int, splits: int,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of forward() for g, the gradient of out. dk and dv come together; ds [B, H, Tq, Tk] (float32, contiguous), the
     gradient of the scores, comes with dq. Deterministic."""
     if ds is not None and causal:
         fill_bytes(ds, 0)  # the kernels skip what no query sees
+    drop = _dropout(dropout, seed)
     if target().schedule_class == "vector":
-        _vector_backward(g, q, k, v, mask, out, lse, causal, scale, rows, dq, dk, dv, ds)
+        _vector_backward(g, q, k, v, mask, out, lse, causal, scale, drop, rows, dq, dk, dv, ds)
     elif target().schedule_class == "block":
-        _block_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, dq, dk, dv, ds)
+        _block_backward(g, q, k, v, mask, out, lse, causal, scale, drop, head_class, head_v_class, vec, dq, dk, dv, ds)
     else:
-        _simt_backward(g, q, k, v, mask, out, lse, causal, scale, head_class, head_v_class, vec, rows, dq, dk, dv, ds)
+        _simt_backward(
+            g, q, k, v, mask, out, lse, causal, scale, drop, head_class, head_v_class, vec, rows, dq, dk, dv, ds
+        )
+
+
+def _dropout(p: Any, seed: Tensor | None) -> Dropout:
+    """seed as two words; of 2^24 the probability to keep, and what kept ones are multiplied by."""
+    if seed is None:
+        return [], []
+    keep = 1.0 - p
+    return [replace(seed, dtype="u32", sizes=(2,), strides=(1,))], [
+        threshold24(keep),
+        select(eq(keep, 0.0), 0.0, 1.0 / keep),
+    ]
 
 
 def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool, products: int = 1, products_v: int = 1) -> Any:
@@ -131,7 +159,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Any) -> list[An
 
 
 def _vector_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, rows: int, splits: int, out: Tensor, lse: Tensor
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, drop: Dropout, rows: int, splits: int,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
@@ -150,34 +179,44 @@ def _vector_forward(
             _work(q, k, v, causal),
         )  # fmt: skip
         _merge(parts, part_lse, runs, out, lse)
-    elif rows <= 2:  # packing would cost more than it saves
+    elif rows <= 2 and not drop[0]:  # packing would cost more than it saves
         kernel = build(vector.attention_decode, *key)
         launch(kernel, [q, k, v, out, lse, *masks], [*_bht(q, k, v, out), *tail], (queries, batch * heads, 1))
     else:
-        _vector_tiles(q, k, v, mask, causal, scale, out, lse)
+        _vector_tiles(q, k, v, mask, causal, scale, drop, out, lse)
 
 
 def _vector_tiles(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: Any,
+    drop: Dropout,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     batch, heads, queries, _ = q.sizes
     masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
-    kernel = build(vector.attention_forward, q.dtype, causal, mask.dtype if mask is not None else None)
-    buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks]
-    scalars = [*_bht(q, out), *mask_strides, *_sizes(q, k, v, causal, scale)]
+    kernel = build(
+        vector.attention_forward, q.dtype, causal, mask.dtype if mask is not None else None, dropout=bool(drop[0])
+    )
+    buffers = [q, _pack(k, "columns"), _pack(v, "rows"), out, lse, *masks, *drop[0]]
+    scalars = [*_bht(q, out), *mask_strides, *_sizes(q, k, v, causal, scale), *drop[1]]
     launch(kernel, buffers, scalars, (cdiv(queries, vector.ROWS), batch * heads, 1), _work(q, k, v, causal))
 
 
 def _vector_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    rows: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+    drop: Dropout, rows: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     kv_heads, keys = k.sizes[1], k.sizes[2]
-    if rows <= 2:
+    if rows <= 2 and not drop[0]:
         # attention_decode adds in another order: with its sums, the probabilities from these scores would not add up to 1.
         out, lse = empty(out.sizes, out.dtype), empty(lse.sizes, "f32")
-        _vector_tiles(q, k, v, mask, causal, scale, out, lse)
+        _vector_tiles(q, k, v, mask, causal, scale, drop, out, lse)
     masks, mask_strides = ([mask], list(mask.strides)) if mask is not None else ([], [])
     key = (q.dtype, causal, mask.dtype if mask is not None else None)
     tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
@@ -197,10 +236,12 @@ def _vector_backward(
     sums = []
     if dk is not None:
         sums = [empty((splits * each * vector.sums(keys, x.sizes[3]),), "f32") for x in (k, v)]
-    buffers += [*sums, *([ds] if ds is not None else []), *masks]
-    kernel = build(vector.attention_backward, *key, dq is not None, dk is not None, ds is not None)
+    buffers += [*sums, *([ds] if ds is not None else []), *masks, *drop[0]]
+    kernel = build(
+        vector.attention_backward, *key, dq is not None, dk is not None, ds is not None, dropout=bool(drop[0])
+    )
     products = OF_BOTH if dq is not None and dk is not None else OF_QUERIES if dq is not None else OF_KEYS
-    launch(kernel, buffers, [*strides, *tail], (splits, each, 1), _work(q, k, v, causal, *products))
+    launch(kernel, buffers, [*strides, *tail, *drop[1]], (splits, each, 1), _work(q, k, v, causal, *products))
     if dk is not None and dv is not None:
         kernel = build(vector.attention_backward_sum, q.dtype)
         scalars = [*_bht(dk, dv), splits, kv_heads, keys, k.sizes[3], v.sizes[3], scale]
@@ -230,8 +271,8 @@ def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 
 def _block_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head: int, head_v: int, vec: int, rows: int,
-    splits: int, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, drop: Dropout, head: int, head_v: int, vec: int,
+    rows: int, splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     s = block.forward_schedule(q.dtype, max(head, head_v), rows)
@@ -249,21 +290,20 @@ def _block_forward(
         kernel = build(block.merge, q.dtype, head_v)
         launch(kernel, [parts, part_lse, out, lse], scalars, (cdiv(total, block.MERGED), 1, 1))
         return
-    flags = "rows" + ("-exact" if vec == 2 else "")
+    flags = "rows" + ("-exact" if vec == 2 else "") + ("-dropout" if drop[0] else "")
     s = _tuned(
         flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows)
     )
-    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec))
+    kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), dropout=bool(drop[0]))
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
-    launch(
-        kernel, [q, k, v, *masks, out, lse], _block_scalars(q, k, v, mask, scale, out), groups, _work(q, k, v, causal)
-    )
+    scalars = [*_block_scalars(q, k, v, mask, scale, out), *drop[1]]
+    launch(kernel, [q, k, v, *masks, out, lse, *drop[0]], scalars, groups, _work(q, k, v, causal))
 
 
 def _block_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head: int, head_v: int, vec: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
+    drop: Dropout, head: int, head_v: int, vec: int, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     delta = empty((batch, heads, queries), "f32")
@@ -275,21 +315,21 @@ def _block_backward(
     buffers = [q, k, v, g, *([mask] if mask is not None else []), lse, delta]
     if dq is not None:
         s = block.backward_schedule(q.dtype, max(head, head_v), False)
-        kernel = build(block.backward_query, s, *key, ds is not None)
+        kernel = build(block.backward_query, s, *key, ds is not None, dropout=bool(drop[0]))
         groups = block.groups(s.queries, queries, batch * heads)
         launch(
             kernel,
-            [*buffers, dq, *([ds] if ds is not None else [])],
-            _block_scalars(q, k, v, mask, scale, g, dq),
+            [*buffers, dq, *([ds] if ds is not None else []), *drop[0]],
+            [*_block_scalars(q, k, v, mask, scale, g, dq), *drop[1]],
             groups,
             _work(q, k, v, causal, *OF_QUERIES),
         )
     if dk is not None and dv is not None:
         s = block.backward_schedule(q.dtype, max(head, head_v), True)
-        kernel = build(block.backward_key, s, *key)
+        kernel = build(block.backward_key, s, *key, dropout=bool(drop[0]))
         groups = block.groups(s.keys, k.sizes[2], batch * k.sizes[1])
-        scalars = _block_scalars(q, k, v, mask, scale, g, dk, dv)
-        launch(kernel, [*buffers, dk, dv], scalars, groups, _work(q, k, v, causal, *OF_KEYS))
+        scalars = [*_block_scalars(q, k, v, mask, scale, g, dk, dv), *drop[1]]
+        launch(kernel, [*buffers, dk, dv, *drop[0]], scalars, groups, _work(q, k, v, causal, *OF_KEYS))
 
 
 # ---- simt: GPUs -------------------------------------------------------------------------------------------------------
@@ -303,8 +343,8 @@ def _common(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def _simt_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, head_class: int, head_v_class: int, vec: int,
-    rows: int, splits: int, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: Any, drop: Dropout, head_class: int, head_v_class: int,
+    vec: int, rows: int, splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     t = target()
     batch, heads, queries, _ = q.sizes
@@ -313,7 +353,7 @@ def _simt_forward(
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
     if splits == 1:
         s = _tuned(
-            "vec" if vec else "-",
+            ("vec" if vec else "-") + ("-dropout" if drop[0] else ""),
             s,
             q,
             k,
@@ -329,9 +369,9 @@ def _simt_forward(
     key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
     scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, out)]
     if splits == 1 or t.compute_units <= 4:
-        kernel = build(simt.forward, *key)
+        kernel = build(simt.forward, *key, dropout=bool(drop[0]))
         groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
-        launch(kernel, [q, k, v, *masks, out, lse], scalars, groups, _work(q, k, v, causal))
+        launch(kernel, [q, k, v, *masks, out, lse, *drop[0]], [*scalars, *drop[1]], groups, _work(q, k, v, causal))
         return
     span = maximum(cdiv(cdiv(keys, splits), s.block_k), 4) * s.block_k
     parts = cdiv(keys, span)
@@ -347,7 +387,7 @@ def _simt_forward(
 
 def _simt_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: Any,
-    head_class: int, head_v_class: int, vec: int, rows: int,
+    drop: Dropout, head_class: int, head_v_class: int, vec: int, rows: int,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, ds: Tensor | None,
 ) -> None:  # fmt: skip
     t = target()
@@ -364,15 +404,16 @@ def _simt_backward(
     buffers = [q, k, v, g, *([mask] if mask is not None else []), lse, delta]
     scalars = [*_common(q, k, v, mask, causal, scale), *_bht(q, k, v, g)]
     if dq is not None:
-        kernel = build(simt.backward_query, *key, ds is not None)
+        kernel = build(simt.backward_query, *key, ds is not None, dropout=bool(drop[0]))
         groups = simt.forward_groups(s, batch, heads, queries, 1, minimum)
-        results = [dq, *([ds] if ds is not None else [])]
+        results = [dq, *([ds] if ds is not None else []), *drop[0]]
         work = _work(q, k, v, causal, *OF_QUERIES)
-        launch(kernel, [*buffers, *results], [*scalars, *_bht(dq)], groups, work)
+        launch(kernel, [*buffers, *results], [*scalars, *_bht(dq), *drop[1]], groups, work)
     if dk is not None and dv is not None:
         groups = simt.backward_key_groups(s, batch, kv_heads, keys, minimum)
         work = _work(q, k, v, causal, *OF_KEYS)
-        launch(build(simt.backward_key, *key), [*buffers, dk, dv], [*scalars, *_bht(dk, dv)], groups, work)
+        kernel = build(simt.backward_key, *key, dropout=bool(drop[0]))
+        launch(kernel, [*buffers, dk, dv, *drop[0]], [*scalars, *_bht(dk, dv), *drop[1]], groups, work)
 
 
 # ---- what torch.nn's inference fast path calls --------------------------------------------------------------------------

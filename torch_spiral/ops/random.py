@@ -518,6 +518,15 @@ def random(it: Iter) -> None:
     _fill(it, f"remainder{modulus}", _bits64 if wide else _bits32, 2 if wide else 1, _REMAINDERS[modulus])
 
 
+def _as_they_are(bits: Any) -> Any:
+    return bits
+
+
+def draw_bits(out: Tensor) -> None:
+    """Random words into a contiguous tensor of u32."""
+    draw("bits32", _bits32, 1, _as_they_are, [out])
+
+
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 

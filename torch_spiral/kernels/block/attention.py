@@ -101,6 +101,23 @@ def _score(
     return lines
 
 
+# With dropout, the last buffer and scalars: the call's key of Philox, of 2^24 the probability to keep, what kept ones are multiplied by.
+SEED, KEEP = [("seed", "u32")], [("keep", "i32"), ("drop_scale", "f32")]
+
+
+def _kept(s: Schedule, q: str, k: str, bh: str, transposed: bool = False) -> list[str]:
+    """`kept`: which probabilities of queries from `q` on (divisible by 4) for keys `k` are, as ops/attention.py's forward() says."""
+    four = f"({q} // 4 + tl.arange(0, {s.queries // 4}))"
+    place = f"{k}[:, None], {four}[None, :]" if transposed else f"{k}[None, :], {four}[:, None]"
+    by_query = "kept" if transposed else "tl.permute(kept, (0, 2, 3, 1))"
+    return [
+        "key = tl.load(seed).to(tl.uint64) | (tl.load(seed + 1).to(tl.uint64) << 32)",
+        f"c0, c1, c2, c3 = tl.philox(key, {place}, {bh}, 0)",
+        "kept = (tl.join(tl.join(c0, c2), tl.join(c1, c3)) >> 8).to(tl.int32) < keep",
+        f"kept = tl.reshape({by_query}, [{f'{s.keys}, {s.queries}' if transposed else f'{s.queries}, {s.keys}'}])",
+    ]
+
+
 def _mask(*conditions: str) -> str:
     """The arguments of a load for those conditions that are not empty."""
     given = " & ".join(c for c in conditions if c)
@@ -217,6 +234,7 @@ def forward(
     varlen: str = "",
     split: bool = False,
     paged: str = "",
+    dropout: bool = False,
 ) -> Kernel:
     """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), (table), out,
     lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"), with paged also page (keys of one) and pages. Grid: groups().
@@ -241,7 +259,7 @@ def forward(
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
         in_x = _mask("(x[:, None] < keys)" if edge else "", in_v)
-        need_x = edge or mask or paged == "rows"
+        need_x = edge or mask or dropout or paged == "rows"
         lines = [
             *([f"x = j + tl.arange(0, {s.keys})"] if need_x else []),
             *(_page(paged, s.keys) if paged else []),
@@ -253,6 +271,7 @@ def forward(
             f"p = tl.math.exp2(s{' * scale2' * fold} - {'m_new' if fold else 'm_safe'}[:, None])",
             f"alpha = tl.math.exp2(m_i - {'m_new' if fold else 'm_safe'})",
             "l_i = l_i * alpha + tl.sum(p, 1)",
+            *([*_kept(s, "start", "x", "bh"), "p = tl.where(kept, p, 0.0)"] if dropout else []),
             "acc = acc * alpha[:, None]",
             f"vt = tl.load(v_base + v_at{in_x})",
             f"acc = tl.dot({p}, vt, acc{ip})",
@@ -300,6 +319,7 @@ def forward(
         f"for j in range(full, last, {s.keys}):",
         *body(True),
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
+        *(["acc = acc * drop_scale"] if dropout else []),
         "acc = acc / l_safe[:, None]",
         f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
         *store,
@@ -310,9 +330,9 @@ def forward(
     scalars = [("page", "i32"), ("pages", "i32")] * bool(paged)
     scalars += ([("span", "i32")] * (not varlen) + [("rows", "i32")]) * split
     return template(
-        name,
-        buffers,
-        _names("q k v out", mask, varlen, paged) + scalars,
+        name + "_dropout" * dropout,
+        buffers + SEED * dropout,
+        _names("q k v out", mask, varlen, paged) + KEEP * dropout + scalars,
         "\n".join(lines),
         s.warps,
         s.stages,
@@ -389,6 +409,7 @@ def backward_query(
     precision: str,
     scores: bool,
     varlen: str = "",
+    dropout: bool = False,
 ) -> Kernel:
     """dq, and with `scores` the gradient of the scores ds [B, H, Tq, Tk] (contiguous, float32). Buffers: q, k, v, g, (mask),
     (spans), lse, delta, dq, (ds). Scalars: _names("q k v g dq"). Grid: groups()."""
@@ -416,6 +437,7 @@ def backward_query(
         *("    " + t for t in _score(mask, causal, "rq", "x", varlen=varlen)),
         "    p = tl.math.exp2(s - log[:, None])",
         f"    dp = tl.dot(g_tile, tl.trans(vt){ip})",
+        *("    " + t for t in [*_kept(s, "start", "x", "bh"), "dp = tl.where(kept, dp * drop_scale, 0.0)"] if dropout),
         "    ds = p * (dp - di[:, None])",
         *(["    tl.store(ds_out + row[:, None] * keys + x[None, :], ds, mask=in_q & (x[None, :] < keys))"] if scores else []),
         f"    acc = tl.dot(ds{low}, kt, acc{ip})",
@@ -428,7 +450,8 @@ def backward_query(
     )
     more = [("ds_out", "f32")] if scores else []
     buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dq", dtype), *more)
-    return template(name, buffers, _names("q k v g dq", mask, varlen), "\n".join(lines), s.warps, s.stages)
+    scalars = _names("q k v g dq", mask, varlen) + KEEP * dropout
+    return template(name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages)
 
 
 def backward_key(
@@ -442,6 +465,7 @@ def backward_key(
     causal: bool,
     precision: str,
     varlen: str = "",
+    dropout: bool = False,
 ) -> Kernel:
     """dk and dv, summed over the query heads that share a key head. Buffers: q, k, v, g, (mask), (spans), lse, delta, dk, dv. Scalars:
     _names("q k v g dk dv"). Grid: groups()."""
@@ -482,11 +506,14 @@ def backward_key(
         *("        " + t for t in _score(mask, causal, "x", "rk", True, varlen=varlen)),
         "        p = tl.math.exp2(s - log[None, :])",
         "        p = tl.where(x[None, :] < queries, p, 0.0)",
-        f"        dv_acc = tl.dot(p{low}, g_tile, dv_acc{ip})",
+        *("        " + t for t in _kept(s, "j", "rk", "(b * heads + h).to(tl.int32)", True) if dropout),
+        f"        dv_acc = tl.dot({'tl.where(kept, p, 0.0)' if dropout else 'p'}{low}, g_tile, dv_acc{ip})",
         f"        dp = tl.dot(vt, tl.trans(g_tile){ip})",
+        *(["        dp = tl.where(kept, dp * drop_scale, 0.0)"] if dropout else []),
         "        ds = p * (dp - di[None, :])",
         f"        dk_acc = tl.dot(ds{low}, q_tile, dk_acc{ip})",
         "dk_acc = dk_acc * scale",
+        *(["dv_acc = dv_acc * drop_scale"] if dropout else []),
         "tl.store(dk + b * dk_b + hk * dk_h + rk[:, None].to(tl.int64) * dk_t + rd[None, :], "
         f"dk_acc.to({STORAGE[dtype]}), mask=in_k & (rd[None, :] < head))",
         "tl.store(dv + b * dv_b + hk * dv_h + rk[:, None].to(tl.int64) * dv_t + rv[None, :], "
@@ -494,7 +521,8 @@ def backward_key(
     ]  # fmt: skip
     name = f"{_name('_backward_key', dtype, head, head_v, exact, mask, causal, precision, varlen)}_{s}"
     buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dk", dtype), ("dv", dtype))
-    return template(name, buffers, _names("q k v g dk dv", mask, varlen), "\n".join(lines), s.warps, s.stages)
+    scalars = _names("q k v g dk dv", mask, varlen) + KEEP * dropout
+    return template(name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages)
 
 
 def groups(tile: int, length: Any, heads: Any) -> tuple[Any, Any, Any]:

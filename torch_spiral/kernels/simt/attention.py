@@ -286,6 +286,62 @@ def mask_load(t: Text, at: str) -> str:
     return f"(mask_base[{at}] != 0)"
 
 
+# Whether the probabilities of four queries (bits) for four keys (groups of four bits) are kept: ops/attention.py's forward().
+KEPT_CL = """
+uint kept(uint2 seed, uint query, uint key, uint bh, uint keep) {
+  uint bits = 0;
+  for (uint j = 0; j < 4; j++) {
+    uint4 c = (uint4)(key + j, query / 4u, bh, 0); uint2 k = seed;
+    for (uint r = 0; r < 10; r++) {
+      c = (uint4)(mul_hi(0xCD9E8D57u, c.z) ^ c.y ^ k.x, 0xCD9E8D57u * c.z, mul_hi(0xD2511F53u, c.x) ^ c.w ^ k.y, 0xD2511F53u * c.x);
+      k += (uint2)(0x9E3779B9u, 0xBB67AE85u);
+    }
+    c >>= 8;
+    bits |= ((uint)(c.x < keep) | (uint)(c.y < keep) << 1 | (uint)(c.z < keep) << 2 | (uint)(c.w < keep) << 3) << (4 * j);
+  }
+  return bits;
+}"""
+KEPT_WGSL = """
+fn kept_high(a: u32, b: u32) -> u32 {
+  let x = (a >> 16u) * (b & 0xffffu) + (((a & 0xffffu) * (b & 0xffffu)) >> 16u); let y = (a & 0xffffu) * (b >> 16u) + (x & 0xffffu);
+  return (a >> 16u) * (b >> 16u) + (x >> 16u) + (y >> 16u);
+}
+fn kept(seed: vec2<u32>, query: u32, key: u32, bh: u32, keep: u32) -> u32 {
+  var bits = 0u;
+  for (var j = 0u; j < 4u; j++) {
+    var c = vec4<u32>(key + j, query / 4u, bh, 0u); var k = seed;
+    for (var r = 0u; r < 10u; r++) {
+      c = vec4<u32>(kept_high(0xCD9E8D57u, c.z) ^ c.y ^ k.x, 0xCD9E8D57u * c.z, kept_high(0xD2511F53u, c.x) ^ c.w ^ k.y, 0xD2511F53u * c.x);
+      k += vec2<u32>(0x9E3779B9u, 0xBB67AE85u);
+    }
+    let b = select(vec4<u32>(), vec4<u32>(1u, 2u, 4u, 8u), (c >> vec4<u32>(8u)) < vec4<u32>(keep));
+    bits |= (b.x | b.y | b.z | b.w) << (4u * j);
+  }
+  return bits;
+}"""
+
+
+def _declare_dropout(t: Text) -> None:
+    """The call's key of Philox, of 2^24 the probability to keep, and what kept probabilities are multiplied by."""
+    t.buffer("seed", "u32")
+    t.scalar("keep")
+    t.scalar("drop_scale", type="f32")
+    t.module["kept"] = KEPT_WGSL if t.wgsl else KEPT_CL
+    t.base("seed_base", "seed")
+    t.let("key0", t.load("seed", "seed_base", "0u"))
+    t.let("key1", t.load("seed", "seed_base", "1u"))
+
+
+def _kept(t: Text, quad: int, query: str, key: str) -> None:
+    """Declares kept{quad} for the queries and keys from these on; query is divisible by 4."""
+    t.let(f"kept{quad}", f"kept({t.vector(['key0', 'key1'], 'u32')}, {query}, {key}, bh, keep)")
+
+
+def _dropped(t: Text, value: str, quad: int, query: int, key: int) -> str:
+    """value where kept{quad} has this query and key, else 0."""
+    return t.select(t_float(t, "0.0"), value, f"((kept{quad} >> {4 * key + query}u) & 1u) != 0u")
+
+
 def _name(
     kind: str, s: Schedule, dtype: str, head: int, head_v: int, mask: str, causal: bool, vec: bool, last: str = "",
     varlen: str = "",
@@ -359,6 +415,7 @@ def forward(
     split: bool = False,
     varlen: str = "",
     paged: bool = False,
+    dropout: bool = False,
 ) -> Kernel:
     """out = softmax(scale q k^T + mask) v and lse = logsumexp of the scores (f32, natural logarithm).
 
@@ -371,6 +428,7 @@ def forward(
     split: splits, key_span (not with varlen: the keys that a tile sees are dealt evenly); with paged: the row stride of table, page
     (keys of one), pages.
     lse is contiguous (batch, heads, queries).
+    dropout: the last buffer is seed (two u32), the last scalars are keep (u32) and drop_scale (f32): see _declare_dropout().
     split (decode, few queries): the keys are dealt to `splits` workgroups, key_span each; out is then f32 and
     contiguous (splits, batch, heads, queries, head_v), lse (splits, batch, heads, queries); merge() finishes. out's
     strides are unused.
@@ -381,7 +439,7 @@ def forward(
     assert varlen or not paged
     last = ("_paged" if paged else "") + ("_split" if split else "")
     name = _name("attention", s, dtype, head, head_v, mask, causal, vec, last, varlen)
-    t = Text(target, name, s.threads)
+    t = Text(target, name + "_dropout" * dropout, s.threads)
     width = 4 if vec else 1
     for n in "qkv":
         t.buffer(n, dtype, "r", width)
@@ -399,6 +457,8 @@ def forward(
         t.scalar("splits", *([] if varlen else ["key_span"]))
     if paged:
         t.scalar("table_row", "page", "pages")
+    if dropout:
+        _declare_dropout(t)
     lanes_k, lanes_q = s.block_k // 4, s.block_q // s.thread_q
     columns = padded(head_v, lanes_k)
     pitch_p = s.block_q // 4 + 1
@@ -483,6 +543,8 @@ def forward(
     for i in range(quads):
         t.let(f"m{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
         t.let(f"f{i}", f"row_scale[ty + {i * lanes_q}u]", "f32", 4)
+        if dropout:
+            _kept(t, i, f"q0 + (ty + {i * lanes_q}u) * 4u", "k0 + tx * 4u")
     for i in range(s.thread_q):
         t.open()
         m = f"m{i // 4}.{COMPONENTS[i % 4]}"
@@ -490,7 +552,7 @@ def forward(
         for j, c in enumerate(COMPONENTS):
             v = f"s{i}_0.{c}"
             t.let(f"e{j}", t.select(f"exp({v} - {m})", t_float(t, "0.0"), f"{v} <= {t_float(t, NEVER)}"), "f32")
-            parts.append(f"e{j}")
+            parts.append(_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}")
         t.add(f"s{i}_0 = {t.vector(parts)};")
         t.add(f"partial[tx * {s.block_q}u + ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u] = (e0 + e1) + (e2 + e3);")
         t.end()
@@ -541,7 +603,7 @@ def forward(
         t.let("query", f"q0 + ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u")
         t.let("total", f"l{i // 4}.{COMPONENTS[i % 4]}", "f32")
         zero, one = t_float(t, "0.0"), t_float(t, "1.0")
-        t.let("inverse", t.select(f"{one} / total", zero, f"total == {zero}"), "f32")
+        t.let("inverse", t.select(f"{'drop_scale' if dropout else one} / total", zero, f"total == {zero}"), "f32")
         t.open(f"query < {'query_end' if varlen else 'queries'}")
         for column in range(o.v):
             for j, c in enumerate(COMPONENTS):
@@ -736,6 +798,7 @@ def backward_query(
     vec: bool = False,
     mask_grad: bool = False,
     varlen: str = "",
+    dropout: bool = False,
 ) -> Kernel:
     """dq, and with mask_grad also the gradient of the score matrix ds (f32, contiguous (batch, heads, queries,
     keys)), for the mask;
@@ -747,8 +810,10 @@ def backward_query(
     Scalars: as forward() up to scale, then batch, head, row strides of q, k, v, g, dq. Grid: forward_groups()."""
     s = schedule
     name = _name("attention_dq", s, dtype, head, head_v, mask, causal, vec, "_ds" if mask_grad else "", varlen)
-    t = Text(target, name, s.threads)
+    t = Text(target, name + "_dropout" * dropout, s.threads)
     _backward(t, s, dtype, mask, causal, vec, [("dq", dtype)] + ([("ds", "f32")] if mask_grad else []), varlen)
+    if dropout:
+        _declare_dropout(t)
     columns = padded(head, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, columns)
     t.let("blocks", f"({'longest' if varlen else 'queries'} + {s.block_q - 1}u) / {s.block_q}u")
@@ -774,6 +839,8 @@ def backward_query(
     t.loop("k0", "key_begin", "key_end", f"{s.block_k}u")
     scores.product("s", "q", "k", "q_base", "k_base", "q0", "k0", "head")
     scores.product("p", "g", "v", "g_base", "v_base", "q0", "k0", "head_v")
+    for i in range(s.thread_q // 4) if dropout else ():
+        _kept(t, i, f"q0 + (ty + {i * lanes_m}u) * 4u", "k0 + tx * 4u")
     for i in range(s.thread_q):
         t.open()
         t.let("query", f"q0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
@@ -781,9 +848,10 @@ def backward_query(
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen)
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}"), "f32")
+            p = _dropped(t, f"p{i}_0.{c} * drop_scale", i // 4, i % 4, j) if dropout else f"p{i}_0.{c}"
             t.let(
                 f"d{j}",
-                t.select(f"w{j} * (p{i}_0.{c} - delta{i})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
+                t.select(f"w{j} * ({p} - delta{i})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
                 "f32",
             )
             if mask_grad:
@@ -842,6 +910,7 @@ def backward_key(
     causal: bool = False,
     vec: bool = False,
     varlen: str = "",
+    dropout: bool = False,
 ) -> Kernel:
     """dk and dv: a workgroup owns block_q keys of a kv head and walks over the queries of its query heads, block_k
     at a time, in order:
@@ -852,8 +921,10 @@ def backward_key(
     backward_key_groups()."""
     s = schedule
     name = _name("attention_dkv", s, dtype, head, head_v, mask, causal, vec, varlen=varlen)
-    t = Text(target, name, s.threads)
+    t = Text(target, name + "_dropout" * dropout, s.threads)
     _backward(t, s, dtype, mask, causal, vec, [("dk", dtype), ("dv", dtype)], varlen)
+    if dropout:
+        _declare_dropout(t)
     columns_k, columns_v = padded(head, s.block_k // 4), padded(head_v, s.block_k // 4)
     lanes, lanes_m, pitch = _tile_sizes(t, s, max(columns_k, columns_v))
     t.let("blocks", f"({'longest' if varlen else 'keys'} + {s.block_q - 1}u) / {s.block_q}u")
@@ -896,19 +967,23 @@ def backward_key(
         t.let(f"at{j}", f"min(query + {j}u, queries - 1u)")
         t.let(f"lse{j}", t.load("lse", "lse_base", f"at{j}"), "f32")
         t.let(f"delta{j}", t.load("delta", "delta_base", f"at{j}"), "f32")
+    for i in range(s.thread_q // 4) if dropout else ():
+        _kept(t, i, "query", f"k0 + (ty + {i * lanes_m}u) * 4u")
     for i in range(s.thread_q):
         t.open()
         t.let("key", f"k0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}", varlen, query_end)
             t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}"), "f32")
+            p = _dropped(t, f"p{i}_0.{c} * drop_scale", i // 4, j, i % 4) if dropout else f"p{i}_0.{c}"
             t.let(
                 f"d{j}",
-                t.select(f"w{j} * (p{i}_0.{c} - delta{j})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
+                t.select(f"w{j} * ({p} - delta{j})", t_float(t, "0.0"), f"w{j} == {t_float(t, '0.0')}"),
                 "f32",
             )
+        weights = [_dropped(t, f"w{j}", i // 4, j, i % 4) if dropout else f"w{j}" for j in range(4)]
         t.add(
-            f"s{i}_0 = {t.vector([f'w{j}' for j in range(4)])};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};"
+            f"s{i}_0 = {t.vector(weights)};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};"
         )
         t.end()
     args = (lanes, s.block_k, s.chunk, vec)
@@ -926,7 +1001,7 @@ def backward_key(
     t.base("dk_base", "dk", ("z", "dk_batch"), ("kv", "dk_head"))
     t.base("dv_base", "dv", ("z", "dv_batch"), ("kv", "dv_head"))
     _store_rows(t, s, dk, "dk", "k0", "key_end", "head", lanes, lanes_m, " * scale")
-    _store_rows(t, s, dv, "dv", "k0", "key_end", "head_v", lanes, lanes_m, "")
+    _store_rows(t, s, dv, "dv", "k0", "key_end", "head_v", lanes, lanes_m, " * drop_scale" if dropout else "")
     t.end()
     return t.finish()
 

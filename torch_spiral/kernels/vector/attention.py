@@ -39,6 +39,33 @@ T logsumexp(T top, T sum) {  // natural, from a maximum in base 2 and the sum of
 """
 
 
+def _dropout(w: int) -> str:
+    """factors(): what the probabilities of 4 queries for 64 keys are multiplied by, as ops/attention.py's forward() says."""
+    words = " ".join(
+        f"store{w}(select((V)(0), (V)(scale), c{i} >> 8 < keep), 0, F + {i * BLOCK} + j);" for i in range(4)
+    )
+    lanes = ", ".join(str(i) for i in range(w))
+    return f"""
+void factors(uint2 seed, uint query, uint key, uint bh, uint keep, T scale, T* F) {{
+  typedef uint{w} W;
+  for (uint j = 0; j < {BLOCK}u; j += {w}u) {{
+    W c0 = key + j + (W)({lanes}), c1 = query / 4u, c2 = bh, c3 = 0; uint2 k = seed;
+    for (uint r = 0; r < 10u; r++) {{
+      const W h0 = mul_hi((W)(0xD2511F53u), c0), h1 = mul_hi((W)(0xCD9E8D57u), c2), l0 = c0 * 0xD2511F53u, l1 = c2 * 0xCD9E8D57u;
+      c0 = h1 ^ c1 ^ k.x; c1 = l1; c2 = h0 ^ c3 ^ k.y; c3 = l0; k += (uint2)(0x9E3779B9u, 0xBB67AE85u);
+    }}
+    {words}
+  }}
+}}
+"""
+
+
+# F[row][64] of the task's rows, before a block of keys that they see.
+FACTORS = """for (uint r = 0; r < rows; r += 4u) if (seen[r / {mr}u] | seen[min(r + 3u, rows - 1u) / {mr}u])
+      factors((uint2)(seed[0], seed[1]), q0 + r, n0, bh, keep, drop_scale, F + r * {block});"""
+KEEP = [("keep", "u32"), ("drop_scale", "f32")]
+
+
 def column_schedule(s: Schedule | None = None) -> Schedule:
     """Schedule of pack_b for "columns": B[D, T] into panels [cdiv(T, nr), D, nr]. D is at most 256."""
     return replace(s or block_schedule(), kc=MAX_HEAD)
@@ -208,6 +235,7 @@ def attention_forward(
     mask: str | None = None,
     width: int | None = None,
     varlen: bool = False,
+    dropout: bool = False,
 ) -> Kernel:
     """O = softmax(scale * Q K^T + mask) V and its logsumexp (natural logarithm).
 
@@ -220,11 +248,14 @@ def attention_forward(
     [sequences, 4] (int32), says where each begins and ends, in Q and in K. Query i sees keys from i + d - left to i + d + right, where
     the last query of a sequence has its d at the last key; left and right (i32) take the place of diagonal. Tq and Tk are
     those of all sequences together. Grid: (cdiv(the longest, 48), sequences * H, 1).
+
+    dropout: the last buffer is seed (two u32), the last scalars are keep (of 2^24, the probability to keep) and drop_scale.
     """
     assert not varlen or (causal and not mask)
     s = block_schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
     first, end = _blocks(varlen)
+    kept = [f" * load{w}(j, F + (r + {i}) * {BLOCK})" if dropout else "" for i in range(2)]
     if varlen:
         place = f"""const uint z = bh / H; {SEQUENCE}
   const uint q0 = qs + qi * {ROWS}u; if (q0 >= qe) return;
@@ -232,7 +263,7 @@ def attention_forward(
     else:
         place = f"const uint q0 = qi * {ROWS}u, last = Tq - 1, rows = min({ROWS}u, Tq - q0)"
     body = f"""
-  T Qp[{ROWS * MAX_HEAD}]; T Op[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T top[{ROWS}]; T al[{ROWS}]; uint seen[{ROWS // mr}];
+  T Qp[{ROWS * MAX_HEAD}]; T Op[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK}]; T M_[{ROWS}]; T Z[{ROWS}]; T top[{ROWS}]; T al[{ROWS}]; uint seen[{ROWS // mr}];{f" T F[{ROWS * BLOCK}];" if dropout else ""}
   const uint nq = get_num_groups(0), x = get_group_id(0), bh = get_group_id(1), b = {"0" if varlen else "bh / H"}, h = bh % H;
   const uint qi = {"(x & 1) ? nq - 1 - x / 2 : x / 2" if causal else "x"};  // heavy and light tasks alternate
   {place}, tiles = (rows + {mr - 1}u) / {mr}u;
@@ -246,7 +277,7 @@ def attention_forward(
   for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
     const uint keys = min({BLOCK}u, Tk - n0);
     {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
-    {_see(s, causal, varlen)}
+    {_see(s, causal, varlen)}{FACTORS.format(mr=mr, block=BLOCK) if dropout else ""}
     {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
     for (uint i = 0; i < tiles; i++) {{
       const uint cols = seen[i]; if (!cols) continue;
@@ -264,7 +295,7 @@ def attention_forward(
       T* S_ = S + r * {BLOCK}; T* R_ = S_ + {BLOCK}; const V t0 = (V)(top[r]), t1 = (V)(top[r + 1]); V z0 = (V)(0), z1 = (V)(0);
       UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
         const V e0 = exp2v(load{w}(j, S_) - t0), e1 = exp2v(load{w}(j, R_) - t1);
-        z0 += e0; z1 += e1; store{w}(e0, j, S_); store{w}(e1, j, R_);
+        z0 += e0; z1 += e1; store{w}(e0{kept[0]}, j, S_); store{w}(e1{kept[1]}, j, R_);
       }}
       Z[r] = fma(Z[r], al[r], vsum(z0)); Z[r + 1] = fma(Z[r + 1], al[r + 1], vsum(z1));
     }}
@@ -286,6 +317,7 @@ def attention_forward(
             dtype,
             "causal" if causal else "",
             "varlen" if varlen else "",
+            "dropout" if dropout else "",
             f"mask{mask}" if mask else "",
             f"w{w}",
         )
@@ -296,12 +328,14 @@ def attention_forward(
         name,
         [("Q", dtype, "r"), ("Kc", "f32", "r"), ("Vr", "f32", "r"), ("O", dtype, "w"), ("L", "f32", "w")]
         + ([("mask", mask, "r")] if mask else [])
-        + ([("spans", "i32", "r")] if varlen else []),
+        + ([("spans", "i32", "r")] if varlen else [])
+        + ([("seed", "u32", "r")] if dropout else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
         + _diagonals(causal, varlen)
-        + [("scale", "f32")],
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w),
+        + [("scale", "f32")]
+        + (KEEP if dropout else []),
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w) + (_dropout(w) if dropout else ""),
         body,
     )
 
@@ -487,6 +521,7 @@ def attention_backward(
     mask_grad: bool = False,
     width: int | None = None,
     varlen: bool = False,
+    dropout: bool = False,
 ) -> Kernel:
     """dQ (queries), and sums of dK and dV (keys), in one pass over the scores: five products, or three or four where less is wanted.
 
@@ -497,7 +532,7 @@ def attention_backward(
     tasks * B * Hk * `sums(Tk, head)` elements each), dS with mask_grad, mask where given.
     Scalars: strides (i64) qb, qh, qt of Q; gb, gh, gt of G; dqb, dqh, dqt of dQ if queries; with mask mb, mh, mq, mk; then as the forward.
     Grid: (tasks a head: any number, B * Hk, 1).
-    varlen: as in attention_forward; spans is the last buffer, the number of sequences (u32) the last scalar.
+    varlen: as in attention_forward; spans is the last buffer, the number of sequences (u32) the last scalar. dropout: as there.
     """
     s = block_schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
@@ -524,12 +559,13 @@ def attention_backward(
         )
     rows_of = _panels(s, "Qr", "Q_", dtype, "qt", "D") + _panels(s, "Gr", "G_", dtype, "gt", "Dv") if keys else ""
     first, end = _blocks(varlen)
+    kept = f" * load{w}(j, F + r * {BLOCK})" if dropout else ""
     sequences, length, start, stop = "", "Tq", "", "Tq"
     if varlen:
         sequences = f"for (uint z = 0; z < sequences; z++) {{ {SEQUENCE} const uint last = qe - 1;"
         length, start, stop = "qe - qs", "qs + ", "qe"
     body = f"""
-  T Qp[{ROWS * MAX_HEAD}]; T Gp[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK + w}]; T P[{ROWS * BLOCK + w}]; uint seen[{ROWS // mr}];
+  T Qp[{ROWS * MAX_HEAD}]; T Gp[{ROWS * MAX_HEAD}]; T S[{ROWS * BLOCK + w}]; T P[{ROWS * BLOCK + w}]; uint seen[{ROWS // mr}];{f" T F[{ROWS * BLOCK}];" if dropout else ""}
   {f"T X[{ROWS * MAX_HEAD}];" if queries else ""} {f"T Qr[{ROWS * MAX_HEAD}]; T Gr[{ROWS * MAX_HEAD}];" if keys else ""}
   const uint splits = get_num_groups(0), hx = get_group_id(1), hk = hx % (H / group), b = hx / (H / group){"" if varlen else ", last = Tq - 1"};
   const uint NB = (Tk + {BLOCK - 1}u) / {BLOCK}u, Td = (Tq + {BLOCK - 1}u) / {BLOCK}u * {BLOCK}u;
@@ -550,7 +586,7 @@ def attention_backward(
       for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
         const uint keys = min({BLOCK}u, Tk - n0);
         {"if ((int)n0 > (int)(q0 + rows - 1) + diagonal) break;" if causal else ""}
-        {_see(s, causal, varlen)}
+        {_see(s, causal, varlen)}{FACTORS.format(mr=mr, block=BLOCK) if dropout else ""}
         {_product(s, "Qp", f"Kc + (ulong)(n0 / {nr}u) * D * {nr}", "D", "S")}
         {_product(s, "Gp", f"Vc + (ulong)(n0 / {nr}u) * Dv * {nr}", "Dv", "P")}
         for (uint i = 0; i < tiles; i++) {{
@@ -560,7 +596,7 @@ def attention_backward(
             if (!({_whole(mask, causal, varlen)})) {{ {_masking(mask, causal, w, varlen)} {"for (uint j = 0; j < skip; j++) P_[j] = 0;" if varlen else ""} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
             const V l = (V)(Dn[row]), rest = (V)(Dn[Td + row]), delta = (V)(Dn[2 * Td + row]);
             UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
-              const V p = exp2v(load{w}(j, S_) - l - rest); store{w}(p * (load{w}(j, P_) - delta), j, P_); {f"store{w}(p, j, S_);" if keys else ""}
+              const V p = exp2v(load{w}(j, S_) - l - rest); store{w}(p * (load{w}(j, P_){kept} - delta), j, P_); {f"store{w}(p{kept}, j, S_);" if keys else ""}
             }}
             {"if (q0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
           }}
@@ -581,6 +617,7 @@ def attention_backward(
         dtype,
         "causal" if causal else "",
         "varlen" if varlen else "",
+        "dropout" if dropout else "",
         f"mask{mask}" if mask else "",
     )
     return finish(
@@ -591,13 +628,15 @@ def attention_backward(
         + ([("Ks", "f32", "rw"), ("Vs", "f32", "rw")] if keys else [])
         + ([("dS", "f32", "w")] if mask_grad else [])
         + ([("mask_", mask, "r")] if mask else [])
-        + ([("spans", "i32", "r")] if varlen else []),
+        + ([("spans", "i32", "r")] if varlen else [])
+        + ([("seed", "u32", "r")] if dropout else []),
         [(x, "i64") for x in strides]
         + [(x, "u32") for x in ("H", "group", "Tq", "Tk", "D", "Dv")]
         + _diagonals(causal, varlen)
         + [("scale", "f32")]
-        + ([("sequences", "u32")] if varlen else []),
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))),
+        + ([("sequences", "u32")] if varlen else [])
+        + (KEEP if dropout else []),
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + (_dropout(w) if dropout else ""),
         body,
     )
 
