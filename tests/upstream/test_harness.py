@@ -154,6 +154,36 @@ def test_shards_partition_the_tasks_and_the_tier_is_a_stable_part() -> None:
     assert 200 < len(tier) < len(tasks) / 8
 
 
+def test_resuming_keeps_results_of_as_many_samples_and_of_later_commits(tmp_path: Path, monkeypatch) -> None:
+    store = coverage.Store(tmp_path / "results.jsonl")
+    with store:
+        for limit in (1, 3, None):
+            store.add(coverage.Result(f"op{limit}", "op", "float32", "forward", "pass", limit=limit, code="a"))
+    found = coverage.Store(store.path).results
+    assert found == store.results
+    for asked, kept in ((1, 3), (2, 2), (3, 2), (4, 1), (None, 1)):
+        assert sum(r.covers(asked) for r in found.values()) == kept, asked
+
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        return subprocess.run(
+            ["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(coverage, "ROOT", tmp_path)
+    assert coverage.commit() == ""
+    git("init", "-q")
+    commits = []
+    for k in range(3):
+        git("commit", "-q", "--allow-empty", "-m", str(k))
+        commits.append(coverage.commit())
+    assert len(set(commits)) == 3
+    assert coverage.made_since(commits[1], [*commits, ""]) == set(commits[1:])
+    assert coverage.made_since(commits[0][:8], commits) == set(commits)
+    with pytest.raises(SystemExit, match="no commit"):
+        coverage.made_since("0123456", commits)
+
+
 def test_a_worker_that_dies_costs_one_check(tmp_path: Path) -> None:
     worker = coverage.Worker("cpu", None, tmp_path / "log")
     worker.process.kill()

@@ -106,19 +106,6 @@ def items() -> dict[str, Item]:
     return found
 
 
-# Ops whose further tensors belong on the CPU, on every device: upstream's samples for CUDA have them there too.
-HOST_ARGUMENTS = {"tensor_split"}
-
-
-def _with_host_arguments(info: OpInfo) -> OpInfo:
-    def wrapped(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, *args, **kwargs: op(x, *(a.cpu() if isinstance(a, Tensor) else a for a in args), **kwargs)
-
-    info = copy.copy(info)
-    info.op, info.method_variant = wrapped(info.op), wrapped(info.method_variant)
-    return info
-
-
 # Moving samples
 
 

@@ -82,10 +82,15 @@ class Result:
     seconds: float = 0.0
     limit: int | None = None  # at most this many samples were asked for
     host: dict[str, list[int]] = field(default_factory=dict)  # declared host ops that ran: calls and bytes copied
+    code: str = ""  # the commit of the checkout that ran it
 
     @property
     def good(self) -> bool:
         return self.status == "pass"
+
+    def covers(self, limit: int | None) -> bool:
+        """Whether it took as many samples as such a limit asks for."""
+        return self.limit is None or (limit is not None and self.limit >= limit)
 
 
 def applies(kind: str, dtype: str, check: str) -> bool:
@@ -136,6 +141,26 @@ def tasks(
 def matches(op: str, patterns: Iterable[str]) -> bool:
     """op is one of the patterns: a full name, a name without its variant, or a glob."""
     return any(fnmatch.fnmatchcase(op, p) or (op.startswith(p + ".") and "*" not in p) for p in patterns)
+
+
+def commit() -> str:
+    """The commit of this checkout; "" where there is none."""
+    return _git("rev-parse", "--short=12", "HEAD")
+
+
+def made_since(since: str, codes: Iterable[str]) -> set[str]:
+    """Those of the commits that are `since` or later ones."""
+    if not _git("rev-parse", "--verify", "--quiet", since + "^{commit}"):
+        raise SystemExit(f"--since: no commit {since} in {ROOT}")
+    after = set(_git("rev-list", "--abbrev-commit", "--abbrev=12", "HEAD", "--not", since + "^@").split())
+    return after & set(codes)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 class Worker:
@@ -194,6 +219,7 @@ class Runner:
 
     def __init__(self, device: str, engine: str | None, workers: int, timeout: float, limit: int | None) -> None:
         self.device, self.engine, self.count, self.timeout, self.limit = device, engine, workers, timeout, limit
+        self.code = commit()
         self.log = CACHE / f"worker-{os.getpid()}"
         self.first = self._worker(0)
         answer = self.first.ask({"list": True}, timeout=300)
@@ -225,7 +251,7 @@ class Runner:
                 request = {"op": task.op, "dtype": task.dtype, "check": task.check, "limit": self.limit}
                 answer = worker.ask(request, self.timeout)
                 with lock:
-                    each(Result(task.op, task.kind, task.dtype, task.check, limit=self.limit, **answer))
+                    each(Result(task.op, task.kind, task.dtype, task.check, limit=self.limit, code=self.code, **answer))
             if worker is not None:
                 worker.stop()
 
@@ -258,7 +284,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: the i-th of n parts")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one check")
-    parser.add_argument("--resume", action="store_true", help="keep the results there are, run the rest")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the results there are of as many samples, run the rest"
+    )
+    parser.add_argument("--since", help="with --resume: only results of this commit and later ones are kept")
     parser.add_argument("--failed", action="store_true", help="run again what failed last time")
     parser.add_argument(
         "--report",
@@ -288,7 +317,11 @@ def main(args: argparse.Namespace) -> int:
     if args.failed:
         wanted = [t for t in wanted if store.results.get(t.key) and store.results[t.key].status not in ("pass", "n/a")]
     if args.resume:
-        wanted = [t for t in wanted if t.key not in store.results]
+        kept = {key: r for key, r in store.results.items() if r.covers(args.samples)}
+        if args.since:
+            codes = made_since(args.since, {r.code for r in kept.values()})
+            kept = {key: r for key, r in kept.items() if r.code in codes}
+        wanted = [t for t in wanted if t.key not in kept]
     if not wanted:
         console.print("nothing to run")
     expected = ledger.load()
