@@ -86,7 +86,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             attention.forward(target, attention.forward_schedule("bf16", 64, 10), "bf16", 64, 64, False, "", True, ""),
             *(
                 attention.forward(
-                    target, attention.forward_schedule("bf16", 64, 0), "bf16", 64, 64, True, "", True, "", "full", True, paged
+                    target, attention.forward_schedule("bf16", 64, 0), "bf16", 64, 64, True, "", True, "", "full", True, paged, False, True
                 )
                 for paged in ("tiles", "rows")
             ),
@@ -685,8 +685,11 @@ else:
         torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0) @ v, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("left,right,page,split", [(1 << 29, 0, 16, False), (7, 3, 5, False), (1 << 29, 0, 24, True), (40, 3, 32, True)])  # fmt: skip
-    def test_attention_of_pages(left, right, page, split):
+    @pytest.mark.parametrize(
+        "left,right,page,split,grouped",
+        [(1 << 29, 0, 16, False, False), (7, 3, 5, False, True), (1 << 29, 0, 24, True, True), (40, 3, 32, True, False)],
+    )  # fmt: skip
+    def test_attention_of_pages(left, right, page, split, grouped):
         """Keys in pages, of whole tiles and others; a sequence without keys, queries of no sequence, runs without keys."""
         heads, kv, head, scale, width = 4, 2, 24, 0.2, 20
         used, counts, queries = [90, 0, 3], [20, 1, 3], 25
@@ -711,12 +714,12 @@ else:
             first += m
         s, kind = attention.Schedule(16, 16, 4, 1), "window" if left < 100 else "full"
         paged = "rows" if page % s.keys else "tiles"
-        key = (s, "f32", 32, 32, False, "", True, "ieee", kind, split, paged)
+        key = (s, "f32", 32, 32, False, "", True, "ieee", kind, split, paged, False, grouped)
         out, lse = torch.zeros(queries, heads, head), torch.full((heads, queries), -torch.inf)
         of_pages = [x.stride(i) for x in (k, v) for i in (0, 2, 1)]
         strides = [0, q.stride(1), q.stride(0), *of_pages, 0, out.stride(1), out.stride(0), table.stride(0)]
         scalars = [*strides, heads, heads // kv, queries, page, head, head, scale, 20, left, right, page, pages]
-        grid, runs = attention.groups(16, 20, 3 * heads), 3
+        grid, runs = attention.groups(16, 20 * 2, 3 * kv) if grouped else attention.groups(16, 20, 3 * heads), 3
         inputs = [q, k, v, torch.tensor(spans, dtype=torch.int32), table]
         if split:
             parts, part_lse = (

@@ -116,18 +116,19 @@ def _in_pages(x: Tensor) -> Tensor:
 
 @operator(
     "varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cum_q, Tensor? cum_k, Tensor? used, Tensor? table, "
-    f"{CLASSES}, int page, int splits, bool given, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    f"{CLASSES}, int grouped, int page, int splits, bool given, Tensor(a!) out, Tensor(b!) lse) -> ()",
     SLOTS,
     coarse=True,
 )
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor, cum_k: Tensor | None, used: Tensor | None, table: Tensor | None, longest_q: Any,
-    longest_k: Any, left: Any, right: Any, scale: Any, window: bool, head: int, head_v: int, vec: int, rows: int, page: int, splits: int,
-    given: bool, out: Tensor, lse: Tensor,
+    longest_k: Any, left: Any, right: Any, scale: Any, window: bool, head: int, head_v: int, vec: int, rows: int, grouped: int, page: int,
+    splits: int, given: bool, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """out [Tq, H, Dv] and lse [H, Tq] of q [Tq, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv]; with table [sequences, ..] (int32, unit stride
     along a row), k and v are pages [pages, page size, Hk, D], of which `page` is the largest power of two that divides the page size.
-    Classes as in ops/attention.py. splits: how many workgroups the keys of few queries are dealt to; given: by the caller."""
+    Classes as in ops/attention.py. grouped: rows where the query heads that share keys are rows too, or -1. splits: how many
+    workgroups the keys of few queries are dealt to; given: by the caller."""
     t, kind = target(), "window" if window else "full"
     sequences, each, units = cum_q.sizes[0] - 1, k.sizes[0], t.compute_units
     few = t.schedule_class == "vector" and rows <= 2  # read in place; more are packed
@@ -150,8 +151,10 @@ def varlen_forward(
     tables = [] if table is None else [table]
     (_, heads, queries, d), runs, written, logs = q.sizes, splits, out, lse
     if split:
-        if t.schedule_class == "vector" and not given:
+        if not given and t.schedule_class == "vector":
             runs = cdiv(units, heads * queries)
+        elif not given and t.schedule_class == "simt" and grouped >= 0:  # the heads are workgroups there
+            runs = maximum(runs // (heads // k.sizes[1]), 1)
         written, logs = empty((runs, heads, queries, v.sizes[3]), "f32"), empty((runs, heads, queries), "f32")
         fill(logs, -math.inf)  # rows of no sequence stay so
     work = _work(q, v, longest_k)
@@ -178,12 +181,16 @@ def varlen_forward(
         groups = (cdiv(longest_q, vector.ROWS), sequences * heads, 1)
         launch(kernel, [q, packed_k, packed_v, out, lse, spans], [*_bht(q, out), *tail], groups, work)
     elif t.schedule_class == "block":
-        s = block.forward_schedule(q.dtype, max(head, head_v), rows)
+        s = block.forward_schedule(q.dtype, max(head, head_v), max(rows, grouped))
         paged = "" if table is None else "rows" if page % s.keys else "tiles"
-        kernel = build(block.forward, s, *_block_key(q, None, True, head, head_v, vec), kind, split, paged)
+        s = block.paged_schedule(s) if paged else s
+        kernel = build(
+            block.forward, s, *_block_key(q, None, True, head, head_v, vec), kind, split, paged, False, grouped >= 0
+        )
         strides, sizes = _bht(q, k, v, out), [heads, heads // k.sizes[1], queries, k.sizes[2], d, v.sizes[3], scale]
         scalars = [*strides, *(x.strides[0] for x in tables), *sizes, longest_q, left, right, *pages]
-        groups = block.groups(s.queries, longest_q, sequences * heads)
+        share = heads // k.sizes[1] if grouped >= 0 else 1
+        groups = block.groups(s.queries, longest_q * share, sequences * (heads // share))
         if split:
             scalars.append(heads * queries)
             groups = (groups[0], runs, 1)
@@ -420,15 +427,17 @@ def _forward(
         window = _reach(causal, left, right)
         head, head_v, vec, rows = _classes(q, k, v, max_q)
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        splits = _splits(num_splits, max_q, keys, sequences * q.shape[1])
+        share = q.shape[1] // k.shape[-2]
+        grouped = min((max_q * share).bit_length() - 1, 6) if share > 1 and max_q <= 16 else -1
+        splits = _splits(num_splits, max_q, keys, sequences * (q.shape[1] if grouped < 0 else k.shape[-2]))
         written = (
             o
             if o.stride(-1) == 1 and o.data_ptr() == out.data_ptr()
             else torch.zeros(o.shape, dtype=o.dtype, device=o.device)
         )
         torch.ops.spiral.varlen_forward(
-            q, k, v, cum_q, cum_k, used, table, max_q, max_k, *window, scale, window[0] < ALL, head, head_v, vec, rows, page, splits,
-            bool(num_splits), written, lse,
+            q, k, v, cum_q, cum_k, used, table, max_q, max_k, *window, scale, window[0] < ALL, head, head_v, vec, rows, grouped, page,
+            splits, bool(num_splits), written, lse,
         )  # fmt: skip
         if written is not o:
             out.copy_(written.view(out.shape))
@@ -461,8 +470,8 @@ def flash_attention_forward(
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, scale, window_size_left, window_size_right, seqused_k,
         alibi_slopes, block_table, num_splits, out,
     )  # fmt: skip
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return out, lse, state, torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+    state, unused = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
+    return out, lse, state, unused, query.new_empty(0)
 
 
 def flash_attention_forward_inplace(

@@ -11,11 +11,13 @@ sequences together, longest those of the longest.
 
 paged (with varlen): k and v are pages [pages, Hk, page, D], whose stride is k_b; table [sequences, ..] (int32) says which pages hold the
 keys of a sequence, one after the other. Keys of a sequence count from 0. "tiles": a page is a multiple of a tile's keys; else "rows".
+
+grouped (with varlen): the query heads that share keys are rows of one tile, query by query, so that the keys are read once for all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..kernel import Kernel, Target
@@ -47,6 +49,14 @@ def forward_schedule(dtype: str, head: int, rows: int) -> Schedule:
     if head <= 128:
         return Schedule(min(queries, 64), 64, 4, 3)
     return Schedule(queries, 64, 8 if queries == 128 else 4, 2)
+
+
+PAGE_STAGES = 2  # of the pipeline, taken by the numbers of pages, which are loaded before what is in them
+
+
+def paged_schedule(s: Schedule) -> Schedule:
+    """A schedule of forward() for keys in pages: as many tiles of keys are on their way."""
+    return replace(s, stages=s.stages + PAGE_STAGES)
 
 
 def backward_schedule(dtype: str, head: int, keys: bool) -> Schedule:
@@ -133,13 +143,14 @@ PLACE = [
 ]
 
 
-def _place(length: str, tile: int, heads: str = "heads", reverse: bool = False, varlen: str = "") -> list[str]:
-    """reverse: the last tiles, which see most keys, go first. varlen: from here on queries and keys are the ends of the sequence."""
+def _place(
+    length: str, tile: int, heads: str = "heads", reverse: bool = False, varlen: str = "", grouped: bool = False
+) -> list[str]:
+    """reverse: the last tiles, which see most keys, go first. varlen: from here on queries and keys are the ends of the sequence.
+    grouped: start is the first query of the tile."""
     start = f"(tiles - 1 - tl.program_id(0) % tiles) * {tile}" if reverse else f"tl.program_id(0) % tiles * {tile}"
-    lines = [
-        *(t.format(length="longest" if varlen else length, tile=tile, heads=heads) for t in PLACE),
-        f"start = {start}",
-    ]
+    whole = ("longest * share" if grouped else "longest") if varlen else length
+    lines = [*(t.format(length=whole, tile=tile, heads=heads) for t in PLACE), f"start = {start}"]
     if not varlen:
         return lines
     return [
@@ -149,6 +160,15 @@ def _place(length: str, tile: int, heads: str = "heads", reverse: bool = False, 
         "queries = tl.load(spans + b * 4 + 1)",
         "first_key = tl.load(spans + b * 4 + 2)",
         "keys = tl.load(spans + b * 4 + 3)",
+        *(
+            [
+                f"packed = start + tl.arange(0, {tile})",
+                f"end = tl.cdiv(start + {tile}, share)",
+                "start = start // share",
+            ]
+            if grouped
+            else []
+        ),
         f"start += first_{'query' if length == 'queries' else 'key'}",
         f"if start >= {length}:",
         "    return",
@@ -165,21 +185,27 @@ def _dims(d: int, dv: int) -> list[str]:
     return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {LOG2E}"]
 
 
-def _queries(s: Schedule, d: int, dv: int, causal: bool, varlen: str, paged: str = "") -> list[str]:
+def _queries(
+    s: Schedule, d: int, dv: int, causal: bool, varlen: str, paged: str = "", grouped: bool = False
+) -> list[str]:
     """A tile of queries, where its keys and values begin, its rows of [B, H, Tq], and the keys `begin` to `last` that it sees."""
     if not causal:
         last = "keys"
     elif varlen:
-        last = f"tl.maximum(tl.minimum(tl.minimum(start + {s.queries}, queries) + diagonal + right, keys), first_key)"
+        end = "first_query + end" if grouped else f"start + {s.queries}"
+        last = f"tl.maximum(tl.minimum(tl.minimum({end}, queries) + diagonal + right, keys), first_key)"
     else:
         last = f"tl.minimum(start + {s.queries}, keys)"
     begin = "tl.maximum(first_key, start + diagonal - left)" if varlen == "window" else "first_key" if varlen else "0"
+    heads = ["hk = h // share"]
+    if grouped:
+        heads = ["hk = h", "h = hk * share + packed % share"]
     return [
-        *_place("queries", s.queries, reverse=causal, varlen=varlen),
-        "hk = h // share",
+        *_place("queries", s.queries, "(heads // share)" if grouped else "heads", causal, varlen, grouped),
+        *heads,
         f"last = {last}",
         f"begin = {begin}" + (f" // {s.keys} * {s.keys}" if paged and varlen == "window" else ""),
-        f"rq = start + tl.arange(0, {s.queries})",
+        "rq = first_query + packed // share" if grouped else f"rq = start + tl.arange(0, {s.queries})",
         *_dims(d, dv),
         f"k_base = k + hk * k_h{'' if paged else ' + b * k_b'}",
         f"v_base = v + hk * v_h{'' if paged else ' + b * v_b'}",
@@ -235,17 +261,18 @@ def forward(
     split: bool = False,
     paged: str = "",
     dropout: bool = False,
+    grouped: bool = False,
 ) -> Kernel:
     """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), (table), out,
     lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"), with paged also page (keys of one) and pages. Grid: groups().
-    varlen goes with causal, without mask.
+    varlen goes with causal, without mask. The grid of grouped is that of longest * share queries of H / share heads.
 
     split (few queries, many keys; not causal but varlen): program_id(1) is one of several runs of `span` keys, a multiple of the
     tile's. out [runs, B, H, Tq, Dv] (float32) and lse [runs, B, H, Tq] are contiguous; merge() finishes. Further scalars: span, rows
     (B * H * Tq). With varlen the keys that a tile sees are dealt to the runs evenly: there is no span."""
     assert not varlen or (causal and not mask)
     assert not split or varlen or not causal
-    assert varlen or not paged
+    assert varlen or not (paged or grouped)
     d, dv = max(power_of_two(head), 16), max(power_of_two(head_v), 16)
     ip = _precision(dtype, precision)
     p = f"p.to({STORAGE[dtype]})" if dtype != "f32" else "p"
@@ -287,8 +314,9 @@ def forward(
     else:
         full = f"{'tl.minimum(start, keys)' if causal else 'last'} // {s.keys} * {s.keys}"
     to, at = ("tl.float32", "row[:, None] * head_v") if split else (STORAGE[dtype], "rq[:, None].to(tl.int64) * out_t")
+    head_of = "h[:, None]" if grouped else "h"
     store = [
-        "o_base = out" + ("" if split else " + b * out_b + h * out_h"),
+        "o_base = out" + ("" if split else f" + b * out_b + {head_of} * out_h"),
         f"tl.store(o_base + {at} + rv[None, :], acc.to({to}), mask=(rq[:, None] < queries) & (rv[None, :] < head_v))",
     ]
     run = ["begin = tl.program_id(1) * span", "last = tl.minimum(begin + span, keys)"]
@@ -299,14 +327,14 @@ def forward(
             "last = tl.minimum(begin + span, last)",
         ]
     lines = [
-        *_queries(s, d, dv, causal, varlen, paged),
+        *_queries(s, d, dv, causal, varlen, paged, grouped),
         *(run if split else []),
         *(["row += tl.program_id(1).to(tl.int64) * rows"] if split else []),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
         *([f"k_at = rd[:, None] + tl.arange(0, {s.keys})[None, :].to(tl.int64) * k_t",
            f"v_at = tl.arange(0, {s.keys})[:, None].to(tl.int64) * v_t + rv[None, :]"] if not paged else []),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
-        "q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
+        f"q_tile = tl.load(q + b * q_b + {head_of} * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
         *(["q_tile = tl.where(scale < 0, -q_tile, q_tile)", "scale2 = tl.maximum(tl.abs(scale2), 1e-30)"] if fold else []),
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
@@ -324,7 +352,7 @@ def forward(
         f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
         *store,
     ]  # fmt: skip
-    kind = f"{f'_paged{paged}' if paged else ''}{'_split' * split}"
+    kind = f"{f'_paged{paged}' if paged else ''}{'_grouped' * grouped}{'_split' * split}"
     name = f"{_name('', dtype, head, head_v, exact, mask, causal, precision, varlen)}{kind}_{s}"
     buffers = _buffers(dtype, "q k v", mask, varlen, ("out", "f32" if split else dtype), ("lse", "f32"), paged=paged)
     scalars = [("page", "i32"), ("pages", "i32")] * bool(paged)
