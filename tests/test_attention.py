@@ -308,6 +308,27 @@ def test_dropout_follows_the_generator(device):
     assert torch.equal(second, attend(*leaves)) and not torch.equal(second.cpu(), first[0])
 
 
+def test_dropout_of_compiled_graphs(device):
+    """The numbers of the eager call; under checkpoint, too, whose region saves them."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q * 2, k + 1, v, dropout_p=0.3).exp()
+
+    def region(*leaves):
+        return checkpoint(attend, *leaves, use_reentrant=False) * 2
+
+    leaves = [torch.randn(1, 2, n, 24, device=device, requires_grad=True) for n in (37, 40, 40)]
+    for f in (attend, region):
+        results = []
+        for g in (f, torch.compile(f, backend="spiral", fullgraph=True)):
+            torch.manual_seed(6)
+            calls = [g(*leaves), g(*leaves)]
+            assert not torch.equal(*calls)
+            results.append((*calls, *torch.autograd.grad(calls[1], leaves, calls[1].detach())))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_of_everything_and_of_probabilities_that_are_none(device):
     leaves = [torch.randn(1, 2, n, 24, device=device, requires_grad=True) for n in (37, 40, 40)]
     out = F.scaled_dot_product_attention(*leaves, dropout_p=1.0)

@@ -56,10 +56,9 @@ def plan(
     except ValueError:
         return None
     # One query of each head: the query heads that share keys become queries of one head.
-    fold = queries == 1 and kv_heads != heads
+    fold = queries == 1 and kv_heads != heads and not dropout
     if (
-        dropout
-        or wanted[3]
+        wanted[3]
         or (bias_of(backward, node) is not None and bias is None)
         or (fold and (backward or causal))
     ):
@@ -76,7 +75,7 @@ def plan(
     while rows > 3 and -(-queries // (2 << rows)) * tiles < 64:
         rows -= 1
     return {
-        "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d),
+        "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d), "dropout": float(dropout),
         "classes": (
             (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
             rows, 256 >> (tiles.bit_length() - 1) if split else 1,
@@ -104,7 +103,8 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 
 def forward(
-    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, head_v: int, fold: bool, attn_bias: Any = None
+    *args: Any, causal: bool, bias: Any, scale: float, dropout: float, classes: Any, strides: Any, head_v: int, fold: bool,
+    attn_bias: Any = None,
 ) -> Any:  # fmt: skip
     """The operator's results on handles. There is no random state without dropout, but its callers want tensors."""
     q, k, v = args[:3]
@@ -115,8 +115,11 @@ def forward(
     if fold:
         taken = [None if x is None else _folded(x, k.sizes[1]) for x in taken]
     query, mask, result, logsumexp = taken
-    low.lowerings[NAME](query, k, v, mask, causal, low.recorder().lift(float(scale)), None, *classes, result, logsumexp, None)
-    return out, lse, None, None, q.sizes[2], k.sizes[2], low.empty((), "i64"), low.empty((), "i64"), None
+    seed, p = low.empty((), "i64"), low.recorder().lift(dropout) if dropout else None
+    low.lowerings[NAME](
+        query, k, v, mask, causal, low.recorder().lift(float(scale)), p, *classes, result, logsumexp, seed if dropout else None
+    )  # fmt: skip
+    return out, lse, None, None, q.sizes[2], k.sizes[2], seed, low.empty((), "i64"), None
 
 
 def _folded(x: Any, heads: int) -> Any:
@@ -132,7 +135,7 @@ def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:
 
 
 def backward(
-    *args: Any, causal: bool, bias: Any, scale: float, classes: Any, strides: Any, wanted: Sequence[bool]
+    *args: Any, causal: bool, bias: Any, scale: float, dropout: float, classes: Any, strides: Any, wanted: Sequence[bool]
 ) -> Any:
     g, q, k, v = args[:4]
     out, lse = args[6:8]
@@ -151,8 +154,8 @@ def backward(
         lse,
         causal,
         low.recorder().lift(float(scale)),
-        None,
-        None,
+        low.recorder().lift(dropout) if dropout else None,
+        args[14] if dropout else None,
         *classes,
         dq,
         dk,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from torch.utils._sympy.functions import (
 )
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils._sympy.value_ranges import ValueRanges
+from torch.utils.checkpoint import CheckpointPolicy
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -106,6 +108,25 @@ def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> N
         return choose(device, reduction_numel_hint, numel_hint, inner_reduction)
 
     InductorChoices.reduction_split_factor = staticmethod(factor)
+
+
+def save_random_results() -> None:
+    """Has activation checkpointing inside a graph save the results of operators on spiral that draw numbers of their own, attention with
+    dropout among them, rather than compute them again: upstream can give back the states of some devices' generators alone."""
+    upstream = compile_fx.joint_graph_passes
+
+    @functools.wraps(upstream)
+    def joint_graph_passes(*args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        gm = upstream(*args, **kwargs)
+        for n in gm.graph.nodes:
+            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and n.meta.get("recompute") is not None:
+                values = n.meta["val"] if isinstance(n.meta["val"], (tuple, list)) else (n.meta["val"],)
+                if any(isinstance(x, torch.Tensor) and x.device.type == "spiral" for x in values):
+                    for x in (n, *(user for user in n.users if user.target is operator.getitem)):
+                        x.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return gm
+
+    compile_fx.joint_graph_passes = joint_graph_passes
 
 
 def keep_operators(names: list[str]) -> None:

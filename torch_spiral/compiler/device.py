@@ -125,7 +125,9 @@ def register() -> None:
     compat.compile_with(CONFIG, SETTINGS)
     compat.reorder_loops()
     compat.split_reductions(pieces)
+    compat.store_marked()
     dynamo.call_directly(_C.GraphCall)
+    compat.save_random_results()
     compat.keep_operators(OPERATORS)
     compat.read_convolutions_by_channels(lambda gm: passes.reads_by_channels(gm))
 
