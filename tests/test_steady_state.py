@@ -65,6 +65,31 @@ def test_repetition_creates_nothing(device):
     assert {k: v for k, v in after.items() if k != "memory"} == {k: v for k, v in before.items() if k != "memory"}
 
 
+def test_many_launches_of_one_plan(device):
+    """Which an engine may keep and hand over together: with the same tensors, others, what it wrote itself, and another size between."""
+
+    def step(x, w, y):
+        for _ in range(6):
+            x = (x @ w).softmax(-1) - 0.1
+        return y.add_(x), x
+
+    run = torch.compile(step, backend="spiral", fullgraph=True, dynamic=True)
+    w = torch.randn(64, 64)
+    x, wide = [torch.randn(8, 64) for _ in range(3)], torch.randn(24, 64)
+    ours, theirs = torch.zeros(8, 64, device=device), torch.zeros(8, 64)
+    on_device = [t.to(device) for t in (*x, wide, w)]
+    objects = []
+    with torch.no_grad():
+        for number in (0, 0, 0, 1, 2, 3, 3, 3, 1, 0, 2, 1, 3, 0):
+            given = (wide if number == 3 else x[number]).clone()
+            to, want = (ours, theirs) if number != 3 else (torch.ones(24, 64, device=device), torch.ones(24, 64))
+            _, last = run(on_device[number], on_device[-1], to)
+            torch.testing.assert_close(last.cpu(), step(given, w, want)[1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(to.cpu(), want, rtol=1e-4, atol=1e-4)
+            objects.append(_C.objects_created(device.index))
+    assert objects[-1] == objects[-5]
+
+
 @pytest.mark.full
 def test_a_hundred_thousand_ops_stay_flat(device):
     before, after = soak(device, 2000)

@@ -377,7 +377,24 @@ struct Replay {
     return r;
   }
 
+  // Lets the engine hand a plan's launches to the driver together.
+  struct Together {
+    Engine* engine = nullptr;
+    explicit Together(const Replay& r) {
+      if (r.traced || r.plan.steps.size() < 2) return;
+      if (!r.plan.sequence) r.plan.sequence = r.device.engine->sequence(r.plan.steps.size());
+      if (!r.plan.sequence) return;
+      engine = r.device.engine.get();
+      engine->begin(*r.plan.sequence);
+    }
+    ~Together() {
+      if (engine) engine->end();
+    }
+    Together(const Together&) = delete;
+  };
+
   void steps() {
+    const Together together(*this);
     for (const Step& step : plan.steps) {
       if (step.when != kNone && !make_packed[step.when]) continue;
       if (step.kind == Step::Kind::Launch) {

@@ -86,6 +86,7 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<uint32_t> returned;  // allocations, by operand number; kNone for None
   uint32_t operands = 0, slots = 0;
+  mutable std::unique_ptr<Sequence> sequence;  // where the engine has one for it; used under the device's lock
   size_t needed = 0;     // the first expressions; what follows is for traces
   uint64_t expires = 0;  // replays until it is recorded anew; 0: never
   std::atomic<uint64_t> uses{0};

@@ -21,6 +21,19 @@ using Stream = struct OpaqueStream*;
 using Event = struct OpaqueEvent*;
 using Module = struct OpaqueModule*;
 using Function = struct OpaqueFunction*;
+using Graph = struct OpaqueGraph*;
+using GraphNode = struct OpaqueGraphNode*;
+using GraphExec = struct OpaqueGraphExec*;
+
+// CUDA_KERNEL_NODE_PARAMS_v2
+struct KernelNode {
+  Function function;
+  unsigned grid[3], block[3], shared;
+  void** params;
+  void** extra;
+  void* kernel;
+  Context context;
+};
 
 constexpr Result kSuccess = 0, kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;  // the same in both
 constexpr unsigned kStreamNonBlocking = 1, kEventDefault = 0, kEventDisableTiming = 2;
@@ -70,6 +83,18 @@ inline void* const kParamBufferSize = reinterpret_cast<void*>(2);
   X(error_name, (Result code, const char** text), "cuGetErrorName", "hipDrvGetErrorName")                                     \
   X(error_text, (Result code, const char** text), "cuGetErrorString", "hipDrvGetErrorString")
 
+// X(member, parameters, name in CUDA)
+#define SPIRAL_CUDA_OPTIONAL_FUNCTIONS(X)                                                                                     \
+  X(function_param, (Function function, size_t index, size_t* offset, size_t* size), "cuFuncGetParamInfo")                   \
+  X(graph_create, (Graph * graph, unsigned flags), "cuGraphCreate")                                                           \
+  X(graph_destroy, (Graph graph), "cuGraphDestroy")                                                                           \
+  X(graph_add_kernel, (GraphNode * node, Graph graph, const GraphNode* after, size_t count, const KernelNode* launch),        \
+    "cuGraphAddKernelNode_v2")                                                                                                \
+  X(graph_instantiate, (GraphExec * exec, Graph graph, unsigned long long flags), "cuGraphInstantiateWithFlags")              \
+  X(graph_exec_destroy, (GraphExec exec), "cuGraphExecDestroy")                                                               \
+  X(graph_exec_set_kernel, (GraphExec exec, GraphNode node, const KernelNode* launch), "cuGraphExecKernelNodeSetParams_v2")   \
+  X(graph_launch, (GraphExec exec, Stream stream), "cuGraphLaunch")
+
 // What the two APIs number or call differently.
 struct Dialect {
   const char* engine;   // as in DeviceProperties::engine
@@ -103,8 +128,10 @@ struct Api {
 #define SPIRAL_CUDA_MEMBER(member, parameters, cuda_name, hip_name) Result(SPIRAL_CUDA_CALL* member) parameters = nullptr;
   SPIRAL_CUDA_FUNCTIONS(SPIRAL_CUDA_MEMBER)
 #undef SPIRAL_CUDA_MEMBER
-  // CUDA 12.4 and later: null where it is missing.
-  Result(SPIRAL_CUDA_CALL* function_param)(Function function, size_t index, size_t* offset, size_t* size) = nullptr;
+  // CUDA's alone. Null where the driver is older than the function: 12.4, and 12.0 for graphs.
+#define SPIRAL_CUDA_MEMBER(member, parameters, name) Result(SPIRAL_CUDA_CALL* member) parameters = nullptr;
+  SPIRAL_CUDA_OPTIONAL_FUNCTIONS(SPIRAL_CUDA_MEMBER)
+#undef SPIRAL_CUDA_MEMBER
   const Dialect* dialect = nullptr;
 };
 

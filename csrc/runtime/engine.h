@@ -78,6 +78,11 @@ struct EventHandle {
   virtual ~EventHandle() = default;
 };
 
+// The launches of one plan, as an engine keeps them from replay to replay.
+struct Sequence {
+  virtual ~Sequence() = default;
+};
+
 // One device. Calls are serialised by the caller (Device::mutex); none takes the GIL or calls back into Python.
 // Work is asynchronous and in order. Errors: allocation and compile errors throw at once (c10::OutOfMemoryError, c10::Error);
 // an error of queued work is kept and thrown once by the next synchronize() or read(), and the device stays usable.
@@ -103,6 +108,12 @@ class Engine {
   // Throws c10::Error with the log and the path where source and log were saved.
   virtual Kernel* compile(const KernelSource&) = 0;
   virtual void enqueue(Kernel*, const Binding* bindings, uint32_t count, const void* params, const uint32_t groups[3]) = 0;
+
+  // Launches between begin() and end() may reach the driver together, at the latest with end(), which does not throw. A sequence is
+  // begun once a replay. Null from an engine that gains nothing by it for so many launches.
+  virtual std::unique_ptr<Sequence> sequence(size_t launches) { return (void)launches, nullptr; }
+  virtual void begin(Sequence&) {}
+  virtual void end() noexcept {}
 
   virtual void flush() = 0;        // hand queued work to the device
   virtual void synchronize() = 0;  // flush, wait, throw a kept error

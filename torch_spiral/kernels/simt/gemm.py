@@ -583,13 +583,15 @@ def gemm(
         lb.load("k0", "k_end")
     la.store()
     lb.store()
-    t.barrier()
-    if s.prefetch:
+    if (
+        s.prefetch
+    ):  # before the barrier, which no compiler moves a load across: behind the products it would be waited for
         t.let("k1", f"k0 + {s.tile_k}u")
         t.open("k1 < k_end")
         la.load("k1", "k_end")
         lb.load("k1", "k_end")
         t.end()
+    t.barrier()
     c_acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k, unroll=s.unroll)
     if chunked:
         runs = s.chunk // s.tile_k
