@@ -111,6 +111,61 @@ def test_arithmetic_is_refused(device):
         y + torch.ones(3, 4, device=device)
 
 
+# ---- float8_e8m0fnu: powers of two ------------------------------------------------------------------------------------
+
+SCALES = torch.float8_e8m0fnu
+
+
+def test_scales_widen_and_round_as_on_the_cpu(device):
+    x = all_bits(SCALES)
+    y = x.to(device)
+    for wide in WIDE:
+        torch.testing.assert_close(y.to(wide).cpu(), x.to(wide), rtol=0, atol=0, equal_nan=True)
+    edges = torch.tensor(
+        [2.0**-127, 1.5 * 2.0**-127, 2.0**-128, 1e-45, 0.0, 1.5 * 2.0**127, 3.4e38, torch.inf, -torch.inf]
+    )
+    ties = 1.5 * 2.0 ** torch.arange(-126.0, 127.0)
+    numbers = torch.cat([hard_numbers(), edges, -edges, ties, ties.nextafter(ties * 0), ties.nextafter(ties * 2)])
+    torch.testing.assert_close(
+        numbers.to(device).to(SCALES).view(torch.uint8).cpu(), numbers.to(SCALES).view(torch.uint8)
+    )
+    for wide in WIDE[1:]:
+        narrow = numbers[:70000].to(wide)
+        torch.testing.assert_close(
+            narrow.to(device).to(SCALES).cpu().view(torch.uint8), narrow.to(SCALES).view(torch.uint8)
+        )
+
+
+def test_scales_are_storage(device):
+    x = torch.tensor([[0.5, 1.0, 3.0], [float("nan"), 2.0**127, 2.0**-127]]).to(SCALES)
+    i, mask = torch.tensor([1, 0]), torch.tensor([[True, False, True], [False, True, True]])
+    for f in (
+        lambda t, i, m: t.t().contiguous(), lambda t, i, m: t[:, ::2].clone(), lambda t, i, m: t[0].expand(3, 3).contiguous(),
+        lambda t, i, m: t[1, 1], lambda t, i, m: t[:0], lambda t, i, m: t == t, lambda t, i, m: torch.cat([t, t[:1]]),
+        lambda t, i, m: t[i], lambda t, i, m: t[m], lambda t, i, m: t.index_select(0, i), lambda t, i, m: torch.where(m, t, t.roll(1)),
+        lambda t, i, m: t.isnan(), lambda t, i, m: t.view(torch.uint8), lambda t, i, m: t.to(torch.float8_e5m2),
+        lambda t, i, m: (i + 1).to(t.dtype), lambda t, i, m: t.new_full((2,), 2.0), lambda t, i, m: torch.zeros_like(t),
+        lambda t, i, m: torch.empty_like(t).copy_(t), lambda t, i, m: t.view(torch.uint8).view(SCALES),
+    ):  # fmt: skip
+        want, got = f(x, i, mask), f(x.to(device), i.to(device), mask.to(device))
+        assert got.dtype == want.dtype and got.shape == want.shape
+        torch.testing.assert_close(got.cpu().float(), want.float(), rtol=0, atol=0, equal_nan=True)
+    y = x.to(device)
+    assert y[0, 2].item() == 4.0 and y.tolist()[0] == [0.5, 1.0, 4.0]
+    assert repr(y).startswith(repr(x).split("dtype")[0].rstrip()) and "dtype=torch.float8_e8m0fnu" in repr(y)
+    for f in (
+        lambda t: t + t, lambda t: -t, lambda t: t.abs(), lambda t: t.sum(), lambda t: t.flip(0), lambda t: t * 2, lambda t: t < t,
+        lambda t: t.sort(), lambda t: t.masked_fill(t == t, 1.0),
+    ):  # fmt: skip
+        for t in (x, y):
+            with pytest.raises(NotImplementedError, match="not implemented for 'Float8_e8m0fnu'"):
+                f(t)
+    for value in (-1.0, torch.inf):
+        for t in (x.clone(), y.clone()):
+            with pytest.raises(RuntimeError, match="cannot be converted to type c10::Float8_e8m0fnu without overflow"):
+                t.fill_(value)
+
+
 # ---- products ---------------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,7 @@ WORDS = {name: number for number, name in enumerate(("off64", "off32", "pointer"
 DTYPE_NUMBERS = {
     "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "c32": 8, "c64": 9, "c128": 10,
     "bool": 11, "bf16": 15, "f8e5m2": 23, "f8e4m3fn": 24, "f8e5m2fnuz": 25, "f8e4m3fnuz": 26, "u16": 27, "u32": 28, "u64": 29,
+    "f8e8m0fnu": 44,
 }  # fmt: skip
 DTYPE_NAMES = {number: name for name, number in DTYPE_NUMBERS.items()}
 # ATen's names, as its error texts have them.
@@ -84,7 +85,7 @@ SCALAR_TYPES = {
     "u8": "Byte", "i8": "Char", "i16": "Short", "i32": "Int", "i64": "Long", "f16": "Half", "f32": "Float", "f64": "Double",
     "c32": "ComplexHalf", "c64": "ComplexFloat", "c128": "ComplexDouble", "bool": "Bool", "bf16": "BFloat16", "u16": "UInt16",
     "u32": "UInt32", "u64": "UInt64", "f8e5m2": "Float8_e5m2", "f8e4m3fn": "Float8_e4m3fn", "f8e5m2fnuz": "Float8_e5m2fnuz",
-    "f8e4m3fnuz": "Float8_e4m3fnuz",
+    "f8e4m3fnuz": "Float8_e4m3fnuz", "f8e8m0fnu": "Float8_e8m0fnu",
 }  # fmt: skip
 
 
@@ -96,6 +97,7 @@ FLOAT8_OPS = frozenset(
         "_scaled_grouped_mm",
     ]
 )  # fmt: skip
+NOT_OF_SCALES = frozenset(["abs_stub", "flip_stub", "mm"])  # not of float8_e8m0fnu
 
 
 def not_implemented(name: str, dtype: str) -> str:
@@ -533,7 +535,7 @@ class Recorder:
         return base + i
 
     def tensor(self, number: int, dtype: str, sizes: tuple, strides: tuple, written: bool, flags: int) -> Tensor:
-        if dtype in FLOAT8 and self.name not in FLOAT8_OPS:
+        if dtype in FLOAT8 and (self.name not in FLOAT8_OPS or (dtype == "f8e8m0fnu" and self.name in NOT_OF_SCALES)):
             raise NotImplementedError(not_implemented(self.name, dtype))
         return Tensor(number, dtype, sizes, strides, None, written, flags & ((1 << 40) - 1), max(flags >> 40 & 0xFF, 1))
 

@@ -7,6 +7,6 @@ DTYPES = {
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.uint16: "u16",
     torch.uint32: "u32", torch.uint64: "u64", torch.bool: "bool",
     torch.float8_e4m3fn: "f8e4m3fn", torch.float8_e5m2: "f8e5m2", torch.float8_e4m3fnuz: "f8e4m3fnuz",
-    torch.float8_e5m2fnuz: "f8e5m2fnuz",
+    torch.float8_e5m2fnuz: "f8e5m2fnuz", torch.float8_e8m0fnu: "f8e8m0fnu",
     torch.complex32: "c32", torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip

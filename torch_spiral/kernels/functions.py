@@ -233,6 +233,22 @@ define_float8("f8e4m3fnuz", 4, 3, 8, unsigned_zero=True)
 define_float8("f8e5m2fnuz", 5, 2, 16, unsigned_zero=True)
 
 
+@lower
+def f8e8m0fnu_decode(b: Node) -> Node:
+    """2^(b - 127), NaN for 255."""
+    bits = where(ir.eq(b, 0), 1 << 22, where(ir.eq(b, 255), 0x7FC00000, ir.shl(b, 23)))
+    return ir.bitcast(bits, "f32")
+
+
+@lower
+def f8e8m0fnu_encode(x: Node) -> Node:
+    """The exponent of |x|, rounded to nearest and up from the middle; what is below 2^-127 becomes that, what is beyond 2^127 NaN."""
+    bits = ir.and_(ir.bitcast(x, "u32"), 0x7FFFFFFF)
+    small, exponent = ir.le(bits, 1 << 22), ir.shr(bits, 23)
+    up = ir.cast(ir.ne(ir.and_(bits, 1 << 22), 0), "u32")
+    return where(small, 0, ir.minimum(exponent + up, ir.const(255, "u32")))
+
+
 # ---- exponentials and logarithms ----------------------------------------------------------------------------------
 
 

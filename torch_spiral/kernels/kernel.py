@@ -42,6 +42,7 @@ DTYPES: dict[str, DType] = {
         DType("f8e5m2", 1, "f32", "float"),
         DType("f8e4m3fnuz", 1, "f32", "float"),
         DType("f8e5m2fnuz", 1, "f32", "float"),
+        DType("f8e8m0fnu", 1, "f32", "float"),  # powers of two: scales
         DType("i8", 1, "i32", "int"),
         DType("i16", 2, "i32", "int"),
         DType("i32", 4, "i32", "int"),
@@ -59,7 +60,7 @@ DTYPES: dict[str, DType] = {
 }
 COMPUTE = ("f32", "f64", "i32", "i64", "u32", "u64", "bool")
 SCALARS = ("i32", "u32", "f32", "i64", "f64")
-FLOAT8 = ("f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz")
+FLOAT8 = ("f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu")
 NARROW_FLOATS = ("f16", "bf16", *FLOAT8)  # converted by the operations <dtype>_decode and <dtype>_encode
 
 _BITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64", 16: "b128"}

@@ -18,7 +18,8 @@ import torch
 from ..kernels import ir
 from ..kernels.ir import where
 from ..kernels.kernel import compute_dtype
-from ..lowering import Iter, any_of, eq, stub
+from ..lowering import Iter, any_of, check, eq, lt, stub
+from ..lowering import where as select
 from .elementwise import pointwise
 
 
@@ -444,7 +445,10 @@ for _name, (_compute, _function) in STUBS.items():
 
 @stub("fill_stub")
 def fill(it: Iter, value: Any) -> None:
-    """out = value."""
+    """out = value. Powers of two that are scales have no signs; 0 (zero_) is their smallest."""
+    if it.outputs[0].dtype == "f8e8m0fnu":
+        inside = select(lt(value, 0.0), 0, select(lt(2.0**127, value), 0, 1))
+        check(inside, "RuntimeError", "value cannot be converted to type c10::Float8_e8m0fnu without overflow")
     pointwise("fill", it, lambda v: v, "out", (value,))
 
 
