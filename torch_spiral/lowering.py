@@ -97,7 +97,7 @@ FLOAT8_OPS = frozenset(
         "_scaled_grouped_mm",
     ]
 )  # fmt: skip
-NOT_OF_SCALES = frozenset(["abs_stub", "flip_stub", "mm"])  # not of float8_e8m0fnu
+NOT_OF_SCALES = frozenset(["abs_stub", "mm"])  # not of float8_e8m0fnu
 
 
 def not_implemented(name: str, dtype: str) -> str:
