@@ -18,9 +18,13 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def kept(seed: int, offset: int, p: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Which probabilities [B, H, Tq, Tk] attention's dropout keeps where the generator has this seed and offset."""
-    key = tuple(philox4x32((offset + i, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[0] for i in range(2))
+def drawn_key(seed: int, offset: int) -> tuple[int, int]:
+    """The key that a call of attention with dropout draws from a generator with this seed and offset."""
+    return tuple(philox4x32((offset + i, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[0] for i in range(2))
+
+
+def kept(key: tuple[int, int], p: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Which probabilities [B, H, Tq, Tk] attention's dropout keeps in a call with this key."""
     heads, rows, keys = (np.arange(n, dtype=np.uint64) for n in (shape[0] * shape[1], -(-shape[2] // 4), shape[3]))
     counter = np.broadcast_arrays(keys, rows[:, None], heads[:, None, None], np.uint64(0))
     words = np.stack(philox4x32(tuple(counter), key), 2).reshape(shape[0], shape[1], -1, shape[3])[:, :, : shape[2]]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from philox import kept
+from philox import drawn_key, kept
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -220,7 +220,7 @@ def test_dropout_mask(device, p):
         q, k, v = equal_scores(device, *shape)
         for offset in (0, 16):  # the second call's numbers are others
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=p).cpu() * shape[3] * (1 - p)
-            mask = kept(77, offset, p, shape)
+            mask = kept(drawn_key(77, offset), p, shape)
             torch.testing.assert_close(out, mask.float(), rtol=1e-6, atol=1e-6)
             assert abs(mask.float().mean() - (1 - p)) < 4 * (p * (1 - p) / mask.numel()) ** 0.5
 
@@ -266,7 +266,7 @@ def test_dropout_and_gradients(device, case):
                 scores = scores.masked_fill(~bias, -torch.inf) if mask == "bool" else scores + bias
             if causal:
                 scores = scores.masked_fill(~torch.ones(tq, tk, dtype=torch.bool).tril(), -torch.inf)
-            out = scores.softmax(-1) * kept(5, 0, p, (b, h, tq, tk)) / (1 - p) @ v
+            out = scores.softmax(-1) * kept(drawn_key(5, 0), p, (b, h, tq, tk)) / (1 - p) @ v
         else:
             torch.manual_seed(5)
             out = F.scaled_dot_product_attention(
@@ -306,6 +306,44 @@ def test_dropout_follows_the_generator(device):
     assert not torch.equal(second, attend(*leaves))
     torch.spiral.set_rng_state(state, device)
     assert torch.equal(second, attend(*leaves)) and not torch.equal(second.cpu(), first[0])
+
+
+def test_dropout_under_vmap(device):
+    """Refused unless randomness is said to be the same or different; gradients see the forward's numbers, and so do Jacobians."""
+
+    def f(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5).square().sum()
+
+    torch.manual_seed(2)
+    q, *shared = (torch.randn(*s, 24, device=device) for s in ((3, 1, 2, 37), (1, 2, 40), (1, 2, 40)))
+    q[1] = q[0]
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        torch.func.vmap(f, (0, None, None))(q, *shared)
+    for randomness in ("same", "different"):
+        torch.manual_seed(4)
+        per_sample = torch.func.vmap(torch.func.grad_and_value(f, (0, 1, 2)), (0, None, None), randomness=randomness)
+        grads, losses = per_sample(q, *shared)
+        assert (losses[0] == losses[1]) == (randomness == "same")
+        torch.manual_seed(4)
+        if randomness == "same":
+            batches = [(q[2], *shared)]
+            got = [losses[2], *(g[2] for g in grads)]
+        else:  # as one batch
+            batches = [(q.flatten(0, 1), *(x.expand(3, *x.shape[1:]) for x in shared))]
+            got = [losses.sum(), *(g.flatten(0, 1) for g in grads)]
+        leaves = [x.clone().requires_grad_() for x in batches[0]]
+        loss = f(*leaves)
+        for a, b in zip(got, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
+
+    def rows(q):
+        return F.scaled_dot_product_attention(q, *shared, dropout_p=0.5)[0, 0, :3].sum(-1)
+
+    torch.manual_seed(4)
+    jacobian = torch.func.jacrev(rows)(q[0])
+    torch.manual_seed(4)
+    leaf = q[0].clone().requires_grad_()
+    torch.testing.assert_close(jacobian[2], torch.autograd.grad(rows(leaf)[2], leaf)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_compiled_graphs(device):

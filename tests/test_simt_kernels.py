@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 from kernel_runner import run, targets
+from philox import kept
 
 from torch_spiral.kernels import ir, nest
+from torch_spiral.kernels.simt import Text
 from torch_spiral.kernels.simt import attention as A
 from torch_spiral.kernels.simt import conv as C
 from torch_spiral.kernels.simt import gemm as G
@@ -502,6 +505,26 @@ def test_attention(target, case, vec):
     )
     close(view(got[-2], shapes[1], ks), want[3], tolerance)
     close(view(got[-1], shapes[2], vs), want[4], tolerance)
+
+
+def test_dropout_mask(target):
+    """An invocation's bits are those of 4 queries and 4 keys."""
+    heads, queries, keys, p, key = 3, 8, 64, 0.3, (0x89ABCDEF, 0xFEDCBA98)
+    t = Text(target, "dropout_mask", 64)
+    t.buffer("out", "u32", "w")
+    A._declare_dropout(t)
+    t.let("bh", f"{t.group}")
+    A._kept(t, 0, "lid / 16u * 4u", "lid % 16u * 4u")
+    t.base("out_base", "out")
+    t.open("lid < 32u")
+    t.store("out", "out_base", "bh * 32u + lid", "kept0")
+    t.end()
+    words = np.zeros((heads, 2, 16), np.uint32)
+    scalars = [math.ceil((1 - p) * 2**24), 1 / (1 - p)]
+    bits = run(t.finish(), [words, np.array(key, np.uint32)], scalars, heads)[0].reshape(heads, 2, 16)
+    got = np.stack([bits >> i & 1 for i in range(16)], -1).reshape(heads, 2, 16, 4, 4)  # .., key, query
+    got = got.transpose(0, 1, 4, 2, 3).reshape(1, heads, queries, keys)
+    assert np.array_equal(got == 1, kept(key, p, (1, heads, queries, keys)).numpy())
 
 
 # ---- nests, as GPUs get them: several elements an invocation, rows in registers ---------------------------------------

@@ -1,6 +1,7 @@
 """Triton kernels, run on the CPU by Triton's interpreter. In a process of its own: the interpreter has to be chosen before
 Triton is imported. What only a GPU's compiler does (types, layouts) is checked by compiling for one, which needs no GPU."""
 
+import math
 import os
 import subprocess
 
@@ -84,6 +85,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
                 for c in (conv.choices(target, d, p, 4096, 256, 9, 256, 1)[0],)
             ),
             attention.forward(target, attention.forward_schedule("bf16", 64, 10), "bf16", 64, 64, False, "", True, ""),
+            attention.backward_query(
+                target, attention.backward_schedule("bf16", 64, False), "bf16", 64, 64, True, "", True, "", False, dropout=True
+            ),
             *(
                 attention.forward(
                     target, attention.forward_schedule("bf16", 64, 0), "bf16", 64, 64, True, "", True, "", "full", True, paged, False, True
@@ -659,6 +663,44 @@ else:
         run(attention.backward_query(TARGET, *key, False), [*buffers, dq], bht(q, k, v, g, dq) + tail, over_queries)
         over_keys = attention.groups(16, keys, batch * kv)
         run(attention.backward_key(TARGET, *key), [*buffers, dk, dv], bht(q, k, v, g, dk, dv) + tail, over_keys)
+        for got, want in zip((dq, dk, dv), wanted):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("causal,keys_of_a_tile", [(True, 16), (False, 32)])
+    def test_attention_with_dropout(causal, keys_of_a_tile):
+        from philox import kept
+
+        batch, heads, kv, queries, keys, head, p, key = 2, 4, 2, 37, 53, 20, 0.3, (0x89ABCDEF, 0xFEDCBA98)
+        q, k, v = (
+            torch.randn(batch, h, t, head, requires_grad=True) for h, t in ((heads, queries), (kv, keys), (kv, keys))
+        )
+        scores = q @ k.repeat_interleave(2, 1).mT * 0.3
+        if causal:
+            scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -torch.inf)
+        mask = kept(key, p, (batch, heads, queries, keys)) / (1 - p)
+        expected = (scores.softmax(-1) * mask).float() @ v.repeat_interleave(2, 1)
+        g = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, (q, k, v), g)
+        q, k, v = (x.detach() for x in (q, k, v))
+
+        def bht(*tensors):
+            return [s for x in tensors for s in x.stride()[:3]]
+
+        tail = [heads, heads // kv, queries, keys, head, head, 0.3, math.ceil((1 - p) * 2**24), 1 / (1 - p)]
+        seed = torch.tensor(key, dtype=torch.uint32)
+        classes = (attention.Schedule(16, keys_of_a_tile, 4, 1), "f32", 32, 32, False, "", causal, "ieee")
+        out, lse = torch.zeros_like(expected), torch.zeros(batch, heads, queries)
+        over_queries = attention.groups(16, queries, batch * heads)
+        kernel = attention.forward(TARGET, *classes, dropout=True)
+        run(kernel, [q, k, v, out, lse, seed], bht(q, k, v, out) + tail, over_queries)
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+        delta = (g * out).sum(-1)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        kernel = attention.backward_query(TARGET, *classes, False, dropout=True)
+        run(kernel, [q, k, v, g, lse, delta, dq, seed], bht(q, k, v, g, dq) + tail, over_queries)
+        kernel = attention.backward_key(TARGET, *classes, dropout=True)
+        over_keys = attention.groups(keys_of_a_tile, keys, batch * kv)
+        run(kernel, [q, k, v, g, lse, delta, dk, dv, seed], bht(q, k, v, g, dk, dv) + tail, over_keys)
         for got, want in zip((dq, dk, dv), wanted):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 

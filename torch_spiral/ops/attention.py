@@ -477,8 +477,42 @@ def _fold_mask(mask: torch.Tensor | None, dim: int | None, n: int, batch: int) -
     return mask.expand(n, batch, *mask.shape[2:]).reshape(n * batch, *mask.shape[2:])
 
 
+def _one_by_one(n: int, op: Any, dims: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Calls the operator for each sample; of each of its results, those of all samples."""
+    batched = {i: d for i, d in enumerate(dims) if isinstance(d, int)}
+
+    def sample(j: int) -> list[Any]:
+        return [x.select(batched[i], j) if i in batched else x for i, x in enumerate(args)]
+
+    return list(zip(*(op(*sample(j), **kwargs) for j in range(n)), strict=True))
+
+
+def _same_numbers(info: Any, dims: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Dropout with one mask for all samples. It follows from the place in the batch, so each sample is a batch of its own."""
+    if torch._guards.detect_fake_mode(args[:3]) is not None:
+        raise NotImplementedError(
+            'a graph of vmap(randomness="same") with attention\'s dropout: the generator is not in it'
+        )
+    generator = torch.ops.spiral._default_generator(args[0].device.index)
+    op, state = torch.ops.aten._scaled_dot_product_fused_attention_overrideable, generator.get_state()
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        generator.set_state(state)
+        return op(*args, **kwargs)
+
+    out, lse, *others = _one_by_one(info.batch_size, again, dims, args, kwargs)
+    return (torch.stack(out), torch.stack(lse), *(x[0] for x in others)), (0, 0, *[None] * len(others))
+
+
 def _forward_batched(info: Any, dims: Any, q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **scale: Any) -> Any:
     n = info.batch_size
+    if rest and rest[0] > 0 and info.randomness == "error":
+        raise RuntimeError(
+            "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' randomness flags "
+            "on vmap or perform the randomness operation out of vmap"
+        )
+    if rest and rest[0] > 0 and info.randomness == "same":
+        return _same_numbers(info, dims, (q, k, v, mask, *rest), scale)
     folded = _fold(n, (q, k, v), dims[:3])
     batch = folded[0].shape[0] // n
     bias = _fold_mask(mask, dims[3] if len(dims) > 3 else None, n, batch)
@@ -490,11 +524,16 @@ def _forward_batched(info: Any, dims: Any, q: Any, k: Any, v: Any, mask: Any = N
 def _backward_batched(
     info: Any, dims: Any, grad: Any, q: Any, k: Any, v: Any, mask: Any, wanted: Any, out: Any, lse: Any, *rest: Any, **scale: Any
 ) -> Any:  # fmt: skip
-    n = info.batch_size
+    n, op = info.batch_size, torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward
+    # The mask of dropout is that of the forward call: of one for all samples, of one for each, or of the folded one.
+    if rest[4] > 0 and (dims[7] is None or info.randomness == "same"):
+        found = _one_by_one(n, op, dims, (grad, q, k, v, mask, wanted, out, lse, *rest), scale)
+        return tuple(None if x[0] is None else torch.stack(x) for x in found), tuple(
+            None if x[0] is None else 0 for x in found
+        )
     folded = _fold(n, (grad, q, k, v, out, lse), (*dims[:4], *dims[6:8]))
     batch = folded[0].shape[0] // n
     bias = _fold_mask(mask, dims[4], n, batch)
-    op = torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward
     *grads, grad_mask = op(*folded[:4], bias, wanted, *folded[4:], *rest, **scale)
     results = [g if g is None else g.unflatten(0, (n, batch)) for g in grads]
     if grad_mask is not None and mask is not None:
