@@ -74,6 +74,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             gemm.gemm(target, wide, "bf16", "bf16", "bf16", "n", "t", "n", "", False, Epilogue(("gelu",))),
             gemm.gemm(target, single, "f32", "f32", "f32", "n", "n", "n", fast, False, Epilogue()),
             gemm.gemm(
+                target, gemm.blocks_schedule(target, 128, 4096, 4096), "f16", "f16", "bf16", "n", "t", "n", "", False, Epilogue(), blocks=128
+            ),
+            gemm.gemm(
                 target, gemm.schedule(target, "f64", "", 512, 512, 1), "f64", "f64", "f64", "n", "n", "n", "", False, Epilogue()
             ),
             conv.conv(
@@ -500,6 +503,40 @@ else:
         run(kernel, [a, b, rows, columns, c], scalars, gemm.groups(s, m, n, 1))
         expected = (a.double() @ b.double().t()) * rows[:, None] * columns
         torch.testing.assert_close(c.double(), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("size,rows_b,dtype,split", [(128, 128, "f8e4m3fn", False), (32, 1, "f8e5m2", False), (64, 1, "f16", True)])  # fmt: skip
+    def test_gemm_of_blocks(size, rows_b, dtype, split):
+        """Operands whose blocks have factors; the last blocks are not whole."""
+        m, n, k, kind = (
+            20,
+            140,
+            200,
+            {"f8e4m3fn": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2, "f16": torch.float16}[dtype],
+        )
+        a, b = torch.randn(m, k).to(kind), torch.randn(n, k).to(kind)
+        steps = -(-k // size)
+        fa, fb = torch.rand(steps, m).t(), torch.rand(-(-n // rows_b), steps)
+        whole_a = a.float() * fa.repeat_interleave(size, 1)[:, :k]
+        whole_b = b.float() * fb.repeat_interleave(rows_b, 0)[:n].repeat_interleave(size, 1)[:, :k]
+        s, span, c = gemm.Schedule(16, 32, 32, 4, 1), 128, torch.zeros(2 if split else 1, m, n)
+        kernel = gemm.gemm(TARGET, s, dtype, dtype, "f32", "n", "t", "n", "", split, Epilogue(), blocks=size)
+        scalars = [
+            0,
+            0,
+            0,
+            k,
+            k,
+            n,
+            *([m * n] if split else []),
+            *fa.stride(),
+            *fb.stride(),
+            m,
+            n,
+            k,
+            *([span] if split else []),
+        ]
+        run(kernel, [a, b, c, fa, fb], [*scalars, 1, rows_b], gemm.groups(s, m, n, 1, len(c)))
+        torch.testing.assert_close(c.sum(0), whole_a @ whole_b.t(), rtol=1e-3, atol=1e-3)
 
     def test_float8_numbers():
         """Every number widens and narrows as on the CPU."""

@@ -94,7 +94,7 @@ FLOAT8_OPS = frozenset(
     [
         "copy_stub", "fill_stub", "spiral::foreach_copy_", "eq_stub", "ne_stub", "equal", "abs_stub", "where_kernel", "cat",
         "index_stub", "index_select", "index_put_stub", "flip_stub", "roll", "spiral::eye_", "mm", "_scaled_mm",
-        "_scaled_grouped_mm",
+        "_scaled_grouped_mm", "spiral::scaled_blocks",
     ]
 )  # fmt: skip
 NOT_OF_SCALES = frozenset(["abs_stub", "mm"])  # not of float8_e8m0fnu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import autotune
@@ -32,6 +32,7 @@ from ..lowering import (
     target,
 )
 from .common import broadcast, contiguous, converted, copy_to, described, map_tensors
+from .items import Item, each
 
 FLOATS = ("f32", "f16", "bf16", "f64")
 
@@ -57,17 +58,28 @@ def _tuned(key: str, sizes: Sequence[Any], default: Any, candidates: Any) -> Any
     return autotune.choose("gemm", key, default, candidates, [hint(s) for s in sizes])
 
 
+@dataclass
+class Blocks:
+    """Factors of the operands [1, M, K] and [1, K, N] of a product: a [M / rows_a, K / size] and b [N / rows_b, K / size], float32."""
+
+    size: int
+    a: Tensor
+    b: Tensor
+    rows_a: Any
+    rows_b: Any
+
+
 def product(
     a: Tensor, b: Tensor, out: Tensor, alpha: Any = None, add: tuple[Any, Tensor] | None = None,
     terms: Sequence[tuple[str, Tensor | None]] = (), activation: str | None = None, fast: bool = False,
-    precision: str | None = None,
+    precision: str | None = None, blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
     """out = activation(alpha * (a @ b) + beta * bias, then terms in order).
 
     a [B, M, K], b [B, K, N], out [B, M, N], any strides, B broadcast by stride 0; `add` is (beta, bias); bias and terms
     ("add" or "mul", tensor) broadcast to out; a term (name, None) is an activation at that place. Floats accumulate in f32 (f64 in f64), integers in i32 or i64, complex numbers in
     their parts. fast: float8 may be summed with the precision of the tensor cores alone. precision: as dot_precision
-    says, where it is not that of matrix products. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
+    says, where it is not that of matrix products. blocks: of float8, one batch. A beta of 0 ignores bias, NaN included; K = 0 counts as a product of zeros."""
     if out.is_empty:
         return
     kind = DTYPES[out.dtype].kind
@@ -76,9 +88,13 @@ def product(
         return
     if a.dtype in FLOAT8 and out.dtype not in ("f32", "f16", "bf16"):
         result = empty(out.sizes, "f32")
-        product(a, b, result, alpha, add, terms, activation, fast)
+        product(a, b, result, alpha, add, terms, activation, fast, precision, blocks)
         copy_to(out, result)
         return
+    if blocks is not None and target().schedule_class != "block" and not is_zero(a.sizes[2]):
+        a = _dequantized(a, blocks.a, blocks.rows_a, blocks.size)
+        b = _dequantized(b.transpose(1, 2), blocks.b, blocks.rows_b, blocks.size).transpose(1, 2)
+        blocks = None
     if a.dtype in FLOAT8 and not block.multiplies_float8(target(), a.dtype, b.dtype):
         a, b = _in_order(a, "f16"), _in_order(b, "f16")  # which holds each number of 8 bits
     if a.dtype not in FLOATS and a.dtype not in FLOAT8:
@@ -121,7 +137,7 @@ def product(
         steps.append(activation)
     epilogue = Epilogue(tuple(steps))
     if target().schedule_class == "block":
-        _block_product(a, b, out, epilogue, operands, factors, fast, precision)
+        _block_product(a, b, out, epilogue, operands, factors, fast, precision, blocks)
     else:
         by_class = {"vector": _vector_product, "simt": _simt_product}
         by_class[target().schedule_class](a, b, out, epilogue, operands, factors)
@@ -143,6 +159,27 @@ def _in_order(x: Tensor, dtype: str) -> Tensor:
     if is_one(x.strides[1]) and not is_one(x.strides[2]):
         return contiguous(x.transpose(1, 2), dtype).transpose(1, 2)
     return contiguous(x, dtype)
+
+
+def _dequantized(x: Tensor, factors: Tensor, rows: Any, size: int) -> Tensor:
+    """x [1, M, K] times its factors [M / rows, K / size] in float32, stored by columns where x is."""
+    _, m, k = x.sizes
+    if is_one(x.strides[1]) and not is_one(x.strides[2]):
+        out = empty([1, k, m], "f32").transpose(1, 2)
+    else:
+        out = empty([1, m, k], "f32")
+    operands = {"out": _plane(out), "x": _plane(x), "factors": factors}
+    each("dequantize", _dequantize, (m, k), operands, {"rows": rows}, static=(size,))
+    return out
+
+
+def _plane(x: Tensor) -> Tensor:
+    return x.view(x.sizes[1:], x.strides[1:])
+
+
+def _dequantize(it: Item) -> None:
+    row, k = it.at
+    it.store("out", it.load("x") * it.load("factors", (row // it["rows"], k // it.static[0])))
 
 
 def weight(b: Tensor, dtype: str) -> Tensor:
@@ -465,7 +502,7 @@ def _described(x: Tensor, layout: str) -> bool:
 
 def _block_product(
     a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, operands: Sequence[Tensor], factors: Sequence[Any],
-    fast: bool = False, precision: str | None = None,
+    fast: bool = False, precision: str | None = None, blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
     t = target()
     batch, m, k, n = out.sizes[0], a.sizes[1], a.sizes[2], b.sizes[2]
@@ -498,16 +535,22 @@ def _block_product(
     extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     work = lambda: 2 * m * n * k * batch  # noqa: E731
-    if is_one(m) and b_layout == "t" and compute == "f32" and not narrow:
+    if is_one(m) and b_layout == "t" and compute == "f32" and not narrow and blocks is None:
         row = block.row_schedule(t, b.dtype, sizes[1], sizes[3])
         kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, c_layout, epilogue)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
         return
-    tiles = _described(a, a_layout) and _described(b, b_layout)
+    tiles = _described(a, a_layout) and _described(b, b_layout) and blocks is None
     s = block.schedule(t, a.dtype, precision, sizes[0], sizes[1], sizes[3], a_layout == "n" and b_layout == "t", tiles)
+    size, factored, scaling = 0, [], []
+    if blocks is not None:
+        s, size, factored = block.blocks_schedule(t, blocks.size, sizes[0], sizes[1]), blocks.size, [blocks.a, blocks.b]
+        scaling = [("i64", v) for x in factored for v in x.strides] + [
+            ("i32", v) for v in (blocks.rows_a, blocks.rows_b)
+        ]
     count = block.splits(t, s, *sizes) if compute in ("f32", "f64") else 1
-    if compute == "f32" and "s" not in a_layout + b_layout:
+    if compute == "f32" and "s" not in a_layout + b_layout and blocks is None:
         key = f"{a.dtype} {b.dtype} {out.dtype} {a_layout}{b_layout}{c_layout} {'tiles' if tiles else 'rows'} {precision or '-'}"
         choice = _tuned(
             key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *sizes)
@@ -533,8 +576,10 @@ def _block_product(
             epilogue,
             tiles,
             stored,
+            "",
+            size,
         )
-        named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
+        named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra, *scaling]
         groups = block.groups(s, m, n, batch)
         if s.streamed:
             most = block.programs(t, s, DTYPES[a.dtype].size)
@@ -550,16 +595,30 @@ def _block_product(
             return
         if s.persistent:
             groups = (minimum(groups[0], block.programs(t, s, DTYPES[a.dtype].size)), 1, 1)
-        launch(kernel, [a, b, *operands, out], _ordered(None, named), groups, work)
+        launch(kernel, [a, b, *operands, out, *factored], _ordered(None, named), groups, work)
         return
     partial = empty((count, batch, m, n), compute)
     total = batch * m * n
     kernel = build(
-        block.gemm, s, a.dtype, b.dtype, compute, a_layout, b_layout, "n", precision, True, Epilogue(), tiles
+        block.gemm,
+        s,
+        a.dtype,
+        b.dtype,
+        compute,
+        a_layout,
+        b_layout,
+        "n",
+        precision,
+        True,
+        Epilogue(),
+        tiles,
+        False,
+        "",
+        size,
     )
     span = cdiv(cdiv(k, count), s.k) * s.k
-    named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span)]
-    launch(kernel, [a, b, partial], _ordered(None, named), block.groups(s, m, n, batch, count), work)
+    named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span), *scaling]
+    launch(kernel, [a, b, partial, *factored], _ordered(None, named), block.groups(s, m, n, batch, count), work)
     finish = build(block.reduce_splits, compute, out.dtype, c_layout, epilogue)
     named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
     named += [*(("i32", v) for v in (m, n, count)), *extra]

@@ -111,6 +111,17 @@ def schedule(
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
 
 
+# Of operands whose blocks have factors: the sums of a block have registers of their own.
+BLOCKS = Schedule(128, 128, 128, 8, 3), Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
+
+
+def blocks_schedule(target: Target, blocks: int, m: int, n: int) -> Schedule:
+    """For about m rows and n columns, of blocks of so many products."""
+    enough = target.compute_units * 3 // 4
+    fitting = (s for s in BLOCKS if s.n <= n and -(-m // s.m) * -(-n // s.n) >= enough)
+    return replace(SKINNY[1] if m < 32 else next(fitting, BLOCKS[-1]), k=min(blocks, 128))
+
+
 def splits(target: Target, s: Schedule, m: int, n: int, k: int, batch: int) -> int:
     """Into how many runs the reduction is cut, for about these sizes: a power of two, 1 where there is work for all."""
     tiles = -(-m // s.m) * -(-n // s.n) * batch
@@ -183,9 +194,9 @@ def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> li
 
 def gemm(
     target: Target, s: Schedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, precision: str, split: bool,
-    epilogue: Epilogue, described: bool = False, stored: bool = False, grouped: str = "",
+    epilogue: Epilogue, described: bool = False, stored: bool = False, grouped: str = "", blocks: int = 0,
 ) -> Kernel:  # fmt: skip
-    """Buffers: a, b, epilogue operands, c, with grouped offs. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
+    """Buffers: a, b, epilogue operands, c, with grouped offs, with blocks fa and fb. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
     batches, splits), or with s.persistent, of one batch, programs(). split: c is partial sums, one matrix (stride cs) for each
     run of `span` of the reduction.
 
@@ -198,8 +209,12 @@ def gemm(
 
     grouped: the items of the batch are groups, that the ends in offs (int32) cut out of one matrix: of the rows of a and of c ("rows",
     grid: grouped_groups), or of the reduction ("k"); their number is the last scalar (i32). Ends beyond the matrix or before their
-    predecessor are moved there."""
+    predecessor are moved there.
+
+    blocks (a multiple of s.k; 0: none): so many products of a row and a column have a factor fa [M / rows_a, K / blocks] and one fb
+    [N / rows_b, K / blocks] in common, float32. Last scalars: the strides of fa and fb (i64), rows_a and rows_b."""
     assert not grouped or not (split or described or stored or s.persistent or s.streamed)
+    assert not blocks or not (grouped or described or s.persistent or s.streamed or blocks % s.k)
     compute = compute_dtype(a)
     acc = TYPES[compute]
     e = EpilogueText(target, epilogue, compute)
@@ -214,7 +229,18 @@ def gemm(
         # Hopper's tensor cores keep 14 bits of a sum of these: unless asked for ("fast"), a tile's worth and no more.
         dot = "" if precision == "fast" else f", max_num_imprecise_acc={s.k}"
     out_type = f", out_dtype={acc}" if compute in ("f64", "i32") else ""
-    product = f"acc = tl.dot(x, y, acc{dot}{out_type})"
+
+    def product(i: str = "") -> list[str]:
+        """Adds x @ y to acc. i: the number of this step."""
+        if not blocks:
+            return [f"    acc = tl.dot(x, y, acc{dot}{out_type})"]
+        return [
+            f"    block = (start + {i} * {s.k}) // {blocks}",
+            "    factor_a = tl.load(pfa + block * fak)[:, None]",
+            "    factor_b = tl.load(pfb + block * fbk)[None, :]",
+            f"    acc += tl.dot(x, y{dot if not narrow else ''}) * factor_a * factor_b",
+        ]
+
     place = [
         *_place(s),
         f"ra = row + tl.arange(0, {s.m})",
@@ -306,11 +332,12 @@ def gemm(
             f"for j in range(start, end, {s.k}):",
             f"    x = {load('a_tiles', 'row', 'j', a_layout == 't')}{cast}",
             f"    y = {load('b_tiles', 'j', 'column', b_layout == 't')}{cast}",
-            f"    {product}",
+            *product(),
             *finish,
         ]
     else:
         step = [f"pa += {s.k} * {unit['ak']}", f"pb += {s.k} * {unit['bk']}"]
+        factors = ["pfa = fa + ca // rows_a * fam", "pfb = fb + cb // rows_b * fbn"] if blocks else []
         work = [
             *place,
             f"rk = tl.arange(0, {s.k})",
@@ -321,6 +348,7 @@ def gemm(
             f"cb = tl.max_contiguous(tl.multiple_of(tl.where(rb < n, rb, 0), {s.n}), {s.n})",
             f"pa = a + z * ab + (ca[:, None] * {unit['am']} + (start + rk)[None, :] * {unit['ak']})",
             f"pb = b + z * bb + ((start + rk)[:, None] * {unit['bk']} + cb[None, :] * {unit['bn']})",
+            *factors,
         ]
         if s.k == 1:
             work += [
@@ -333,13 +361,13 @@ def gemm(
                 f"for i in range(0, (end - start) // {s.k}):",
                 f"    x = tl.load(pa){cast}",
                 f"    y = tl.load(pb){cast}",
-                f"    {product}",
+                *product("i"),
                 *("    " + t for t in step),
                 f"rest = (end - start) % {s.k}",
                 "if rest > 0:",
                 f"    x = tl.load(pa, mask=rk[None, :] < rest, other={zero}){cast}",
                 f"    y = tl.load(pb, mask=rk[:, None] < rest, other={zero}){cast}",
-                f"    {product}",
+                *product(f"(end - start) // {s.k}"),
             ]
         work += finish
     if s.persistent:
@@ -373,9 +401,14 @@ def gemm(
     body = "\n".join(line for line in lines if line.strip())
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, split)] + e.scalars
     scalars += [("groups", "i32")] if grouped else [("batch", "i32")] if s.streamed else []
+    scalars += [*((n, "i64") for n in ("fam", "fak", "fbn", "fbk")), ("rows_a", "i32"), ("rows_b", "i32")] * bool(
+        blocks
+    )
     flags = "_split" * split + "_d" * described + "_st" * stored + (f"_by_{grouped}" if grouped else "")
+    flags += f"_x{blocks}" if blocks else ""
     name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{flags}_{s}_{epilogue}"
     extra = [("offs", "i32")] if grouped else [("partial", compute)] if s.streamed else []
+    extra += [("fa", "f32"), ("fb", "f32")] * bool(blocks)
     return template(
         name, [("a", a), ("b", b), *e.buffers, ("c", c), *extra], scalars, body, s.warps, s.stages, e.module
     )
