@@ -112,6 +112,34 @@ def test_training_curve(name: str, device: torch.device) -> None:
     assert drift < 0.05, f"mean drift of the curve {drift:.3f}"
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_training_with_dropout(name: str, device: torch.device) -> None:
+    """The gradient is the slope of the loss for the same random numbers. Attention's dropout is part of its kernels."""
+    spec = zoo.MODELS[name]
+    module, inputs = spec.build().train().to(device), zoo.to(spec.inputs(batch=2), device)
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.2
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        return spec.loss(module, inputs)
+
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    with torch.spiral.telemetry() as events:
+        gradients = torch.autograd.grad(loss(), parameters)
+    assert sum("attention" in e.kernel and "dropout" in e.kernel for e in events.kernels()) >= 2
+    length = torch.stack([g.double().cpu().square().sum() for g in gradients]).sum().sqrt().item()
+    losses = []
+    with torch.no_grad():
+        for step in (0.01 / length, -0.02 / length):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.add_(g, alpha=step)
+            losses.append(loss().item())
+    assert (losses[0] - losses[1]) / 0.02 == pytest.approx(length, rel=0.02)
+
+
 def test_lazy_modules_move_before_they_know_their_shapes(device):
     layer = torch.nn.LazyConv2d(4, 3).double()
     weight = layer.weight
