@@ -955,6 +955,68 @@ def test_a_prologue_reads_before_what_it_reads_is_written(device):
     torch.testing.assert_close(ours.cpu(), w + 1.0)
 
 
+def test_prepared_parts_of_a_concatenation_are_written(device):
+    """They are read by another name: nothing but a product may read what a prologue prepares."""
+
+    def f(x, y, w):
+        return torch.cat([x.float() * 2, y.float(), (y.float() @ w[:8]).sigmoid()], 1) @ w
+
+    check(device, f, torch.randn(8, 8).half(), torch.randn(8, 8).half(), torch.randn(24, 8))
+
+
+class Attention(nn.Module):
+    """As in nn.MultiheadAttention, batch first: queries, keys and values are copied apart; a cache that is empty yet."""
+
+    def __init__(self, width, heads, cached=False):
+        super().__init__()
+        self.attention, self.cached = nn.MultiheadAttention(width, heads, batch_first=True), cached
+
+    def forward(self, x):
+        if not self.cached:
+            return self.attention(x, x, x, need_weights=False)[0]
+        a = self.attention
+        b, t, d = x.shape
+        q, k, v = (
+            z.view(b, t, a.num_heads, -1).transpose(1, 2)
+            for z in F.linear(x, a.in_proj_weight, a.in_proj_bias).split(d, 2)
+        )
+        k, v = (torch.cat([torch.tensor([], dtype=x.dtype, device=x.device), z], -2) for z in (k, v))
+        return a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "heads", "cached"), [(1, 32, 2, False), (2, 32, 2, False), (1, 24, 4, False), (2, 32, 2, True)]
+)
+def test_attention_reads_where_copies_would_have_read(device, batch, width, heads, cached):
+    theirs = Attention(width, heads, cached).double().eval()
+    x = torch.randn(batch, 37, width, dtype=torch.double)
+    ours = copy.deepcopy(theirs).float().to(device)
+    xs = x.float().to(device)
+    aligned = width // heads % 4 == 0  # else what the copies hold could be read faster
+    if aligned:
+        turned = batch > 1 and not cached  # nn.MultiheadAttention has tokens before the batch
+        assert len(kernels(ours, xs)) == (5 if turned else 3)
+    torch._dynamo.reset()
+    got, expected = torch.compile(ours, backend="spiral", fullgraph=True)(xs), theirs(x)
+    torch.testing.assert_close(got.detach().cpu().double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    got.sin().sum().backward()
+    expected.sin().sum().backward()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu().double(), a.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_that_are_written_or_returned_are_copied(device):
+    def f(q, k):
+        joined = torch.cat([q.new_empty(0), k.transpose(1, 2)], -2)
+        k.mul_(2.0)
+        return F.scaled_dot_product_attention(q, joined, joined), joined
+
+    q, k = torch.randn(2, 2, 5, D), torch.randn(2, 6, 2, D)
+    got = torch.compile(f, backend="spiral", fullgraph=True)(*on(device, (q, k)))
+    for a, b in zip(got, f(q, k), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
 # ---- kernel counts ------------------------------------------------------------------------------------------------------
 
 
@@ -1039,6 +1101,66 @@ def test_kernel_counts_of_a_gpt2_block(device):
     assert len(names) <= 20, names
     for a, b in zip([xc, *theirs.parameters()], [xs, *ours.parameters()], strict=True):
         torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-3)
+
+
+class Residual(nn.Module):
+    """Blocks that normalise what they add to, as in GPT-2 and ViT."""
+
+    def __init__(self, width, depth=2):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x):
+        x = x * 2
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return F.rms_norm(x, x.shape[-1:])
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 9), "float32"), ((3, 16, 64), "bfloat16")])
+def test_products_add_what_a_norm_after_them_reads(device, shape, dtype):
+    """Each norm reads one tensor, which the product before it stores; the last sum is read by its norm alone, which adds."""
+    dtype = getattr(torch, dtype)
+    theirs, x = Residual(shape[-1]).double(), torch.randn(shape)
+    ours, xs = copy.deepcopy(theirs).to(device, dtype), x.to(device, dtype)
+    with torch.no_grad():
+        found = explain(ours, xs)
+    assert [s.title for s in found.hosts[0]] == ["fused", "addmm + add", "fused", "addmm", "fused"]
+    assert [len(s.reads) for s in found.hosts[0] if s.title == "fused"] == [3, 3, 2]
+    torch._dynamo.reset()
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    weights = torch.randn(shape)
+    got, expected = torch.compile(ours, backend="spiral", fullgraph=True)(xs), theirs(x.double())
+    torch.testing.assert_close(got.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    (got * weights.to(device, dtype)).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        scale = a.grad.abs().max().item()
+        torch.testing.assert_close(b.grad.cpu().double(), a.grad, rtol=10 * tolerance, atol=tolerance * scale)
+
+
+def test_epilogues_of_large_products(device, monkeypatch, tmp_path):
+    """Operands' indices are affine in the rows: two rows tell them."""
+    from torch_spiral.compiler import epilogue
+
+    monkeypatch.setattr(epilogue, "LIMIT", 64)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # whose keys know nothing of this limit
+
+    def f(x, w, b, r):
+        return F.gelu(x @ w + b) * r[:, :1] + r
+
+    args = [torch.randn(100, 16), torch.randn(16, 24), torch.randn(24), torch.randn(100, 24)]
+    assert len(kernels(f, *on(device, args))) == 1
+    check(device, f, *args)
+
+
+def test_partial_sums_are_summed_once(device):
+    """Sums of columns are cut for all cores, and their parts are summed by one more kernel."""
+    x = torch.randn(2048, 96)
+    assert len(kernels(lambda x: x.sum(0), x.to(device))) <= 2
+    assert len(kernels(lambda x: x.var(0), x.to(device))) <= 2
+    check(device, lambda x: (x.sum(0), x.var(0), x.amax(0)), x, tolerance=1e-4)
 
 
 def test_explain(device):

@@ -51,11 +51,12 @@ def backend(
     device.register()
     config = {**list_mode_options(mode or "default"), **(options or {})}
     dynamo.forget_stream(gm)
-    from .passes import fuse_attention, share_keys
+    from .passes import fuse_attention, share_keys, skip_empty_caches
 
     try:
         fuse_attention(gm)
         share_keys(gm)
+        skip_empty_caches(gm)
         with compat.parts_of_compilation() as parts:
             compiled: Any = compile_fx.compile_fx(gm, list(example_inputs), config_patches=config)
         module = compat.plain_inference(parts)

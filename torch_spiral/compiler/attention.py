@@ -23,6 +23,15 @@ def bias_of(backward: bool, node: ast.Call) -> ast.AST | None:
     return None if isinstance(found, ast.Constant) else found
 
 
+def reads(old: Shape, new: Shape, offset: int) -> bool:
+    """Whether attention may read an operand with the second strides at an offset instead of the first: as fast, with results laid out alike."""
+    layouts = [
+        [s for n, s in zip(sizes, _dense(sizes, strides), strict=True) if n > 1] for sizes, strides in (old, new)
+    ]
+    by_four = not _vectors(*old) or (_vectors(*new) and offset % 4 == 0)
+    return new[1][3] == 1 and by_four and layouts[0] == layouts[1]
+
+
 def plan(
     backward: bool, node: ast.Call, shapes: Sequence[Shape | None], dtypes: Sequence[str], bias: Shape | None = None
 ) -> dict[str, Any] | None:
@@ -57,11 +66,7 @@ def plan(
         return None
     # One query of each head: the query heads that share keys become queries of one head.
     fold = queries == 1 and kv_heads != heads and not dropout
-    if (
-        wanted[3]
-        or (bias_of(backward, node) is not None and bias is None)
-        or (fold and (backward or causal))
-    ):
+    if wanted[3] or (bias_of(backward, node) is not None and bias is None) or (fold and (backward or causal)):
         return None
     added = None
     if bias is not None:
@@ -135,7 +140,14 @@ def _mask(bias: Any, q: Any, k: Any, strides: Sequence[int] | None) -> Any:
 
 
 def backward(
-    *args: Any, causal: bool, bias: Any, scale: float, dropout: float, classes: Any, strides: Any, wanted: Sequence[bool]
+    *args: Any,
+    causal: bool,
+    bias: Any,
+    scale: float,
+    dropout: float,
+    classes: Any,
+    strides: Any,
+    wanted: Sequence[bool],
 ) -> Any:
     g, q, k, v = args[:4]
     out, lse = args[6:8]

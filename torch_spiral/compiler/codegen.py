@@ -468,13 +468,11 @@ class Scheduling(compat.SIMDScheduling):
 
     def define_kernel(self, src_code: str, node_schedule: Any, kernel: FusedKernel) -> str:
         wrapper: Any = V.graph.wrapper_code
-        if src_code in wrapper.src_to_kernel:
-            return wrapper.src_to_kernel[src_code]
-        name = f"fused_{wrapper.next_kernel_suffix()}"
-        wrapper.src_to_kernel[src_code] = name
-        origins, _ = compat.get_kernel_metadata(node_schedule, wrapper)
-        wrapper.define_fused(name, kernel.built, kernel.sites, kernel.launch, kernel.program, origins, summary(origins))
-        return name
+
+        def origins() -> str:
+            return compat.get_kernel_metadata(node_schedule, wrapper)[0]
+
+        return wrapper.define(src_code, kernel.built, kernel.sites, kernel.launch, kernel.program, origins)
 
     def codegen_sync(self) -> None:
         pass

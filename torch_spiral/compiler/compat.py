@@ -34,7 +34,7 @@ from torch._inductor.codegen.common import (
 from torch._inductor.codegen.simd import SIMDKernel, SIMDScheduling
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen, SubgraphPythonWrapperCodegen
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
-from torch._inductor.ir import ComputedBuffer, ExternKernel, FixedLayout, TensorBox
+from torch._inductor.ir import ComputedBuffer, ExternKernel, FixedLayout, Reduction, TensorBox, WelfordReduction
 from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.output_code import CompiledFxGraph
@@ -100,8 +100,21 @@ def compile_with(defaults: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> None:
-    """Has Inductor cut reductions on spiral into pieces(device, reduced elements, results, along the fast dimension) partial ones."""
+    """Has Inductor cut reductions on spiral into pieces(device, reduced elements, results, along the fast dimension) partial ones, once:
+    upstream asks again for the partial ones."""
     upstream = InductorChoices.reduction_split_factor
+
+    def once(owner: type) -> None:
+        several = owner.create_multilayer.__func__
+
+        def create_multilayer(cls: type, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+            with config.patch(split_reductions=False) if device.type == "spiral" else contextlib.nullcontext():
+                return several(cls, device, *args, **kwargs)
+
+        owner.create_multilayer = classmethod(create_multilayer)
+
+    once(Reduction)
+    once(WelfordReduction)
 
     def factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
         choose = pieces if device.type == "spiral" else upstream
@@ -119,7 +132,10 @@ def save_random_results() -> None:
     def joint_graph_passes(*args: Any, **kwargs: Any) -> torch.fx.GraphModule:
         gm = upstream(*args, **kwargs)
         for n in gm.graph.nodes:
-            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and n.meta.get("recompute") is not None:
+            if (
+                torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+                and n.meta.get("recompute") is not None
+            ):
                 values = n.meta["val"] if isinstance(n.meta["val"], (tuple, list)) else (n.meta["val"],)
                 if any(isinstance(x, torch.Tensor) and x.device.type == "spiral" for x in values):
                     for x in (n, *(user for user in n.users if user.target is operator.getitem)):
@@ -127,6 +143,26 @@ def save_random_results() -> None:
         return gm
 
     compile_fx.joint_graph_passes = joint_graph_passes
+
+
+def store(n: torch.fx.Node) -> None:
+    """Has Inductor store the node's result, whatever it costs to compute again. (Of custom passes: after store_marked.)"""
+    n.meta["spiral_stored"] = True
+
+
+def store_marked() -> None:
+    """Has Inductor do what `store` asks for."""
+    from torch._inductor.graph import GraphLowering
+
+    upstream = GraphLowering.run_node
+
+    def run_node(self: Any, n: torch.fx.Node) -> Any:
+        result = upstream(self, n)
+        if n.meta.get("spiral_stored") and isinstance(result, TensorBox):
+            result.realize()
+        return result
+
+    GraphLowering.run_node = run_node
 
 
 def keep_operators(names: list[str]) -> None:
@@ -399,6 +435,8 @@ __all__ = [
     "register_overrides",
     "reorder_loops",
     "split_reductions",
+    "store",
+    "store_marked",
     "symbol_is_type",
     "sympy_index_symbol",
     "sympy_subs",

@@ -15,7 +15,7 @@ import numpy as np
 from ..kernels import ir
 from ..kernels.ir import Node
 from ..kernels.vector.gemm import constant_step, rsqrt_step
-from .loops import Program
+from .loops import Program, Store
 
 LIMIT = 1 << 23  # elements of a product whose operands' indices are checked one by one
 
@@ -95,11 +95,11 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     count = math.prod(sizes)
     if store.index is not acc.args[0] or count != math.prod(shape) or acc.dtype != "f32":
         return None
-    if shape[0] > 2 and sizes and sizes[-1] % shape[0] == 0 and _affine(nodes, f"x{len(sizes) - 1}"):
-        sizes[-1], shape = (
-            2 * (sizes[-1] // shape[0]),
-            [2, *shape[1:]],
-        )  # the other items of the batch follow as the second does
+    outer = 1 if shape[0] == 1 else 0
+    many = shape[outer]
+    if many > 2 and sizes and sizes[-1] % many == 0 and _affine(nodes, f"x{len(sizes) - 1}"):
+        # The other items of the batch, or rows of the only one, follow as the second does.
+        sizes[-1], shape = 2 * (sizes[-1] // many), [*shape[:outer], 2, *shape[outer + 1 :]]
         count = math.prod(sizes)
     if count > LIMIT:
         return None
@@ -133,6 +133,38 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     except KeyError:
         return None
     return names.index(store.buffer), steps
+
+
+def split(program: Program, product: int) -> tuple[Program, Program] | None:
+    """A reduction that stores, element by element, something made of a product's result, and reads the result for nothing else: that part of it
+    as a pointwise program, and the reduction that reads what the part stores. Both have the buffers of the whole."""
+    name = program.buffers[product][0]
+    nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
+    read = {n.attr for n in nodes if n.op == "load"}
+    names = [f"r{i}" for i in range(len(program.reduced))] + [f"x{i}" for i in range(len(program.rows))]
+    for store in program.stores:
+        made = ir.walk(store.index, store.value)
+        if (
+            not store.per_element or store.mode or store.buffer in read or any(n.op == "red" for n in made)
+            or not any(n.op == "load" and n.attr == name for n in made)
+        ):  # fmt: skip
+            continue
+        stored = Node("load", store.value.dtype, store.index, attr=store.buffer)
+        rest = [replace(s, value=_replace(s.value, store.value, stored)) for s in program.stores if s is not store]
+        if any(n.op == "load" and n.attr == name for s in rest for n in ir.walk(s.index, s.value)):
+            continue
+
+        def renamed(n: Node) -> Node | None:
+            return Node("leaf", n.dtype, attr=f"x{names.index(n.attr)}") if n.op == "leaf" and n.attr in names else None
+
+        index, value = (ir.substitute(n, renamed) for n in (store.index, store.value))
+        part = Store(store.buffer, index, value, None, False)
+        modes = [(b, dtype, "r" if b == store.buffer else mode) for b, dtype, mode in program.buffers]
+        return (
+            replace(program, rows=[*program.reduced, *program.rows], reduced=[], stores=[part]),
+            replace(program, buffers=modes, stores=rest),
+        )
+    return None
 
 
 def _affine(nodes: Sequence[Node], leaf: str) -> bool:

@@ -14,16 +14,73 @@ from ..kernels.kernel import Target
 from . import compat
 from .key import built_for
 
+aten = torch.ops.aten
+
 
 class Passes(compat.CustomGraphModulePass):
     """Called by Inductor on every graph with tensors on the device."""
 
     def __call__(self, gm: torch.fx.GraphModule) -> None:
-        pass
+        add_biases(gm.graph)
+        keep_residuals(gm.graph)
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches on disk: what kernels are built for, device by device, and what builds them."""
         return built_for()
+
+
+def _product(n: Any) -> Any:
+    """The mm or addmm that n is, reshaped, and that nothing else reads; else None."""
+    while _alone(n) and n.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        n = n.args[0]
+    return n if _alone(n) and n.target in (aten.mm.default, aten.addmm.default) else None
+
+
+def add_biases(graph: fx.Graph) -> None:
+    """reshape(mm(x, w)) + bias becomes reshape(addmm(bias, x, w)): what a linear layer decomposes to where its input is not contiguous.
+    What only copies the result can then be left out."""
+    for n in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for x, bias in (n.args[:2], n.args[1::-1]):
+            mm = _product(x)
+            if mm is None or mm.target is not aten.mm.default or n.kwargs or not isinstance(bias, fx.Node):
+                continue
+            added, result, before, product = (a.meta["val"] for a in (bias, n, x, mm))
+            dtypes, devices = {t.dtype for t in (added, result, product)}, {t.device for t in (added, result)}
+            if len(dtypes) != 1 or len(devices) != 1 or str(before.shape) != str(result.shape):
+                continue
+            if [str(s) for s in added.shape] != [str(product.shape[1])] or str(product.shape[1]) != str(
+                result.shape[-1]
+            ):
+                continue
+            with graph.inserting_before(n):
+                new = graph.call_function(aten.addmm.default, (bias, *mm.args))
+                new.meta.update(mm.meta)
+                if x is not mm:
+                    new = graph.call_function(aten.reshape.default, (new, x.args[1]))
+                    new.meta.update(n.meta)
+            n.replace_all_uses_with(new)
+            break
+    graph.eliminate_dead_code()
+
+
+_MOVES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.clone.default,
+    aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+
+
+def keep_residuals(graph: fx.Graph) -> None:
+    """Has what a product is added to stored once where more reads it, so that the product's epilogue adds it and a norm after the sum reads one
+    tensor, not every product since the last one that Inductor stored."""
+    for n in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for x, kept in (n.args[:2], n.args[1::-1]):
+            while _alone(x) and x.target in _MOVES:
+                x = x.args[0]
+            product = _alone(x) and x.target in (aten.mm.default, aten.addmm.default)
+            if not product or not isinstance(kept, fx.Node) or kept.op != "call_function" or len(kept.users) == 1:
+                continue
+            if str(kept.meta["val"].shape) == str(n.meta["val"].shape):
+                compat.store(kept)
 
 
 def reads_by_channels(gm: fx.GraphModule) -> bool:
@@ -120,6 +177,40 @@ def share_keys(gm: fx.GraphModule) -> int:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return found
+
+
+def skip_empty_caches(gm: fx.GraphModule) -> int:
+    """Has attention read keys and values where they are, rather than concatenated to nothing, as transformers' caches do at first; how often."""
+    found = 0
+    for n in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        for i, joined in enumerate(n.args[:3]):
+            if (
+                not isinstance(joined, fx.Node)
+                or joined.target is not torch.cat
+                or not isinstance(joined.args[0], (list, tuple))
+            ):
+                continue
+            parts = [t for t in joined.args[0] if not isinstance(t, fx.Node) or _value(t).shape != (0,)]
+            if len(parts) != 1 or _value(parts[0]).dtype != _value(joined).dtype:
+                continue
+            between, later = [], joined.next
+            while later is not n:
+                between.append(later)
+                later = later.next
+            if not any(map(_writes, between)):
+                n.update_arg(i, parts[0])
+                found += 1
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return found
+
+
+def _writes(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph may write to a tensor."""
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", "iadd", "isub", "imul", "itruediv") or "out" in n.kwargs
 
 
 def _repeated(n: Any) -> Any:
@@ -259,4 +350,4 @@ def _has_product(n: Any) -> bool:
     return False
 
 
-__all__ = ["Passes", "fuse_attention", "reads_by_channels", "share_keys"]
+__all__ = ["Passes", "fuse_attention", "reads_by_channels", "share_keys", "skip_empty_caches"]

@@ -1,6 +1,7 @@
-"""Which pointwise kernels before a matrix product only prepare one of its operands, so that the product can read what they read.
+"""Which pointwise kernels before a matrix product or attention only prepare one of its operands, so that it can read what they read.
 
-A cast that loses nothing becomes the operand's own dtype; factors that are constant along the reduction become factors of the result."""
+A cast that loses nothing becomes the operand's own dtype; factors that are constant along the reduction become factors of the result;
+attention reads what a copy would have put in order."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ class Factor:
 
 @dataclass(frozen=True)
 class Prologue:
-    """What a fused kernel stores: elements of the buffer `source` at the index of the store, times factors and a constant. sizes and strides: of
-    the kernel's coordinates and of the index in them; None where the index is not affine, and then there are no factors."""
+    """What a fused kernel stores: elements of the buffer `source` at the index of the store, times factors and a constant; or a copy of elements
+    `moved` from elsewhere. sizes and strides: of the kernel's coordinates and of the store's index in them; None where the index is not
+    affine, and then there are no factors."""
 
     target: int
     source: int
@@ -39,21 +41,25 @@ class Prologue:
     constant: float
     sizes: tuple[int, ...]
     strides: tuple[int, ...] | None
+    moved: Factor | None = None
 
     def along(self, shape: Sequence[int], strides: Sequence[int], factor: Factor) -> list[int] | None:
-        """Strides of a factor along the dimensions of an operand that reads all that is stored, with this shape and these strides."""
+        """Strides of a factor along the dimensions of an operand that reads what is stored, with this shape and these strides, from the
+        first element on."""
         assert self.strides is not None
-        wanted = {t: (s, f) for s, t, f in zip(self.sizes, self.strides, factor.strides, strict=True) if s > 1}
+        step = {t: f for s, t, f in zip(self.sizes, self.strides, factor.strides, strict=True) if s > 1}
+        left = {t: s - 1 for s, t in zip(self.sizes, self.strides, strict=True) if s > 1}
         found = []
         for size, stride in zip(shape, strides, strict=True):
-            if size == 1:
-                found.append(0)
-                continue
-            coordinate = wanted.pop(stride, None)
-            if coordinate is None or coordinate[0] != size:
+            # A dimension runs along one coordinate, of which several may take a share.
+            inside = [t for t in left if t and stride % t == 0 and (size - 1) * (stride // t) <= left[t]]
+            if size > 1 and not inside:
                 return None
-            found.append(coordinate[1])
-        return None if wanted else found
+            t = max(inside, default=1)
+            found.append(step[t] * (stride // t) if size > 1 else 0)
+            if size > 1:
+                left[t] -= (size - 1) * (stride // t)
+        return found
 
 
 def match(program: Program) -> list[Prologue]:
@@ -80,13 +86,11 @@ def _match(program: Program, store: Store) -> Prologue | None:
         pair = (dtypes[load.attr], dtypes[store.buffer])
         if load.args[0] is store.index and (pair in EXACT | WEIGHTS or pair[0] == pair[1]):
             sources.append(load)
-        elif term is load and load.dtype == "f32":
+        elif term is load and (load.dtype == "f32" or term is store.value):
             factors.append(load)
         else:
             return None
     if not math.isfinite(constant):  # of which sums of infinities that cancel would make something else
-        return None
-    if len(sources) != 1 or (not factors and constant == 1.0 and dtypes[sources[0].attr] == dtypes[store.buffer]):
         return None
     place = _affine(store.index, len(program.rows))
     found = []
@@ -95,6 +99,13 @@ def _match(program: Program, store: Store) -> Prologue | None:
         if index is None or place is None or place[1] != 0:
             return None
         found.append(Factor(names.index(load.attr), *index))
+    moved = None
+    if not sources and store.value in factors and dtypes[factors[0].attr] == dtypes[store.buffer]:
+        sources, moved = factors, found.pop()
+    if len(sources) != 1 or (
+        moved is None and not found and constant == 1.0 and dtypes[sources[0].attr] == dtypes[store.buffer]
+    ):
+        return None
     return Prologue(
         names.index(store.buffer),
         names.index(sources[0].attr),
@@ -102,6 +113,7 @@ def _match(program: Program, store: Store) -> Prologue | None:
         constant,
         tuple(int(s.attr) for s in program.rows),
         None if place is None else place[0],
+        moved,
     )
 
 

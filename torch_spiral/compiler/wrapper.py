@@ -8,18 +8,20 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import lowering as low
+from ..kernels import ir
 from ..kernels.kernel import Target
 from ..kernels.vector.gemm import constant_step
 from . import attention, compat, prologue
+from .codegen import summary
 from .compat import V
-from .epilogue import Operand, match
-from .loops import Built, Program
+from .epilogue import Operand, match, split
+from .loops import Built, Program, build
 from .ops import dtype_name
 from .report import Step
 from .runtime import OUT_EXTERNS
@@ -83,17 +85,20 @@ class Wrapper(compat.PythonWrapperCodegen):
             strip=True,
         )
 
-    def define_fused(
+    def define(
         self,
-        name: str,
+        text: str,
         built: Built,
         sites: Sequence[str],
         launch: dict[str, Any],
         program: Program,
-        origins: str,
-        nodes: str,
-    ) -> None:
-        """Puts a kernel into the module."""
+        find_origins: Callable[[], str],
+    ) -> str:
+        """The name of a kernel in the module, put there where it is the first of this text."""
+        if text in self.src_to_kernel:
+            return self.src_to_kernel[text]
+        name = self.src_to_kernel[text] = f"fused_{self.next_kernel_suffix()}"
+        origins = find_origins()
         digest = hashlib.sha256(repr((built, tuple(sites))).encode()).hexdigest()[:16]
         kernel = dataclasses.replace(built.kernel, name=f"fused_{digest}")
         rest = ", ".join(
@@ -106,7 +111,7 @@ class Wrapper(compat.PythonWrapperCodegen):
             f"    name={kernel.name!r}, {rest},",
             '    source="""\\',
             *kernel.source.strip("\n").replace("\\", "\\\\").split("\n"),
-            f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r}, nodes={nodes!r})',
+            f'"""), schedule={built.schedule!r}, lanes={built.lanes}, sites={tuple(sites)!r}, nodes={summary(origins)!r})',
             "",
         ]
         for line in [*origins.split("\n"), *lines]:
@@ -115,6 +120,7 @@ class Wrapper(compat.PythonWrapperCodegen):
         self.fused_origins[name] = origins
         self.programs[name] = program
         reports.append(Report(name, kernel, program, origins))
+        return name
 
     def make_allocation(self, name: str, device: torch.device, dtype: torch.dtype, shape: Any, stride: Any,
                         allocation_shape: Any = None, is_pinned: bool = False) -> str:  # fmt: skip
@@ -297,6 +303,9 @@ class _Cutter:
             if not isinstance(target, ast.Name) or _shape(target) is None or target.id in self.outer:
                 return
             targets[target.id] = p
+        for s in self.statements[:index]:  # a part of something larger, as of a concatenation, is read by another name
+            if targets.keys() & set(_stored(s)) and (_call(getattr(s, "value", None)) or [""])[0] != "empty":
+                return
         read = {i: buffers[i] for p in stores for i in (p.source, *(f.buffer for f in p.factors))}
         kept = set(map(_root, read.values()))  # must hold what they hold until the last product
         for _ in range(2):  # under all names of their memory
@@ -348,11 +357,15 @@ class _Cutter:
     def _prepared(
         self, s: ast.stmt, targets: dict[str, prologue.Prologue], read: dict[int, ast.expr]
     ) -> tuple[ast.Call, list[tuple[int, ast.expr]], list[str]] | None:
-        """(the product that a statement is, its new operands, steps before its bias), where it can do without the kernel that wrote
-        the targets."""
+        """(the product or attention that a statement is, its new operands, steps before its bias), where it can do without the kernel that
+        wrote the targets."""
         found = _call(getattr(s, "value", None))
+        if found is not None and attention.NAME in found[0]:
+            return self._in_place(found[1], 4 if "_backward" in found[0] else 3, targets, read)
         if found is None or found[0].removeprefix("extern_kernels.") not in OUT_EXTERNS:
             return None
+        if any(targets[n].moved for n in targets.keys() & set(_loaded(s))):
+            return None  # columns that products read element by element
         call = found[1]
         first = len(call.args) - 2  # after the bias
         plain = all(k.arg in ("out", "before") or ast.unparse(k.value) == "1" for k in call.keywords)
@@ -366,12 +379,8 @@ class _Cutter:
             e = call.args[first + side]
             if _root(e) not in targets:
                 continue
-            p, whole, shape, offset = targets[_root(e)], _shape(ast.Name(_root(e))), _shape(e), 0
-            if isinstance(e, ast.Call):
-                if not isinstance(e.args[0], ast.Name) or not all(map(_literal, e.args[1:])):
-                    return None
-                offset = ast.literal_eval(e.args[3]) if len(e.args) > 3 else 0
-            if shape is None or whole is None:
+            p, whole, shape, offset = targets[_root(e)], _shape(ast.Name(_root(e))), _shape(e), _offset(e)
+            if shape is None or whole is None or offset is None:
                 return None
             if p.factors and (offset or math.prod(shape[0]) != math.prod(whole[0])):
                 return None
@@ -398,6 +407,27 @@ class _Cutter:
         if dtypes[0] in narrow or (narrow and self._block) or (self._block and dtypes[0] != dtypes[1]):
             return None
         return call, operands, before
+
+    def _in_place(
+        self, call: ast.Call, count: int, targets: dict[str, prologue.Prologue], read: dict[int, ast.expr]
+    ) -> tuple[ast.Call, list[tuple[int, ast.expr]], list[str]] | None:
+        """As _prepared, for attention with `count` operands: it reads where a copy read."""
+        if any(targets.keys() & set(_loaded(e)) for e in [*call.args[count:], *(k.value for k in call.keywords)]):
+            return None
+        operands: list[tuple[int, ast.expr]] = []
+        for i, e in enumerate(call.args[:count]):
+            if _root(e) not in targets:
+                continue
+            p, shape = targets[_root(e)], _shape(e)
+            source = read[p.source]
+            if p.moved is None or shape is None or len(shape[0]) != 4 or _offset(e) != 0 or _root(source) in self.outer:
+                return None
+            strides = p.along(*shape, p.moved)
+            if strides is None or not attention.reads(shape, (shape[0], strides), p.moved.offset):
+                return None
+            text = f"reinterpret_tensor({ast.unparse(source)}, {tuple(shape[0])}, {tuple(strides)}, {p.moved.offset})"
+            operands.append((i, ast.parse(text, mode="eval").body))
+        return call, operands, []
 
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 
@@ -450,6 +480,12 @@ class _Cutter:
         products = [i for i in reads if program.buffers[i][0] != written]
         if len(products) != 1:
             return
+        rest: Program | None = None
+        if program.reduced:
+            parts = split(program, products[0])
+            if parts is None:
+                return
+            program, rest = parts
         three = [1] * (3 - len(shape)) + shape
         matched = match(program, products[0], [three[i] for i in (0, 2, 1)] if last else three)
         if matched is None:
@@ -474,11 +510,30 @@ class _Cutter:
                 text.append(repr(step))
         if convolution and not self._convolution(out, call):
             return
-        rest = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
+        options = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
         args = ", ".join(ast.unparse(a) for a in call.args)
-        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){rest})"
-        self.statements[at] = ast.parse(fused).body[0]
+        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){options})"
+        after = [] if rest is None else [self._launch(found[0], rest, found[1])]
+        self.statements[at : at + 1] = [ast.parse(fused).body[0], *after]
         self.statements[index] = ast.parse("None").body[0]
+
+    def _launch(self, whole: str, program: Program, call: ast.Call) -> ast.stmt:
+        """A launch of what is left of the fused kernel `whole`, instead of this one; program has its buffers."""
+        used = {n.attr for s in program.stores for n in ir.walk(s.index, s.value) if n.op == "load"}
+        used |= {s.buffer for s in program.stores}
+        taken = [i for i, (name, _, _) in enumerate(program.buffers) if name in used]
+        program = dataclasses.replace(program, buffers=[program.buffers[i] for i in taken])
+        launch = {
+            "buffers": [name for name, _, _ in program.buffers],
+            "written": [name for name, _, mode in program.buffers if mode != "r"],
+        }
+        built = build(program, Target.of(self.wrapper.device_index))
+        name = self.wrapper.define(
+            f"{built!r}[]", built, (), launch, program, lambda: self.wrapper.fused_origins[whole]
+        )
+        buffers: Any = call.args[0]
+        listed = "".join(f"{ast.unparse(buffers.elts[i])}, " for i in taken)
+        return ast.parse(f"{name}(({listed}), {', '.join(map(ast.unparse, call.args[1:]))})").body[0]
 
     # ---- what a graph may hold ----------------------------------------------------------------------------------------
 
@@ -755,6 +810,15 @@ def _root(e: ast.AST) -> str:
         return e.id
     assert isinstance(e, ast.Call), ast.dump(e)
     return _root(e.args[0])
+
+
+def _offset(e: ast.expr) -> int | None:
+    """Where `x` or `reinterpret_tensor(x, …)` begins in x, where that is a number and x a name."""
+    if isinstance(e, ast.Name):
+        return 0
+    if not isinstance(e, ast.Call) or not isinstance(e.args[0], ast.Name) or not all(map(_literal, e.args[1:])):
+        return None
+    return ast.literal_eval(e.args[3]) if len(e.args) > 3 else 0
 
 
 def _tensors(schema: Any) -> list[Any]:
