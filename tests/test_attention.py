@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from torch_spiral import _C
+from torch_spiral.kernels.simt import attention as simt
+
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OVERRIDEABLE = SDPBackend.OVERRIDEABLE.value
 
@@ -308,6 +311,21 @@ def test_dropout_follows_the_generator(device):
     assert torch.equal(second, attend(*leaves)) and not torch.equal(second.cpu(), first[0])
 
 
+def test_dropout_needs_no_matrix_of_scores(device):
+    """Forward and backward take the memory that they take without dropout, but for the seed."""
+    leaves = [torch.randn(1, 2, n, 24, device=device, requires_grad=True) for n in (37, 2000, 2000)]
+    peaks = []
+    for p in (0.0, 0.5):
+        torch.spiral.synchronize()
+        torch.spiral.reset_peak_memory_stats()
+        before = torch.spiral.memory_allocated()
+        out = F.scaled_dot_product_attention(*leaves, dropout_p=p)
+        grads = torch.autograd.grad(out, leaves, out.detach())
+        peaks.append(torch.spiral.max_memory_allocated() - before)
+        del out, grads
+    assert peaks[1] <= peaks[0] + 4096 and 4096 < 2 * 37 * 2000
+
+
 def test_dropout_under_vmap(device):
     """Refused unless randomness is said to be the same or different; gradients see the forward's numbers, and so do Jacobians."""
 
@@ -421,3 +439,22 @@ def test_vmap(device):
         (expected, loss), (got, ours) = g(*args), g(*(a.to(device) for a in args))
         for a, b in zip((*expected, loss), (*got, ours)):
             torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [simt.Schedule(32, 16, 4, 16, 1), simt.Schedule(32, 32, 4, 16, 1, resident=True)])
+def test_tiles_of_gpus(device, schedule, monkeypatch):
+    """Rows that the lanes of a subgroup share where it has four of them; queries that stay in shared memory."""
+    if torch.spiral.get_device_properties(device).schedule_class != "simt":
+        pytest.skip("of the simt class")
+    monkeypatch.setattr(simt, "default_schedule", lambda *_: schedule)
+    _C.clear_plans()
+    for (queries, keys, head, head_v), options in (
+        ((37, 51, 40, 24), {"attn_mask": torch.randn(37, 51) > -1}),
+        ((70, 70, 32, 33), {"is_causal": True}),
+    ):
+        q, k, v = torch.randn(2, 2, queries, head), torch.randn(2, 1, keys, head), torch.randn(2, 1, keys, head_v)
+        want = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), enable_gqa=True, **options)
+        given = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+        got = F.scaled_dot_product_attention(*(x.to(device) for x in (q, k, v)), enable_gqa=True, **given)
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)
+    _C.clear_plans()  # others want the usual schedule

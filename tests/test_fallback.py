@@ -1,5 +1,6 @@
 """An operator without a kernel runs on the CPU, says so once, is counted, and can be refused."""
 
+import os
 import subprocess
 import sys
 
@@ -86,7 +87,7 @@ def test_gradients_flow_through(device, mode, missing):
 def test_the_variable_is_checked(code):
     code = f"import torch; {code}"
     wrong = subprocess.run(
-        [sys.executable, "-c", code], env={"SPIRAL_FALLBACK": "maybe", "PATH": ""}, capture_output=True, text=True
+        [sys.executable, "-c", code], env={**os.environ, "SPIRAL_FALLBACK": "maybe"}, capture_output=True, text=True
     )
     assert wrong.returncode != 0
     assert "SPIRAL_FALLBACK" in wrong.stderr and "warn" in wrong.stderr and "maybe" in wrong.stderr

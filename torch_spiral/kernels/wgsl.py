@@ -38,12 +38,13 @@ NATIVE = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "round", "
 SUFFIX = {"i32": "i", "u32": "u", "i64": "li", "u64": "lu"}
 
 # By NVIDIA's exp2, which is good to 2 units in the last place (Vulkan allows hundreds), with the rounding error of x * log2(e)
-# made up for; where the result overflows or vanishes there is none.
+# made up for; where the result overflows or vanishes there is none. It loses NaN, as comparisons of floats may.
 EXP = """fn native_exp(x: f32) -> f32 {
   let t = x * 1.44269504f;
   let rest = fma(x, 1.44269504f, -t) + x * 1.92596303e-8f;
   let y = exp2(t);
-  return select(y, fma(y, rest * 0.693147182f, y), abs(x) < 88.7228f);
+  let z = select(y, fma(y, rest * 0.693147182f, y), abs(x) < 88.7228f);
+  return select(z, x, (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u);
 }"""
 
 # 64-bit integers as vec2<u32>, low word first.

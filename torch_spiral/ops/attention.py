@@ -349,7 +349,7 @@ def _simt_forward(
     t = target()
     batch, heads, queries, _ = q.sizes
     keys, head_v = k.sizes[2], v.sizes[3]
-    s = simt.default_schedule(t, head_v_class, rows)
+    s = simt.default_schedule(t, head_class, head_v_class, rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
     if splits == 1:
         s = _tuned(
@@ -363,7 +363,7 @@ def _simt_forward(
             head_class,
             head_v_class,
             rows,
-            lambda: [c for c in simt.SCHEDULES if c.fits(t, head_v_class)],
+            lambda: [c for c in simt.SCHEDULES if c.fits(t, head_class, head_v_class)],
         )
     masks = [mask] if mask is not None else []
     key = (s, q.dtype, head_class, head_v_class, mask.dtype if mask is not None else "", causal, vec)
@@ -393,7 +393,7 @@ def _simt_backward(
     t = target()
     batch, heads, queries, _ = q.sizes
     kv_heads, keys, head_v = k.sizes[1], k.sizes[2], v.sizes[3]
-    s = simt.default_schedule(t, max(head_class, head_v_class), rows)
+    s = simt.default_schedule(t, head_class, max(head_class, head_v_class), rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v, g))
     delta = empty((batch, heads, queries), "f32")
     launch(

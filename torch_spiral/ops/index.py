@@ -568,14 +568,16 @@ def _index_put(it: Item) -> None:
 
 def _index_put_in_order(it: Item) -> None:
     """All elements along the dimensions that the indices vary in, one after the other; of those the item has coordinate 0."""
-    _, along = it.static
+    _, along, accumulate = it.static
 
     def walk(dims: tuple[int, ...], at: tuple[Any, ...]) -> None:
         if dims:
             with it.k.For(ir.const(0, "i32"), it[f"length{dims[0]}"]) as j:
                 walk(dims[1:], replace(at, dims[0], j))
         else:
-            it.buffers["self"].store(_indexed_place(it, "self", at), it.load("value", at))
+            place = it.k.let(_indexed_place(it, "self", at))
+            value = it.load("value", at)
+            it.buffers["self"].store(place, combine(SUM, it.buffers["self"].load(place), value) if accumulate else value)
 
     walk(along, it.at)
 
@@ -656,11 +658,12 @@ def _put(
     else:
         scalars = number(source.value if isinstance(source, IterOperand) else source, self.dtype)
     dtype = self.dtype
-    if not accumulate and other and other["value"].dtype == dtype:
-        self, other["value"] = bits(self), bits(other["value"])
+    if other and other["value"].dtype == dtype:
+        if not accumulate:
+            self, other["value"] = bits(self), bits(other["value"])
         if deterministic():
             along = tuple(d for d in range(it.ndim) if not all(is_zero(o.strides[it.ndim - 1 - d]) for o in indices))
-            _put_in_order(it, self, other["value"], indices, sizes, strides, along, name)
+            _put_in_order(it, self, other["value"], indices, sizes, strides, along, bool(accumulate), name)
             return
     _indexing(
         name,
@@ -685,6 +688,7 @@ def _put_in_order(
     sizes: Any,
     strides: Any,
     along: tuple[int, ...],
+    accumulate: bool,
     name: str,
 ) -> None:
     space = tuple(reversed(it.shape))
@@ -698,8 +702,8 @@ def _put_in_order(
         tuple(1 if d in along else n for d, n in enumerate(space)),
         operands,
         numbers,
-        static=(len(indices), along),
-        modes={"self": "w"},
+        static=(len(indices), along, accumulate),
+        modes={"self": "rw" if accumulate else "w"},
         site=f"{name}(): index {{}} is out of bounds",
         cost=product([space[d] for d in along]),
     )

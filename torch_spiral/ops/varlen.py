@@ -199,7 +199,7 @@ def varlen_forward(
         if table is not None:
             for x in (k, v):
                 check(lt(x.sizes[0] * x.strides[0], 1 << 32), "RuntimeError", "pages of more than 2^32 elements")
-        schedule = simt.default_schedule(t, head_v, rows)
+        schedule = simt.default_schedule(t, head, head_v, rows)
         wide = bool(vec) and all(x.aligned(4) for x in (q, k, v))
         kernel = build(simt.forward, schedule, q.dtype, head, head_v, "", True, wide, split, kind, table is not None)
         scalars = [*_simt_scalars(q, k, v, spans, left, right, longest_q, scale), *_bht(q, k, v, out)]
@@ -306,7 +306,7 @@ def varlen_backward(
         build(simt.delta, q.dtype), [g, out, delta], [1, heads, queries, v.sizes[3], *_bht(g, out)],
         (minimum(cdiv(heads * queries, 64), simt.MAX_GROUPS), 1, 1),
     )  # fmt: skip
-    schedule = simt.default_schedule(t, max(head, head_v), rows)
+    schedule = simt.default_schedule(t, head, max(head, head_v), rows)
     wide = bool(vec) and all(x.aligned(4) for x in (q, k, v, g))
     simt_key = (schedule, q.dtype, head, head_v, "", True, wide)
     scalars = [*_simt_scalars(q, k, v, spans, left, right, longest_q, scale), *_bht(q, k, v, g, dq)]

@@ -21,6 +21,7 @@ paged (forward with varlen): k and v are pages [pages, kv_heads, page, head], wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..kernel import Kernel, Target
@@ -34,7 +35,8 @@ NEVER = "-3.0e38"  # below every score of a visible element, finite: exp(x - x) 
 class Schedule:
     """A workgroup owns block_q queries and walks over the keys block_k at a time (backward for keys: the reverse).
 
-    thread_q x 4 scores an invocation; chunk: how much of a contraction is in shared memory at a time.
+    thread_q x 4 scores an invocation; chunk: how much of a contraction is in shared memory at a time; resident: so are a tile's
+    queries as long as it walks (forward).
     """
 
     block_q: int
@@ -42,6 +44,7 @@ class Schedule:
     thread_q: int = 4
     chunk: int = 16
     unroll: int = 0
+    resident: bool = False
 
     @property
     def threads(self) -> int:
@@ -49,20 +52,22 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        return f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}" + (
-            f"_u{self.unroll}" if self.unroll else ""
-        )
-
-    def workgroup_memory(self, head_v: int = 64) -> int:
-        """Bytes of the forward kernel."""
-        lanes = self.block_k // 4
-        staging = self.chunk * max(self.block_q + self.block_k + 8, padded(head_v, lanes))
-        return 4 * (self.block_k * (self.block_q + 4) + staging + self.block_q * (lanes + 4))
-
-    def fits(self, target: Target, head_v: int = 64) -> bool:
         return (
-            self.threads <= target.max_workgroup_size and self.workgroup_memory(head_v) <= target.max_workgroup_memory
+            f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}"
+            + (f"_u{self.unroll}" if self.unroll else "")
+            + ("_r" if self.resident else "")
         )
+
+    def workgroup_memory(self, head: int = 64, head_v: int = 64) -> int:
+        """Bytes of the forward kernel, by head_class() of the heads."""
+        lanes = self.block_k // 4
+        staging = self.chunk * max(self.block_k + 4 + (0 if self.resident else self.block_q + 4), padded(head_v, lanes))
+        queries = head * (self.block_q + 4) if self.resident else 0
+        return 4 * (self.block_k * (self.block_q + 4) + staging + queries + self.block_q * (lanes + 1))
+
+    def fits(self, target: Target, head: int = 64, head_v: int = 64) -> bool:
+        memory = self.workgroup_memory(head, head_v)
+        return self.threads <= target.max_workgroup_size and memory <= target.max_workgroup_memory
 
 
 SCHEDULES: tuple[Schedule, ...] = (
@@ -80,13 +85,13 @@ SCHEDULES: tuple[Schedule, ...] = (
 )
 
 
-def default_schedule(target: Target, head_v: int, queries_bucket: int) -> Schedule:
-    """A schedule by head size and floor(log2(queries)), within the target's limits."""
+def default_schedule(target: Target, head: int, head_v: int, queries_bucket: int) -> Schedule:
+    """A schedule by head_class() of the heads and floor(log2(queries)), within the target's limits."""
     wide = queries_bucket >= 6 and target.compute_units > 4
     for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide and head_v <= 128 else ():
-        if s.fits(target, head_v):
+        if s.fits(target, head, head_v):
             return s
-    return SCHEDULES[0] if SCHEDULES[0].fits(target, head_v) else SCHEDULES[1]
+    return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head_v) else SCHEDULES[1]
 
 
 def padded(head: int, lanes: int) -> int:
@@ -111,41 +116,88 @@ class _Scores:
     def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
                 rows_end: str = "queries", cols_end: str = "keys", paged: bool = False) -> None:  # fmt: skip
         """name[row][column] = sum over d < size of a[row0 + row, d] b[col0 + column, d]; a, b: buffers with
-        <buffer>_row strides; paged: those of b are in pages.
+        <buffer>_row strides; paged: those of b are in pages. Of a resident schedule the rows of a are those that hold() has put
+        into shared memory.
         Rows and columns beyond their ends repeat the last ones."""
         t, s = self.t, self.s
-        la = TileLoader(t, a, "stage", s.block_q, s.chunk, "k", self.vec, True, False)
-        lb = TileLoader(t, b, "stage", s.block_k, s.chunk, "k", self.vec, True, False)
-        la.shared, lb.shared = "stage", "stage"
-        offset = s.chunk * la.pitch
-        pa, pb = _Prefixed(la, f"{name}a", 0), (_Paged if paged else _Prefixed)(lb, f"{name}b", offset)
+        pitch = self.loader(a, s.block_q).pitch
+        lb = self.loader(b, s.block_k)
+        offset = 0 if s.resident else s.chunk * pitch
+        pa = _Prefixed(self.loader(a, s.block_q), f"{name}a", "0u")
+        pb = (_Paged if paged else _Prefixed)(lb, f"{name}b", f"{offset}u")
+        loaders = [pb] if s.resident else [pa, pb]
         acc = Accumulators(t, name, s.thread_q, 4, "f32")
         acc.declare()
         t.open()
-        pa.begin(a_base, row0, rows_end, f"{a}_row", "1u", "0u")
+        if not s.resident:
+            pa.begin(a_base, row0, rows_end, f"{a}_row", "1u", "0u")
         pb.begin(b_base, col0, cols_end, f"{b}_row", "1u", "0u")
+
+        def multiply() -> None:
+            t.let("a_stage", f"d0 * {pitch}u + ty" if s.resident else "ty")
+            t.let("b_stage", f"{offset}u + tx")
+            acc.multiply(
+                "held" if s.resident else "stage", pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, ty="a_stage",
+                tx="b_stage", unroll=s.unroll,
+            )  # fmt: skip
+
+        _in_chunks(t, "d0", size, s.chunk, loaders, lambda d: (d, size), multiply)
+        t.end()
+
+    def loader(self, buffer: str, rows: int) -> TileLoader:
+        return TileLoader(self.t, buffer, "stage", rows, self.s.chunk, "k", self.vec, True, False)
+
+    def hold(self, a: str, a_base: str, row0: str, size: str, rows_end: str) -> None:
+        """Puts the rows of a, all of them, into `held`, which the caller declares."""
+        t, s = self.t, self.s
+        loader = _Prefixed(self.loader(a, s.block_q), "held_", "d0 * {pitch}u", "held")
+        t.open()
+        loader.begin(a_base, row0, rows_end, f"{a}_row", "1u", "0u")
         t.loop("d0", "0u", size, f"{s.chunk}u")
-        pa.load("d0", size)
-        pb.load("d0", size)
-        t.barrier()  # the last chunk has been read by all
-        pa.store()
-        pb.store()
-        t.barrier()
-        t.let("b_stage", f"{offset}u + tx")
-        acc.multiply(
-            "stage", la.pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, tx="b_stage", unroll=s.unroll
-        )
+        loader.load("d0", size)
+        loader.store()
         t.end()
         t.end()
+
+
+def _in_chunks(
+    t: Text, counter: str, size: str, chunk: int, loaders: list[_Prefixed], place: Callable[[str], tuple[str, str]],
+    multiply: Callable[[], None],
+) -> None:  # fmt: skip
+    """A contraction of `size`, `chunk` at a time through shared memory; what comes next is loaded while this is multiplied. place:
+    load()'s arguments for a value of the counter."""
+    for loader in loaders:
+        loader.load(*place("0u"))
+    t.loop(counter, "0u", size, f"{chunk}u")
+    t.barrier()  # the last chunk has been read by all
+    for loader in loaders:
+        loader.store()
+    if not t.wgsl:
+        _next(t, counter, size, chunk, loaders, place)
+    t.barrier()
+    if t.wgsl:
+        _next(t, counter, size, chunk, loaders, place)
+    multiply()
+    t.end()
+
+
+def _next(
+    t: Text, counter: str, size: str, chunk: int, loaders: list[_Prefixed], place: Callable[[str], tuple[str, str]]
+) -> None:
+    """On which side of the barrier: see gemm()."""
+    t.let("next", f"{counter} + {chunk}u")
+    t.open(f"next < {size}")
+    for loader in loaders:
+        loader.load(*place("next"))
+    t.end()
 
 
 class _Prefixed(TileLoader):
-    """A TileLoader whose registers have their own names and whose tile starts at `offset` of the shared staging
-    area."""
+    """A TileLoader whose registers have their own names and whose tile starts at `offset`, in vec4, of the shared array `stage`."""
 
-    def __init__(self, loader: TileLoader, prefix: str, offset: int):
+    def __init__(self, loader: TileLoader, prefix: str, offset: str, stage: str = "stage"):
         self.__dict__.update(loader.__dict__)
-        self.prefix, self.offset = prefix, offset
+        self.prefix, self.offset, self.stage = prefix, offset.format(pitch=self.pitch), stage
 
     def begin(self, base: str, row0: str, rows_end: str, stride_r: str, stride_k: str, k_begin: str) -> None:
         self.shared = self.prefix
@@ -164,19 +216,19 @@ class _Prefixed(TileLoader):
                 t.open(f"lid < {self.count - step * t.threads}u")
             v = f"{self.prefix}_v{step}"
             if self.vec and self.unit == "r":
-                t.add(f"stage[{self.offset}u + {k} * {self.pitch}u + {row} / 4u] = {v};")
+                t.add(f"{self.stage}[{self.offset} + {k} * {self.pitch}u + {row} / 4u] = {v};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
                     t.put_component(
-                        "stage",
-                        f"{self.offset}u + ({k} + {j}u) * {self.pitch}u + {row} / 4u",
+                        self.stage,
+                        f"{self.offset} + ({k} + {j}u) * {self.pitch}u + {row} / 4u",
                         f"({row} % 4u)",
                         f"{v}.{c}",
                         "f32",
                     )
             else:
                 t.put_component(
-                    "stage", f"{self.offset}u + {k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", v, "f32"
+                    self.stage, f"{self.offset} + {k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", v, "f32"
                 )
             if guarded:
                 t.end()
@@ -235,17 +287,15 @@ def _weighted(
     clamped.
     """
     loader = TileLoader(t, buffer, "stage", columns, chunk, "r", vec, True, False, columns // 4)
-    p = (_Paged if paged else _Prefixed)(loader, prefix, 0)
+    p = (_Paged if paged else _Prefixed)(loader, prefix, "0u")
     t.open()
     p.begin(base, "0u", size, "1u", f"{buffer}_row", row0)
-    t.loop("r0", "0u", f"{block}u", f"{chunk}u")
-    p.load(f"{row0} + r0", rows_end)
-    t.barrier()
-    p.store()
-    t.barrier()
-    t.let("w0", f"r0 * {pitch}u + ty")
-    acc.multiply(weights, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty="w0", unroll=unroll)
-    t.end()
+
+    def multiply() -> None:
+        t.let("w0", f"r0 * {pitch}u + ty")
+        acc.multiply(weights, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty="w0", unroll=unroll)
+
+    _in_chunks(t, "r0", f"{block}u", chunk, [p], lambda r: (f"{row0} + {r}", rows_end), multiply)
     t.end()
 
 
@@ -463,16 +513,21 @@ def forward(
     columns = padded(head_v, lanes_k)
     pitch_p = s.block_q // 4 + 1
     scores = _Scores(t, s, vec)
-    stage = s.chunk * max(s.block_q // 4 + s.block_k // 4 + 2, columns // 4)
+    near = t.subgroup_lanes("f32") >= lanes_k  # those of a row exchange maxima and sums
+    stage = s.chunk * max(s.block_k // 4 + 1 + (0 if s.resident else s.block_q // 4 + 1), columns // 4)
     t.shared("stage", "f32", stage)
     t.shared("weights", "f32", s.block_k * pitch_p)  # [key][query]
-    t.shared("partial", "f32", s.block_q * lanes_k, 1)  # [lane][query]: row maxima, then row sums
-    t.shared("row_max", "f32", s.block_q // 4)
-    t.shared("row_sum", "f32", s.block_q // 4)
-    t.shared("row_scale", "f32", s.block_q // 4)
+    if s.resident:
+        t.shared("held", "f32", head * pitch_p)  # [d][query]
+    if near:
+        t.name += "_subgroups"
+        t.declare_lane()
+    else:
+        t.shared("partial", "f32", s.block_q * lanes_k, 1)  # [lane][query]: row maxima, then row sums
+        t.shared("row_max", "f32", s.block_q // 4)
 
-    t.let("tx", f"lid % {lanes_k}u")
-    t.let("ty", f"lid / {lanes_k}u")
+    t.let("tx", f"{'lane' if near else 'lid'} % {lanes_k}u")
+    t.let("ty", f"{'lane' if near else 'lid'} / {lanes_k}u")
     t.let("blocks", f"({'longest' if varlen else 'queries'} + {s.block_q - 1}u) / {s.block_q}u")
     t.loop("tile", t.group, "blocks * heads * batch" + (" * splits" if split else ""), t.groups)
     if split:
@@ -509,63 +564,79 @@ def forward(
         t.base("mask_base", "mask", ("z", "mask_batch"), ("h", "mask_head"))
     o = Accumulators(t, "o", s.thread_q, columns // lanes_k, "f32")
     o.declare()
-    quads = s.thread_q // 4
-    t.open(f"lid < {s.block_q // 4}u")
-    t.add(f"row_max[lid] = {t.splat(t_float(t, NEVER))};", f"row_sum[lid] = {t.zero('f32', 4)};")
-    t.end()
+    quads, rows = s.thread_q // 4, range(s.thread_q)
+    row = [f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)" for i in rows]
+    never, zero = t_float(t, NEVER), t_float(t, "0.0")
+    for i in rows:
+        t.var(f"max{i}", never, "f32")
+        t.var(f"sum{i}", zero, "f32")  # of this invocation's keys
+    if not near:
+        t.open(f"lid < {s.block_q // 4}u")
+        t.add(f"row_max[lid] = {t.splat(never)};")
+        t.end()
+    if s.resident:
+        scores.hold("q", "q_base", "q0", "head", "queries")
     t.barrier()
     t.loop("k0", begin, end, f"{s.block_k}u")
     scores.product(
         "s", "q", "k", "q_base", "k_base", "q0", "k0", "head", cols_end=end if paged else "keys", paged=paged
     )
-    # Scores with mask; the maximum of a row over this invocation's four keys.
-    for i in range(s.thread_q):
-        row = f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)"
+    if not mask:  # most blocks have no score that does not count
+        t.open(_all_count(t, s, causal, varlen, end))
+        for i in rows:
+            t.add(f"s{i}_0 = s{i}_0 * {t.splat('scale')};")
+        t.add("} else {")
+    for i in rows:
         t.open()
-        t.let("query", f"q0 + {row}")
+        t.let("query", f"q0 + {row[i]}")
         t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
         t.add(f"s{i}_0 = {t.vector([f'e{j}' for j in range(4)])};")
-        t.add(f"partial[tx * {s.block_q}u + {row}] = max(max(e0, e1), max(e2, e3));")
         t.end()
-    t.barrier()
-    t.open(f"lid < {s.block_q}u") if s.threads >= s.block_q else t.loop("r", "lid", f"{s.block_q}u", f"{s.threads}u")
-    r = "lid" if s.threads >= s.block_q else "r"
-    t.let("old", t.get_component("row_max", r, "f32"), "f32")
-    t.var("new_max", "old", "f32")
-    for j in range(lanes_k):
-        t.add(f"new_max = max(new_max, partial[{j * s.block_q}u + {r}]);")
-    t.put_component("row_max", f"{r} / 4u", f"({r} % 4u)", "new_max", "f32")
-    t.put_component("row_scale", f"{r} / 4u", f"({r} % 4u)", "exp(old - new_max)", "f32")
-    t.end()
-    t.barrier()
+    if not mask:
+        t.end()
+    highest = [f"max(max(s{i}_0.x, s{i}_0.y), max(s{i}_0.z, s{i}_0.w))" for i in rows]
+    if near:
+        for i in rows:
+            t.var(f"new{i}", f"max(max{i}, {highest[i]})", "f32")
+            for step in _halvings(lanes_k):
+                t.add(f"new{i} = max(new{i}, {t.shuffle_xor(f'new{i}', step)});")
+    else:
+        for i in rows:
+            t.add(f"partial[tx * {s.block_q}u + {row[i]}] = {highest[i]};")
+        t.barrier()
+        t.open(f"lid < {s.block_q}u") if s.threads >= s.block_q else t.loop(
+            "r", "lid", f"{s.block_q}u", f"{s.threads}u"
+        )
+        r = "lid" if s.threads >= s.block_q else "r"
+        t.var("highest", t.get_component("row_max", r, "f32"), "f32")
+        for j in range(lanes_k):
+            t.add(f"highest = max(highest, partial[{j * s.block_q}u + {r}]);")
+        t.put_component("row_max", f"{r} / 4u", f"({r} % 4u)", "highest", "f32")
+        t.end()
+        t.barrier()
+        for i in range(quads):
+            t.let(f"m{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
+        for i in rows:
+            t.let(f"new{i}", f"m{i // 4}.{COMPONENTS[i % 4]}", "f32")
     for i in range(quads):
-        t.let(f"m{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
-        t.let(f"f{i}", f"row_scale[ty + {i * lanes_q}u]", "f32", 4)
         if dropout:
             _kept(t, i, f"q0 + (ty + {i * lanes_q}u) * 4u", "k0 + tx * 4u")
-    for i in range(s.thread_q):
+    for i in rows:
         t.open()
-        m = f"m{i // 4}.{COMPONENTS[i % 4]}"
-        parts = []
+        t.let("factor", f"exp(max{i} - new{i})", "f32")
+        t.add(f"max{i} = new{i};")
         for j, c in enumerate(COMPONENTS):
             v = f"s{i}_0.{c}"
-            t.let(f"e{j}", t.select(f"exp({v} - {m})", t_float(t, "0.0"), f"{v} <= {t_float(t, NEVER)}"), "f32")
-            parts.append(_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}")
+            t.let(f"e{j}", t.select(f"exp({v} - new{i})", zero, f"{v} <= {never}"), "f32")
+        t.add(f"sum{i} = sum{i} * factor + ((e0 + e1) + (e2 + e3));")
+        parts = [_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}" for j in range(4)]
         t.add(f"s{i}_0 = {t.vector(parts)};")
-        t.add(f"partial[tx * {s.block_q}u + ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u] = (e0 + e1) + (e2 + e3);")
+        for v in range(o.v):
+            t.add(f"o{i}_{v} = o{i}_{v} * {t.splat('factor')};")
         t.end()
-    _share(t, s, "s", lanes_q, pitch_p)
-    for m, v in o.each():
-        t.add(f"o{m}_{v} = o{m}_{v} * {t.splat(f'f{m // 4}.{COMPONENTS[m % 4]}')};")
-    t.barrier()
-    t.open(f"lid < {s.block_q}u") if s.threads >= s.block_q else t.loop("r", "lid", f"{s.block_q}u", f"{s.threads}u")
-    t.var("sum", f"{t.get_component('row_sum', r, 'f32')} * {t.get_component('row_scale', r, 'f32')}", "f32")
-    for j in range(lanes_k):
-        t.add(f"sum = sum + partial[{j * s.block_q}u + {r}];")
-    t.put_component("row_sum", f"{r} / 4u", f"({r} % 4u)", "sum", "f32")
-    t.end()
+    _share(t, s, "s", lanes_q, pitch_p)  # seen by all behind the next barrier
     _weighted(
         t,
         o,
@@ -586,7 +657,6 @@ def forward(
         s.unroll,
         paged,
     )
-    t.barrier()
     t.end()
     if split:
         # The sequences of varlen share one batch.
@@ -594,16 +664,22 @@ def forward(
         t.base("out_base", "out", ("out_at", "head_v"))
     else:
         t.base("out_base", "out", ("z", "out_batch"), ("h", "out_head"))
-    t.barrier()
-    for i in range(quads):
-        t.let(f"l{i}", f"row_sum[ty + {i * lanes_q}u]", "f32", 4)
-        t.let(f"mm{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
-    for i in range(s.thread_q):
+    if not near:
+        t.barrier()
+        for i in rows:
+            t.add(f"partial[tx * {s.block_q}u + {row[i]}] = sum{i};")
+        t.barrier()
+    for i in rows:
+        if near:
+            for step in _halvings(lanes_k):
+                t.add(f"sum{i} = sum{i} + {t.shuffle_xor(f'sum{i}', step)};")
+        else:
+            t.add(f"sum{i} = {' + '.join(f'partial[{j * s.block_q}u + {row[i]}]' for j in range(lanes_k))};")
+    for i in rows:
         t.open()
-        t.let("query", f"q0 + ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u")
-        t.let("total", f"l{i // 4}.{COMPONENTS[i % 4]}", "f32")
-        zero, one = t_float(t, "0.0"), t_float(t, "1.0")
-        t.let("inverse", t.select(f"{'drop_scale' if dropout else one} / total", zero, f"total == {zero}"), "f32")
+        t.let("query", f"q0 + {row[i]}")
+        one = t_float(t, "1.0")
+        t.let("inverse", t.select(f"{'drop_scale' if dropout else one} / sum{i}", zero, f"sum{i} == {zero}"), "f32")
         t.open(f"query < {'query_end' if varlen else 'queries'}")
         for column in range(o.v):
             for j, c in enumerate(COMPONENTS):
@@ -620,15 +696,28 @@ def forward(
         inf = negative_infinity(t)
         at = "out_at + query" if split else "h * queries + query" if varlen else "bh * queries + query"
         t.base("lse_base", "lse")
-        t.store(
-            "lse", "lse_base", at, t.select(f"mm{i // 4}.{COMPONENTS[i % 4]} + log(total)", inf, f"total == {zero}")
-        )
+        t.store("lse", "lse_base", at, t.select(f"max{i} + log(sum{i})", inf, f"sum{i} == {zero}"))
         t.end()
         t.end()
         t.end()
     t.barrier()
     t.end()
     return t.finish()
+
+
+def _halvings(lanes: int) -> list[int]:
+    return [1 << i for i in range(lanes.bit_length() - 1)]
+
+
+def _all_count(t: Text, s: Schedule, causal: bool, varlen: str, keys_end: str) -> str:
+    """Whether all scores of this block count, as _score() has it."""
+    last_query, last_key = t.cast(f"(q0 + {s.block_q}u)", "i32"), t.cast(f"(k0 + {s.block_k}u)", "i32")
+    conditions = [f"k0 + {s.block_k}u <= {keys_end}", f"q0 + {s.block_q}u <= {'query_end' if varlen else 'queries'}"]
+    if causal:
+        conditions.append(f"{last_key} - 1 <= {t.cast('q0', 'i32')} + causal_shift")
+    if varlen == "window":
+        conditions.append(f"{t.cast('k0', 'i32')} >= {last_query} - 1 + diagonal - left")
+    return " && ".join(conditions)
 
 
 def forward_groups(schedule: Schedule, batch, heads, queries, splits=1, minimum=min):
@@ -982,9 +1071,7 @@ def backward_key(
                 "f32",
             )
         weights = [_dropped(t, f"w{j}", i // 4, j, i % 4) if dropout else f"w{j}" for j in range(4)]
-        t.add(
-            f"s{i}_0 = {t.vector(weights)};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};"
-        )
+        t.add(f"s{i}_0 = {t.vector(weights)};", f"p{i}_0 = {t.vector([f'd{j}' for j in range(4)])};")
         t.end()
     args = (lanes, s.block_k, s.chunk, vec)
     _share(t, s, "s", lanes_m, pitch)
