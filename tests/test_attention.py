@@ -323,7 +323,7 @@ def test_dropout_needs_no_matrix_of_scores(device):
         grads = torch.autograd.grad(out, leaves, out.detach())
         peaks.append(torch.spiral.max_memory_allocated() - before)
         del out, grads
-    assert peaks[1] <= peaks[0] + 4096 and 4096 < 2 * 37 * 2000
+    assert peaks[1] <= peaks[0] + 4096
 
 
 def test_dropout_under_vmap(device):

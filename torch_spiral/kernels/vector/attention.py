@@ -61,7 +61,7 @@ void factors(uint2 seed, uint query, uint key, uint bh, uint keep, T scale, T* F
 
 
 # F[row][64] of the task's rows, before a block of keys that they see.
-FACTORS = """for (uint r = 0; r < rows; r += 4u) if (seen[r / {mr}u] | seen[min(r + 3u, rows - 1u) / {mr}u])
+FACTORS = """for (uint r = 0; r < tiles * {mr}u; r += 4u) if (seen[r / {mr}u] | seen[min(r / {mr}u + 1u, tiles - 1u)])
       factors((uint2)(seed[0], seed[1]), q0 + r, n0, bh, keep, drop_scale, F + r * {block});"""
 KEEP = [("keep", "u32"), ("drop_scale", "f32")]
 
@@ -335,7 +335,9 @@ def attention_forward(
         + _diagonals(causal, varlen)
         + [("scale", "f32")]
         + (KEEP if dropout else []),
-        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ()))) + _hmax(w) + (_dropout(w) if dropout else ""),
+        _module(w, (dtype, *((mask,) if mask and mask != "bool" else ())))
+        + _hmax(w)
+        + (_dropout(w) if dropout else ""),
         body,
     )
 
