@@ -965,17 +965,21 @@ def test_prepared_parts_of_a_concatenation_are_written(device):
 
 
 class Attention(nn.Module):
-    """As in nn.MultiheadAttention, batch first: queries, keys and values are copied apart; a cache that is empty yet."""
+    """Queries, keys and values are copied apart, heads before tokens or as in nn.MultiheadAttention; or a cache is empty yet."""
 
-    def __init__(self, width, heads, cached=False):
+    def __init__(self, width, heads, form):
         super().__init__()
-        self.attention, self.cached = nn.MultiheadAttention(width, heads, batch_first=True), cached
+        self.attention, self.form = nn.MultiheadAttention(width, heads, batch_first=True), form
 
     def forward(self, x):
-        if not self.cached:
+        if self.form == "module":
             return self.attention(x, x, x, need_weights=False)[0]
         a = self.attention
         b, t, d = x.shape
+        if self.form == "heads first":
+            qkv = F.linear(x, a.in_proj_weight, a.in_proj_bias).view(b, t, 3, a.num_heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
+            return a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
         q, k, v = (
             z.view(b, t, a.num_heads, -1).transpose(1, 2)
             for z in F.linear(x, a.in_proj_weight, a.in_proj_bias).split(d, 2)
@@ -985,17 +989,18 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("batch", "width", "heads", "cached"), [(1, 32, 2, False), (2, 32, 2, False), (1, 24, 4, False), (2, 32, 2, True)]
+    ("batch", "width", "heads", "form"),
+    [(1, 24, 4, "module"), (2, 32, 2, "module"), (2, 32, 2, "cache"), (2, 32, 2, "heads first")],
 )
-def test_attention_reads_where_copies_would_have_read(device, batch, width, heads, cached):
-    theirs = Attention(width, heads, cached).double().eval()
+def test_attention_reads_where_copies_would_have_read(device, batch, width, heads, form):
+    theirs = Attention(width, heads, form).double().eval()
     x = torch.randn(batch, 37, width, dtype=torch.double)
     ours = copy.deepcopy(theirs).float().to(device)
     xs = x.float().to(device)
     aligned = width // heads % 4 == 0  # else what the copies hold could be read faster
     if aligned:
-        turned = batch > 1 and not cached  # nn.MultiheadAttention has tokens before the batch
-        assert len(kernels(ours, xs)) == (5 if turned else 3)
+        # Two put tokens before the batch, and one puts them before the heads.
+        assert len(kernels(ours, xs)) == {"module": 5, "cache": 3, "heads first": 4}[form]
     torch._dynamo.reset()
     got, expected = torch.compile(ours, backend="spiral", fullgraph=True)(xs), theirs(x)
     torch.testing.assert_close(got.detach().cpu().double(), expected.detach(), rtol=1e-4, atol=1e-5)

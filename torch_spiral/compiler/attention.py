@@ -24,12 +24,14 @@ def bias_of(backward: bool, node: ast.Call) -> ast.AST | None:
 
 
 def reads(old: Shape, new: Shape, offset: int) -> bool:
-    """Whether attention may read an operand with the second strides at an offset instead of the first: as fast, with results laid out alike."""
-    layouts = [
-        [s for n, s in zip(sizes, _dense(sizes, strides), strict=True) if n > 1] for sizes, strides in (old, new)
-    ]
-    by_four = not _vectors(*old) or (_vectors(*new) and offset % 4 == 0)
-    return new[1][3] == 1 and by_four and layouts[0] == layouts[1]
+    """Whether attention may read an operand with the second strides at an offset instead of the first: no more slowly."""
+    return new[1][3] == 1 and (not _vectors(*old) or (_vectors(*new) and offset % 4 == 0))
+
+
+def layouts(backward: bool, operands: Sequence[Shape]) -> list[list[int]]:
+    """Strides of the results for the operator's operands (g,) q, k, v: as those of the query, and of each gradient's own tensor."""
+    q, v = operands[-3], operands[-1]
+    return [_dense(*s) for s in (operands[1:] if backward else [(_output(q, v[0][3]), q[1])])]
 
 
 def plan(
@@ -85,7 +87,7 @@ def plan(
             (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
             rows, 256 >> (tiles.bit_length() - 1) if split else 1,
         ),
-        "strides": [_dense(*s) for s in (known[1:] if backward else [(_output(q, head_v), q[1])])],
+        "strides": layouts(backward, known),
         **({"wanted": wanted} if backward else {"head_v": head_v, "fold": fold}),
     }  # fmt: skip
 

@@ -411,22 +411,28 @@ class _Cutter:
     def _in_place(
         self, call: ast.Call, count: int, targets: dict[str, prologue.Prologue], read: dict[int, ast.expr]
     ) -> tuple[ast.Call, list[tuple[int, ast.expr]], list[str]] | None:
-        """As _prepared, for attention with `count` operands: it reads where a copy read."""
+        """As _prepared, for attention with `count` operands: it reads where a copy read. Its results stay laid out as before."""
         if any(targets.keys() & set(_loaded(e)) for e in [*call.args[count:], *(k.value for k in call.keywords)]):
             return None
+        if self._attention_plan(count == 4, call) is None:
+            return None
+        shapes = [s for s in map(_shape, call.args[:count]) if s is not None]
         operands: list[tuple[int, ast.expr]] = []
-        for i, e in enumerate(call.args[:count]):
+        for i, (e, shape) in enumerate(zip(call.args, shapes, strict=False)):
             if _root(e) not in targets:
                 continue
-            p, shape = targets[_root(e)], _shape(e)
+            p = targets[_root(e)]
             source = read[p.source]
-            if p.moved is None or shape is None or len(shape[0]) != 4 or _offset(e) != 0 or _root(source) in self.outer:
+            if p.moved is None or _offset(e) != 0 or _root(source) in self.outer:
                 return None
             strides = p.along(*shape, p.moved)
             if strides is None or not attention.reads(shape, (shape[0], strides), p.moved.offset):
                 return None
             text = f"reinterpret_tensor({ast.unparse(source)}, {tuple(shape[0])}, {tuple(strides)}, {p.moved.offset})"
             operands.append((i, ast.parse(text, mode="eval").body))
+        if not any(k.arg == "strides" for k in call.keywords):
+            text = repr(attention.layouts(count == 4, shapes))
+            call.keywords.append(ast.keyword("strides", ast.parse(text, mode="eval").body))
         return call, operands, []
 
     # ---- epilogues ------------------------------------------------------------------------------------------------------
@@ -610,11 +616,19 @@ class _Cutter:
                 node.keywords.append(ast.keyword(argument, ast.parse(text, mode="eval").body))
         return True
 
-    def _attention(self, backward: bool, node: ast.Call) -> bool:
-        found = [_shape(a) for a in node.args[: 4 if backward else 3]]
-        dtypes = [dtype_name(V.graph.get_dtype(_root(a))) for a in node.args[: 4 if backward else 3]]
+    def _attention_plan(self, backward: bool, node: ast.Call) -> dict[str, Any] | None:
+        """attention.plan of a call; with the strides of results that _in_place keeps."""
+        operands = node.args[: 4 if backward else 3]
+        dtypes = [dtype_name(V.graph.get_dtype(_root(a))) for a in operands]
         bias = attention.bias_of(backward, node)
-        keywords = attention.plan(backward, node, found, dtypes, None if bias is None else _shape(bias))
+        plan = attention.plan(
+            backward, node, list(map(_shape, operands)), dtypes, None if bias is None else _shape(bias)
+        )
+        kept = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg == "strides"}
+        return None if plan is None else plan | kept
+
+    def _attention(self, backward: bool, node: ast.Call) -> bool:
+        keywords = self._attention_plan(backward, node)
         if keywords is None:
             return False
         node.func = ast.Name("attention_backward" if backward else "attention", ast.Load())
