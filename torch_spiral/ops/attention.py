@@ -290,10 +290,11 @@ def _block_forward(
         kernel = build(block.merge, q.dtype, head_v)
         launch(kernel, [parts, part_lse, out, lse], scalars, (cdiv(total, block.MERGED), 1, 1))
         return
-    flags = "rows" + ("-exact" if vec == 2 else "") + ("-dropout" if drop[0] else "")
-    s = _tuned(
-        flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows)
-    )
+    flags = "rows" + ("-exact" if vec == 2 else "")
+    if not drop[0]:
+        s = _tuned(
+            flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows),
+        )  # fmt: skip
     kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), dropout=bool(drop[0]))
     masks = [mask] if mask is not None else []
     groups = block.groups(s.queries, queries, batch * heads)
@@ -351,9 +352,9 @@ def _simt_forward(
     keys, head_v = k.sizes[2], v.sizes[3]
     s = simt.default_schedule(t, head_class, head_v_class, rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v))
-    if splits == 1:
+    if splits == 1 and not drop[0]:
         s = _tuned(
-            ("vec" if vec else "-") + ("-dropout" if drop[0] else ""),
+            "vec" if vec else "-",
             s,
             q,
             k,
