@@ -21,6 +21,7 @@ FAMILIES: tuple[str, ...] = (
     "sort",
     "attention",
     "varlen",
+    "flex",
     "rnn",
     "random",
     "pooling",
