@@ -633,8 +633,8 @@ def forward(
         t.add(f"sum{i} = sum{i} * factor + ((e0 + e1) + (e2 + e3));")
         parts = [_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}" for j in range(4)]
         t.add(f"s{i}_0 = {t.vector(parts)};")
-        for n in range(o.v):
-            t.add(f"o{i}_{n} = o{i}_{n} * {t.splat('factor')};")
+        for column in range(o.v):
+            t.add(f"o{i}_{column} = o{i}_{column} * {t.splat('factor')};")
         t.end()
     _share(t, s, "s", lanes_q, pitch_p)  # seen by all behind the next barrier
     _weighted(
