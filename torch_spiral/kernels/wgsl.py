@@ -38,13 +38,17 @@ NATIVE = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "round", "
 SUFFIX = {"i32": "i", "u32": "u", "i64": "li", "u64": "lu"}
 
 # By NVIDIA's exp2, which is good to 2 units in the last place (Vulkan allows hundreds), with the rounding error of x * log2(e)
-# made up for; where the result overflows or vanishes there is none. It loses NaN, as comparisons of floats may.
+# made up for; where the result overflows or vanishes there is none. exp2 may lose NaN.
 EXP = """fn native_exp(x: f32) -> f32 {
   let t = x * 1.44269504f;
   let rest = fma(x, 1.44269504f, -t) + x * 1.92596303e-8f;
   let y = exp2(t);
   let z = select(y, fma(y, rest * 0.693147182f, y), abs(x) < 88.7228f);
   return select(z, x, (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u);
+}"""
+# b where it is NaN. Drivers make minima and maxima that drop NaN of select(b, a, a < b).
+OR_NAN = """fn or_nan(y: f32, b: f32) -> f32 {
+  return select(y, b, (bitcast<u32>(b) & 0x7fffffffu) > 0x7f800000u);
 }"""
 
 # 64-bit integers as vec2<u32>, low word first.
@@ -188,7 +192,16 @@ class Wgsl(Language):
         if op == "neg":
             return f"-{args[0]}" if dtype not in ("u32", "u64") else f"0{SUFFIX[dtype]} - {args[0]}"
         if op == "where":
-            return f"select({args[2]}, {args[1]}, {args[0]})"
+            y = f"select({args[2]}, {args[1]}, {args[0]})"
+            condition, a, b = node.args
+            if (
+                dtype == "f32"
+                and condition.op in ("lt", "le", "gt", "ge")
+                and {a, b} == {*condition.args}
+                and b.op != "const"
+            ):
+                return f"{k.helper('or_nan', OR_NAN)}({y}, {args[2]})"
+            return y
         if op == "cast":
             if source == "bool":
                 zero, one = (self.const(k.target, Node("const", dtype, attr=a)) for a in self._bool_bits(dtype))

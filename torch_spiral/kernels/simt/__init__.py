@@ -105,12 +105,16 @@ def activation(t: Text, name: str, x: str) -> str:
         f("0.0"),
         f"{x} < -{f('3.0')}",
     )
+
+    def keep(y: str) -> str:  # of WGSL's selects drivers make minima and maxima, which drop NaN
+        return t.select(y, x, f"(bitcast<u32>({x}) & 0x7fffffffu) > 0x7f800000u") if t.wgsl else y
+
     one, half = f("1.0"), f("0.5")
     inner = f"{f('0.7978845608')} * ({x} + {f('0.044715')} * {x} * {x} * {x})"
     return {
-        "relu": lambda: t.select(x, f("0.0"), f"{x} < {f('0.0')}"),
-        "relu6": lambda: t.select(t.select(x, f("6.0"), f"{x} > {f('6.0')}"), f("0.0"), f"{x} < {f('0.0')}"),
-        "hardsigmoid": lambda: hs,
+        "relu": lambda: keep(t.select(x, f("0.0"), f"{x} < {f('0.0')}")),
+        "relu6": lambda: keep(t.select(t.select(x, f("6.0"), f"{x} > {f('6.0')}"), f("0.0"), f"{x} < {f('0.0')}")),
+        "hardsigmoid": lambda: keep(hs),
         "hardswish": lambda: f"({x} * {hs})",
         "sigmoid": lambda: f"({one} / ({one} + exp(-{x})))",
         "silu": lambda: f"({x} / ({one} + exp(-{x})))",
