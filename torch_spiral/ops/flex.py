@@ -213,7 +213,7 @@ def _trace(graph: Any, score: bool, like: Any, buffers: tuple, gradient: bool = 
     first = [like.new_zeros((), requires_grad=like.requires_grad)] * score
     places = [like.new_zeros((), dtype=torch.int) for _ in range(4)]
     with TransformGetItemToIndex():
-        return hop.reenter_make_fx(graph)(*first, *places, *[like.new_zeros(())] * gradient, *buffers)
+        return hop._maybe_reenter_make_fx(graph)(*first, *places, *[like.new_zeros(())] * gradient, *buffers)
 
 
 def _trace_operators() -> None:
