@@ -108,6 +108,19 @@ def test_scalars_and_empty(device):
     check(device, lambda x: torch.nonzero_static(x > 0, size=40, fill_value=-7), data()[0])
 
 
+def test_nothing_to_select_from(device):
+    """index_select along an empty dimension: refused, unless nothing is selected, whether or not the result is empty."""
+    for shape, dim in (((0, 0), 0), ((0, 3), 0), ((2, 0), 1)):
+        x = torch.empty(shape, device=device)
+        assert x.index_select(dim, torch.empty(0, dtype=torch.long, device=device)).shape == shape
+        index = torch.zeros(2, dtype=torch.long, device=device)
+        with pytest.raises(RuntimeError, match="self indexing axis dim should be positive"):
+            x.index_select(dim, index)
+        with pytest.raises(RuntimeError, match="self indexing axis dim should be positive"):
+            torch.index_select(x, dim, index, out=torch.empty(0, device=device))
+    assert torch.empty(0, 3, device=device).index_select(1, index).shape == (0, 2)
+
+
 def test_out_of_range_names_the_op(device):
     x = torch.randn(4, 3, device=device)
     for f, name in (

@@ -30,6 +30,14 @@ def test_softmax(device, f):
     assert f(torch.empty(0, 4, device=device), 1).shape == (0, 4)
 
 
+@pytest.mark.parametrize("f", [F.softmax, F.log_softmax])
+def test_softmax_of_short_rows_beside_dimensions_of_one(device, f):
+    """Short rows of a transposed tensor: lanes go along its rows, not along a dimension of one (found by a drawn case)."""
+    for shape in ((17, 2, 1), (17, 2, 1, 1), (1, 17, 3, 1)):
+        for dim in range(len(shape)):
+            compare(device, lambda t, dim=dim: f(t.transpose(-2, -3), dim), torch.randn(shape))
+
+
 def test_softmax_of_infinities(device):
     x = torch.randn(4, 50)
     x[0, 3], x[1, :30], x[2, 0] = float("nan"), float("-inf"), float("inf")

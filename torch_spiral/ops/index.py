@@ -287,6 +287,8 @@ def _select(it: Item) -> None:
 
 def select_into(name: str, out: Tensor, x: Tensor, dim: int, index: Tensor) -> None:
     """out = x's slices along dim by the vector `index`."""
+    if x.ndim > 1 and is_zero(x.sizes[dim]):  # out may be empty too: no kernel would look at the index
+        check(le(index.numel, 0), "RuntimeError", "index_select(): self indexing axis dim should be positive")
     out, x, index = bits(at_least_1d(out)), bits(at_least_1d(x)), at_least_1d(index)
     flat_out, flat = around(out, dim), around(x, dim)
     n, rank = x.sizes[dim], dim
@@ -577,7 +579,9 @@ def _index_put_in_order(it: Item) -> None:
         else:
             place = it.k.let(_indexed_place(it, "self", at))
             value = it.load("value", at)
-            it.buffers["self"].store(place, combine(SUM, it.buffers["self"].load(place), value) if accumulate else value)
+            it.buffers["self"].store(
+                place, combine(SUM, it.buffers["self"].load(place), value) if accumulate else value
+            )
 
     walk(along, it.at)
 

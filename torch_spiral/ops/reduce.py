@@ -77,6 +77,10 @@ def reduce_rows(
         for s in (*out_strides, *in_strides):
             s.insert(0, 0)
         reduced = 1
+    # Lanes go along the first dimension of rows: one of a single row, whose stride is none, must not be it.
+    kept = [d for d, n in enumerate(sizes) if d < reduced or not is_one(n)]
+    sizes = [sizes[d] for d in kept]
+    out_strides, in_strides = ([[s[d] for d in kept] for s in strides] for strides in (out_strides, in_strides))
     t = target()
     length = sum(bucket(s) for s in sizes[:reduced]) if length is None else length
     count = sum(bucket(s) for s in sizes[reduced:]) if count is None else count
