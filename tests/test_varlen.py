@@ -72,6 +72,23 @@ def test_varlen_attn(device, dtype, window, heads, kv, head):
         close(got, expected)
 
 
+def test_few_queries_with_gradients(device):
+    """Each sequence has at most three, which see keys in other kernels than tiles of queries do."""
+    ends_q, ends_k, window = [3, 4, 6], [70, 75, 205], (-1, 0)
+    q, k, v = torch.randn(6, 4, 20), torch.randn(205, 2, 20), torch.randn(205, 2, 20)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want, _ = reference(*leaves, ends_q, ends_k, window=window)
+    g = torch.randn_like(want).float()
+    x = [t.to(device).requires_grad_() for t in (q, k, v)]
+    for splits in (None, 3):
+        cums = cumulative(ends_q, device), cumulative(ends_k, device)
+        out = varlen.varlen_attn(*x, *cums, 3, 130, window_size=window, enable_gqa=True, num_splits=splits)
+        close(out, want.detach())
+        gradients = torch.autograd.grad(want, leaves, g.double(), retain_graph=True)
+        for got, expected in zip(torch.autograd.grad(out, x, g.to(device)), gradients):
+            close(got, expected)
+
+
 def test_views_and_scale(device):
     """Queries, keys and values cut out of one tensor, as a projection gives them."""
     ends = [7, 40]

@@ -170,16 +170,17 @@ def varlen_forward(
             work,
         )
     elif t.schedule_class == "vector":
-        keys = k.sizes[2] if table is None else each * sequences
-        kernel = build(vector.attention_forward, q.dtype, True, None, None, True)
-        tail = [heads, heads // k.sizes[1], queries, keys, d, v.sizes[3], left, right, scale]
         if table is None:
-            packed_k, packed_v = _pack(k, "columns"), _pack(v, "rows")
+            keys, packed_k, packed_v = k.sizes[2], _pack(k, "columns"), _pack(v, "rows")
         else:
             rows_of = (contiguous(table), spans, each, sequences)
-            packed_k, packed_v = _pack_pages(k, "columns", *rows_of), _pack_pages(v, "rows", *rows_of)
-        groups = (cdiv(longest_q, vector.ROWS), sequences * heads, 1)
-        launch(kernel, [q, packed_k, packed_v, out, lse, spans], [*_bht(q, out), *tail], groups, work)
+            keys, packed_k, packed_v = (
+                each * sequences,
+                _pack_pages(k, "columns", *rows_of),
+                _pack_pages(v, "rows", *rows_of),
+            )
+        sizes = [heads, heads // k.sizes[1], queries, keys, d, v.sizes[3], left, right, scale]
+        _vector_tiles(q, packed_k, packed_v, spans, sizes, longest_q, out, lse, work)
     elif t.schedule_class == "block":
         s = block.forward_schedule(q.dtype, max(head, head_v), max(rows, grouped))
         paged = "" if table is None else "rows" if page % s.keys else "tiles"
@@ -212,6 +213,23 @@ def varlen_forward(
         launch(build(block.merge, q.dtype, head_v), [written, logs, out, lse], scalars, groups)
     elif split:
         _merge(written, logs, runs, out, lse)
+
+
+def _vector_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    sizes: list[Any],
+    longest_q: Any,
+    out: Tensor,
+    lse: Tensor,
+    work: Any,
+) -> None:
+    """out and lse of packed keys ("columns") and values ("rows")."""
+    kernel = build(vector.attention_forward, q.dtype, True, None, None, True)
+    groups = (cdiv(longest_q, vector.ROWS), spans.sizes[0] * q.sizes[1], 1)
+    launch(kernel, [q, k, v, out, lse, spans], [*_bht(q, out), *sizes], groups, work)
 
 
 def _pack_pages(x: Tensor, kind: str, table: Tensor, spans: Tensor, slot: Any, sequences: Any) -> Tensor:
@@ -256,6 +274,14 @@ def varlen_backward(
     t, kind = target(), "window" if window else "full"
     (_, heads, queries, d), sequences, kv_heads, keys = q.sizes, spans.sizes[0], k.sizes[1], k.sizes[2]
     if t.schedule_class == "vector":
+        sizes, columns = (
+            [heads, heads // kv_heads, queries, keys, d, v.sizes[3], left, right, scale],
+            _pack(k, "columns"),
+        )
+        if rows <= 2:
+            # attention_decode adds in another order: with its sums, the probabilities from these scores would not add up to 1.
+            out, lse = _one_batch(empty((queries, heads, v.sizes[3]), out.dtype)), empty((heads, queries), "f32")
+            _vector_tiles(q, columns, _pack(v, "rows"), spans, sizes, longest_q, out, lse, _work(q, v, longest_k))
         blocks = cdiv(queries, vector.BLOCK)
         delta = empty((heads, 3, blocks * vector.BLOCK), "f32")
         kernel = build(vector.attention_delta, q.dtype)
@@ -264,10 +290,9 @@ def varlen_backward(
         splits = minimum(cdiv(2 * t.compute_units, kv_heads), most)
         sums = [empty((splits * kv_heads * vector.sums(keys, x.sizes[3]),), "f32") for x in (k, v)]
         kernel = build(vector.attention_backward, q.dtype, True, None, True, True, False, None, True)
-        tail = [heads, heads // kv_heads, queries, keys, d, v.sizes[3], left, right, scale, sequences]
         launch(
-            kernel, [q, g, _pack(k, "columns"), _pack(v, "columns"), delta, _pack(k, "rows"), dq, *sums, spans],
-            [*_bht(q, g, dq), *tail], (splits, kv_heads, 1), _work(q, v, longest_k, *OF_BOTH),
+            kernel, [q, g, columns, _pack(v, "columns"), delta, _pack(k, "rows"), dq, *sums, spans],
+            [*_bht(q, g, dq), *sizes, sequences], (splits, kv_heads, 1), _work(q, v, longest_k, *OF_BOTH),
         )  # fmt: skip
         kernel = build(vector.attention_backward_sum, q.dtype)
         scalars = [*_bht(dk, dv), splits, kv_heads, keys, d, v.sizes[3], scale]
