@@ -118,8 +118,8 @@ def _totals(found: Iterable[Result]) -> list[str]:
             lines.append(f"| {check} | " + " | ".join(row) + " |")
     pairs = [r for d in PAIRS for r in table.get(("forward", d), [])]
     lines += ["", f"(op, dtype) pairs over {', '.join(PAIRS)}: {_share(pairs) or 'not run'}."]
-    for kind in ("module", "optim"):
-        lines.append(f"{kind}_db: {_share([r for r in found if r.kind == kind]) or 'not run'}.")
+    for kind, title in (("module", "module_db"), ("optim", "optim_db"), ("ref", "python_ref_db")):
+        lines.append(f"{title}: {_share([r for r in found if r.kind == kind]) or 'not run'}.")
     return lines
 
 
