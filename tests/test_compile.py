@@ -990,7 +990,12 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("batch", "width", "heads", "form"),
-    [(1, 24, 4, "module"), (2, 32, 2, "module"), (2, 32, 2, "cache"), (2, 32, 2, "heads first")],
+    [
+        pytest.param(1, 24, 4, "module", marks=pytest.mark.full),
+        pytest.param(2, 32, 2, "module", marks=pytest.mark.full),
+        (2, 32, 2, "cache"),
+        (2, 32, 2, "heads first"),
+    ],
 )
 def test_attention_reads_where_copies_would_have_read(device, batch, width, heads, form):
     theirs = Attention(width, heads, form).double().eval()
@@ -1123,7 +1128,9 @@ class Residual(nn.Module):
         return F.rms_norm(x, x.shape[-1:])
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 9), "float32"), ((3, 16, 64), "bfloat16")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 9), "float32"), pytest.param((3, 16, 64), "bfloat16", marks=pytest.mark.full)]
+)
 def test_products_add_what_a_norm_after_them_reads(device, shape, dtype):
     """Each norm reads one tensor, which the product before it stores; the last sum is read by its norm alone, which adds."""
     dtype = getattr(torch, dtype)
