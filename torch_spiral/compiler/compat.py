@@ -165,6 +165,39 @@ def store_marked() -> None:
     GraphLowering.run_node = run_node
 
 
+def lay_out_fake_convolutions() -> None:
+    """Has fake convolutions of spiral tensors lay their results out as ops/conv.py does. Upstream's take each for contiguous, and a
+    graph would read a gradient that is channels-last by wrong strides."""
+    from torch._subclasses import fake_impls
+
+    known, aten = fake_impls.op_implementations_dict, torch.ops.aten
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+    def last(x: Any) -> bool:
+        return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim]) and not x.is_contiguous()
+
+    def wrap(op: Any, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def conv(fake_mode: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+            out = upstream(fake_mode, func, *args, **kwargs)
+            backward = op is aten.convolution_backward.default
+            given = dict(zip([a.name for a in op._schema.arguments], args, strict=False)) | kwargs
+            x, w = given["input"], given["weight"]
+            if x.device.type != "spiral":
+                return out
+            y = out[0] if backward else out
+            by_weight = not backward and x.ndim == 4 and last(w) and x.shape[1] != 1
+            if y is None or not (last(x) or by_weight):
+                return out
+            with fake_mode:
+                y = torch.empty_like(y, memory_format=formats[y.ndim])
+            return (y, *out[1:]) if backward else y
+
+        return conv
+
+    for op in (aten.convolution.default, aten.convolution_backward.default):
+        known[op] = wrap(op, known[op])
+
+
 def keep_operators(names: list[str]) -> None:
     """Has Inductor call these operators on spiral tensors instead of fusing them. names: without "special_"."""
     for op, lower in list(lowerings.items()):
@@ -419,6 +452,7 @@ __all__ = [
     "get_kernel_metadata",
     "get_scheduling_for_device",
     "hint",
+    "lay_out_fake_convolutions",
     "lookup_backend",
     "lowerings",
     "make_fallback",

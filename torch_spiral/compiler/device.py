@@ -129,6 +129,7 @@ def register() -> None:
     dynamo.call_directly(_C.GraphCall)
     compat.save_random_results()
     compat.keep_operators(OPERATORS)
+    compat.lay_out_fake_convolutions()
     compat.read_convolutions_by_channels(lambda gm: passes.reads_by_channels(gm))
 
 
