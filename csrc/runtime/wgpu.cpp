@@ -1253,6 +1253,9 @@ void describe(WgpuAdapter& adapter, const WGPUAdapterInfo& info) {
   if (adapter.has(WGPUNativeFeature_Subgroup)) {
     p.subgroup_min = info.subgroupMinSize;
     p.subgroup_max = info.subgroupMaxSize;
+    if (!p.subgroup_max) {  // some drivers do not tell: NVIDIA's has 32
+      p.subgroup_min = p.subgroup_max = info.vendorID == 0x10DE ? 32 : 0;
+    }
     // llvmpipe reports 4 to 128; the true size is its vectors', "llvmpipe (LLVM 15.0.6, 256 bits)".
     const size_t bits = p.name.rfind(" bits)");
     if (p.name.rfind("llvmpipe", 0) == 0 && bits != std::string::npos) {

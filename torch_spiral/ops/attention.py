@@ -394,7 +394,7 @@ def _simt_backward(
     t = target()
     batch, heads, queries, _ = q.sizes
     kv_heads, keys, head_v = k.sizes[1], k.sizes[2], v.sizes[3]
-    s = simt.default_schedule(t, head_class, max(head_class, head_v_class), rows)
+    s = simt.backward_schedule(t, max(head_class, head_v_class), rows)
     vec = bool(vec) and all(x.aligned(4) for x in (q, k, v, g))
     delta = empty((batch, heads, queries), "f32")
     launch(

@@ -331,7 +331,7 @@ def varlen_backward(
         build(simt.delta, q.dtype), [g, out, delta], [1, heads, queries, v.sizes[3], *_bht(g, out)],
         (minimum(cdiv(heads * queries, 64), simt.MAX_GROUPS), 1, 1),
     )  # fmt: skip
-    schedule = simt.default_schedule(t, head, max(head, head_v), rows)
+    schedule = simt.backward_schedule(t, max(head, head_v), rows)
     wide = bool(vec) and all(x.aligned(4) for x in (q, k, v, g))
     simt_key = (schedule, q.dtype, head, head_v, "", True, wide)
     scalars = [*_simt_scalars(q, k, v, spans, left, right, longest_q, scale), *_bht(q, k, v, g, dq)]

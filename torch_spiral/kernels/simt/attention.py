@@ -82,16 +82,36 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(128, 64, 8, 16),
     Schedule(128, 32, 8, 16),
     Schedule(64, 64, 8, 8),
+    Schedule(64, 32, 4, 32),
+    Schedule(64, 32, 4, 16, resident=True),
+    Schedule(64, 64, 8, 16, resident=True),
 )
 
 
 def default_schedule(target: Target, head: int, head_v: int, queries_bucket: int) -> Schedule:
-    """A schedule by head_class() of the heads and floor(log2(queries)), within the target's limits."""
-    wide = queries_bucket >= 6 and target.compute_units > 4
-    for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide and head_v <= 128 else ():
+    """Of forward(), by head_class() of the heads and floor(log2(queries)), within the target's limits."""
+    wide = queries_bucket >= 6 and not target.software and head_v <= 128
+    if target.language == "wgsl":  # Vulkan's compilers on NVIDIA do worse with more in shared memory
+        wanted = [Schedule(64, 32, 4, 32), Schedule(64, 32, 4, 16)]
+    else:
+        wanted = [
+            Schedule(64, 64, 8, 16, resident=True),
+            Schedule(64, 32, 4, 16, resident=True),
+            Schedule(64, 32, 4, 16),
+        ]
+    for s in [*wanted, Schedule(64, 32, 4, 8)] if wide else []:
         if s.fits(target, head, head_v):
             return s
     return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head_v) else SCHEDULES[1]
+
+
+def backward_schedule(target: Target, head: int, rows_bucket: int) -> Schedule:
+    """Of the backward kernels; head: the larger of both."""
+    wide = rows_bucket >= 6 and not target.software and head <= 128
+    for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide else ():
+        if s.fits(target, head, head):
+            return s
+    return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head) else SCHEDULES[1]
 
 
 def padded(head: int, lanes: int) -> int:
@@ -123,8 +143,9 @@ class _Scores:
         pitch = self.loader(a, s.block_q).pitch
         lb = self.loader(b, s.block_k)
         offset = 0 if s.resident else s.chunk * pitch
-        pa = _Prefixed(self.loader(a, s.block_q), f"{name}a", "0u")
-        pb = (_Paged if paged else _Prefixed)(lb, f"{name}b", f"{offset}u")
+        kind = _Turned if self.vec else _Prefixed
+        pa = kind(self.loader(a, s.block_q), f"{name}a", "0u")
+        pb = (_Paged if paged else kind)(lb, f"{name}b", f"{offset}u")
         loaders = [pb] if s.resident else [pa, pb]
         acc = Accumulators(t, name, s.thread_q, 4, "f32")
         acc.declare()
@@ -150,7 +171,8 @@ class _Scores:
     def hold(self, a: str, a_base: str, row0: str, size: str, rows_end: str) -> None:
         """Puts the rows of a, all of them, into `held`, which the caller declares."""
         t, s = self.t, self.s
-        loader = _Prefixed(self.loader(a, s.block_q), "held_", "d0 * {pitch}u", "held")
+        kind = _Turned if self.vec else _Prefixed
+        loader = kind(self.loader(a, s.block_q), "held_", "d0 * {pitch}u", "held")
         t.open()
         loader.begin(a_base, row0, rows_end, f"{a}_row", "1u", "0u")
         t.loop("d0", "0u", size, f"{s.chunk}u")
@@ -231,6 +253,57 @@ class _Prefixed(TileLoader):
                     self.stage, f"{self.offset} + {k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", v, "f32"
                 )
             if guarded:
+                t.end()
+
+
+class _Turned(_Prefixed):
+    """A loader along k by vec4, of four rows at a time: what it stores are vec4 of rows, where others store single elements."""
+
+    def __init__(self, loader: TileLoader, prefix: str, offset: str, stage: str = "stage"):
+        super().__init__(loader, prefix, offset, stage)
+        self.blocks = self.rows * self.tile_k // 16
+        self.steps = range(cdiv(self.blocks, self.t.threads))
+
+    def _place(self, step: int) -> tuple[str, str]:
+        """(row, k) of this invocation's block of 4 x 4."""
+        e, per = (f"(lid + {step * self.t.threads}u)" if step else "lid"), self.tile_k // 4
+        return f"({e} / {per}u) * 4u", f"({e} % {per}u) * 4u"
+
+    def _conditions(self, step: int) -> list[str]:
+        """Where not every invocation has a block."""
+        rest = self.blocks - step * self.t.threads
+        return [f"lid < {rest}u"] if rest < self.t.threads else []
+
+    def begin(self, base: str, row0: str, rows_end: str, stride_r: str, stride_k: str, k_begin: str) -> None:
+        t, p = self.t, self.prefix
+        self.base = base
+        for step in self.steps:
+            row, k = self._place(step)
+            for j in range(4):
+                t.var(f"{p}_i{step}_{j}", f"min({row0} + {row} + {j}u, {rows_end} - 1u) * {stride_r} + {k_begin} + {k}")
+                t.var(f"{p}_v{step}_{j}", t.zero("f32", 4), "f32", 4)
+
+    def load(self, k0: str, k_end: str) -> None:
+        t, p = self.t, self.prefix
+        for step in self.steps:
+            values = [f"{p}_v{step}_{j}" for j in range(4)]
+            t.add(*(f"{v} = {t.zero('f32', 4)};" for v in values))
+            t.open(" && ".join([*self._conditions(step), f"{k0} + {self._place(step)[1]} < {k_end}"]))
+            t.add(*(f"{v} = {t.load(self.buffer, self.base, f'{p}_i{step}_{j}', 4)};" for j, v in enumerate(values)))
+            t.end()
+            t.add(*(f"{p}_i{step}_{j} += {self.tile_k}u;" for j in range(4)))
+
+    def store(self) -> None:
+        t = self.t
+        for step in self.steps:
+            row, k = self._place(step)
+            conditions = self._conditions(step)
+            if conditions:
+                t.open(*conditions)
+            for j, c in enumerate(COMPONENTS):
+                turned = t.vector([f"{self.prefix}_v{step}_{i}.{c}" for i in range(4)])
+                t.add(f"{self.stage}[{self.offset} + ({k} + {j}u) * {self.pitch}u + {row} / 4u] = {turned};")
+            if conditions:
                 t.end()
 
 
