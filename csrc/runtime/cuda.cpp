@@ -246,12 +246,9 @@ class CudaSequence final : public Sequence {
     }
     const bool known = s.last.size() == count;  // else the last replay was not the graph's
     for (size_t i = 0; i < count; ++i) {
-      const Launch &now = s.launches[i], &then = s.last[known ? i : 0];
+      const Launch& now = s.launches[i];
       char* params = s.params.data() + now.at;
-      if (known && now.kernel == then.kernel && std::equal(now.grid, now.grid + 3, then.grid) &&
-          std::memcmp(params, s.last_params.data() + then.at, now.kernel->params) == 0) {
-        continue;
-      }
+      if (known && same(now, params, s.last[i], s.last_params.data())) continue;
       Arguments a(params, now.kernel->params);
       const KernelNode n = node(now, a);
       if (api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
@@ -260,6 +257,11 @@ class CudaSequence final : public Sequence {
       }
     }
     return true;
+  }
+
+  static bool same(const Launch& now, const char* params, const Launch& then, const char* last_params) {
+    return now.kernel == then.kernel && std::equal(now.grid, now.grid + 3, then.grid) &&
+           std::memcmp(params, last_params + then.at, now.kernel->params) == 0;
   }
 
   bool make(Stretch& s) {
@@ -471,7 +473,7 @@ class CudaEngine final : public Engine {
   }
 
   std::unique_ptr<Sequence> sequence(size_t launches) override {
-    if (launches < kLeastInGraph || !api_.graph_launch) return nullptr;
+    if (launches < kLeastInGraph || !api_.graph_add_kernel || !api_.graph_exec_set_kernel) return nullptr;
     return std::make_unique<CudaSequence>(api_, context_);
   }
 
