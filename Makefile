@@ -74,8 +74,8 @@ test-full: setup $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 3600 --shard $(SHARD) $(ARGS) || status=1; \
 	engines=$$($(BIN)/python -m torch_spiral.testing engines); \
 	for engine in $$engines; do \
-	  $(BIN)/python -m torch_spiral.testing coverage --engine $$engine --all --resume --workers $(JOBS) --shard $(SHARD) \
-	    $(if $(SAMPLES),--samples $(SAMPLES)) || status=1; \
+	  $(BIN)/python -m torch_spiral.testing coverage --engine $$engine --all --kinds op,ref,module,optim --resume \
+	    --workers $(JOBS) --shard $(SHARD) $(if $(SAMPLES),--samples $(SAMPLES)) || status=1; \
 	done; \
 	[ $$(echo $$engines | wc -w) -lt 2 ] || $(BIN)/python -m torch_spiral.testing differential --workers $(JOBS) --shard $(SHARD) \
 	  $(if $(SAMPLES),--samples $(SAMPLES)) || status=1; \
