@@ -134,6 +134,21 @@ struct CudaKernel final : Kernel {
   size_t scratch;  // bytes a workgroup
 };
 
+// A kernel's parameters, all of them one after the other, as the driver takes them.
+struct Arguments {
+  size_t size;
+  void* extra[5];
+  Arguments(const Api& api, const CudaKernel& kernel, void* params)
+      : size(kernel.params), extra{kParamBufferPointer, params, kParamBufferSize, &size, api.dialect->param_end} {}
+  Arguments(const Arguments&) = delete;
+};
+
+Result launch_kernel(const Api& api, Stream stream, const CudaKernel& kernel, const uint32_t grid[3], void* params) {
+  Arguments arguments(api, kernel, params);
+  return api.launch(kernel.function, grid[0], grid[1], grid[2], kernel.threads, 1, 1, kernel.shared_memory, stream, nullptr,
+                    arguments.extra);
+}
+
 thread_local Context left_current = nullptr;  // by a Current that stays
 
 // The primary context, current in this thread while this lives. stays: also afterwards, where none was: device 0's is what the
@@ -191,10 +206,7 @@ class CudaSequence final : public Sequence {
       code = api_.graph_launch(s.exec, stream);
     } else {
       for (const Launch& launch : s.launches) {
-        Arguments a(s.params.data() + launch.at, launch.kernel->params);
-        const Result result =
-            api_.launch(launch.kernel->function, launch.grid[0], launch.grid[1], launch.grid[2], launch.kernel->threads, 1, 1,
-                        launch.kernel->shared_memory, stream, nullptr, a.extra);
+        const Result result = launch_kernel(api_, stream, *launch.kernel, launch.grid, s.params.data() + launch.at);
         if (code == kSuccess) code = result;
       }
     }
@@ -216,13 +228,6 @@ class CudaSequence final : public Sequence {
     Graph graph = nullptr;
     GraphExec exec = nullptr;
     std::vector<GraphNode> nodes;
-  };
-  struct Arguments {
-    void* extra[5];
-    size_t size;
-    Arguments(void* params, size_t bytes)
-        : extra{kParamBufferPointer, params, kParamBufferSize, &size, nullptr}, size(bytes) {}
-    Arguments(const Arguments&) = delete;
   };
 
   KernelNode node(const Launch& l, Arguments& a) const {
@@ -249,7 +254,7 @@ class CudaSequence final : public Sequence {
       const Launch& now = s.launches[i];
       char* params = s.params.data() + now.at;
       if (known && same(now, params, s.last[i], s.last_params.data())) continue;
-      Arguments a(params, now.kernel->params);
+      Arguments a(api_, *now.kernel, params);
       const KernelNode n = node(now, a);
       if (api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
         destroy(s);  // the next replay makes it anew
@@ -267,7 +272,7 @@ class CudaSequence final : public Sequence {
   bool make(Stretch& s) {
     if (api_.graph_create(&s.graph, 0) != kSuccess) return false;
     for (const Launch& launch : s.launches) {
-      Arguments a(s.params.data() + launch.at, launch.kernel->params);
+      Arguments a(api_, *launch.kernel, s.params.data() + launch.at);
       const KernelNode n = node(launch, a);
       GraphNode added = nullptr;
       if (api_.graph_add_kernel(&added, s.graph, s.nodes.empty() ? nullptr : &s.nodes.back(), !s.nodes.empty(), &n) != kSuccess) {
@@ -465,11 +470,7 @@ class CudaEngine final : public Engine {
     }
     if (sequence_) return sequence_->add(*kernel, groups, block);
     const Current current = enter();
-    size_t size = kernel->params;
-    void* extra[] = {kParamBufferPointer, block, kParamBufferSize, &size, api_.dialect->param_end};
-    keep(api_.launch(kernel->function, groups[0], groups[1], groups[2], kernel->threads, 1, 1, kernel->shared_memory, stream_,
-                     nullptr, extra),
-         kernel->name.c_str());
+    keep(launch_kernel(api_, stream_, *kernel, groups, block), kernel->name.c_str());
   }
 
   std::unique_ptr<Sequence> sequence(size_t launches) override {
