@@ -1,6 +1,7 @@
 """torch.compile(backend="spiral"): results against eager on the CPU, and how many kernels a graph becomes."""
 
 import copy
+import itertools
 import logging
 import math
 import os
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._higher_order_ops import associative_scan, scan, while_loop
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_spiral import _C
 from torch_spiral.compiler import explain
+from torch_spiral.compiler.device import register
 
 
 @pytest.fixture(autouse=True)
@@ -933,6 +936,28 @@ def test_prologues(device, name):
     check(device, f, *args, tolerance=2e-5)
     if torch.spiral.get_device_properties(device).schedule_class != "block":  # whose operands must be of one dtype
         assert len(kernels(f, *on(device, args))) == count
+
+
+@pytest.mark.parametrize("nd", [2, 3])
+def test_fake_convolutions_have_the_layout_of_real_ones(device, nd):
+    """What a graph takes for the strides of a result, and of a gradient."""
+    register()
+    last, spatial = (torch.channels_last, torch.channels_last_3d)[nd - 2], [6, 5, 4][:nd]
+    layouts = itertools.product((last, torch.contiguous_format), repeat=3)
+    rest = ([1] * nd, [1] * nd, [1] * nd, False, [0] * nd, 1)
+    for x_last, w_last, g_last in layouts:
+        x = torch.randn(2, 8, *spatial, device=device).contiguous(memory_format=x_last)
+        w = torch.randn(8, 8, *[3] * nd, device=device).contiguous(memory_format=w_last)
+        g = torch.randn(2, 8, *spatial, device=device).contiguous(memory_format=g_last)
+
+        def results(x, w, g):
+            y = torch.ops.aten.convolution(x, w, None, *rest)
+            return y, *torch.ops.aten.convolution_backward(g, x, w, None, *rest, [True, True, False])[:2]
+
+        with FakeTensorMode() as mode:
+            fake = results(*map(mode.from_tensor, (x, w, g)))
+        for real, imagined in zip(results(x, w, g), fake, strict=True):
+            assert real.stride() == imagined.stride()
 
 
 def test_an_infinite_constant_is_no_prologue(device):
