@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import lowering as low
+from ..ops.attention import default_splits
 
 NAME = "_scaled_dot_product_fused_attention_overrideable"
 MAX_HEAD = 256
@@ -77,7 +78,6 @@ def plan(
     if fold:
         heads, queries = kv_heads, heads // kv_heads
     tiles = q[0][0] * heads
-    split = queries <= 32 and keys >= 512 and tiles <= 128
     rows = min(queries.bit_length() - 1, 6)
     while rows > 3 and -(-queries // (2 << rows)) * tiles < 64:
         rows -= 1
@@ -85,7 +85,7 @@ def plan(
         "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d), "dropout": float(dropout),
         "classes": (
             (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
-            rows, 256 >> (tiles.bit_length() - 1) if split else 1,
+            rows, default_splits(queries, keys, tiles),
         ),
         "strides": layouts(backward, known),
         **({"wanted": wanted} if backward else {"head_v": head_v, "fold": fold}),

@@ -151,16 +151,21 @@ def _through_casts(n: Any) -> Any:
     return n
 
 
+def _cleaned(gm: fx.GraphModule, found: int) -> int:
+    """found, with what nothing reads any more taken out where something was found."""
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return found
+
+
 def fuse_attention(gm: fx.GraphModule) -> int:
     """Replaces attention that is spelled out by scaled_dot_product_attention; how often."""
     found = 0
     for out in list(gm.graph.nodes):
         if out.target in _MATMUL and out.op in ("call_function", "call_method") and _fuse(gm.graph, out):
             found += 1
-    if found:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-    return found
+    return _cleaned(gm, found)
 
 
 def share_keys(gm: fx.GraphModule) -> int:
@@ -173,10 +178,7 @@ def share_keys(gm: fx.GraphModule) -> int:
                 n.args = (n.args[0], k, v, *n.args[3:])
                 n.kwargs = {**n.kwargs, "enable_gqa": True}
                 found += 1
-    if found:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-    return found
+    return _cleaned(gm, found)
 
 
 def skip_empty_caches(gm: fx.GraphModule) -> int:
@@ -200,10 +202,7 @@ def skip_empty_caches(gm: fx.GraphModule) -> int:
             if not any(map(_writes, between)):
                 n.update_arg(i, parts[0])
                 found += 1
-    if found:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-    return found
+    return _cleaned(gm, found)
 
 
 def _writes(n: fx.Node) -> bool:

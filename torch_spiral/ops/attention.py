@@ -104,6 +104,12 @@ def _dropout(p: Any, seed: Tensor | None) -> Dropout:
     ]
 
 
+def default_splits(queries: int, keys: int, tiles: int) -> int:
+    """How many workgroups the keys of each of so many tiles (heads of all items) are dealt to, about 256 in all: as
+    csrc/aten/attention.cpp has it."""
+    return 256 >> tiles.bit_length() - 1 if queries <= 32 and keys >= 512 and 0 < tiles <= 128 else 1
+
+
 def _work(q: Tensor, k: Tensor, v: Tensor, causal: bool, products: int = 1, products_v: int = 1) -> Any:
     """Operations of so many products along the heads of q and of v, those of a forward pass by default; of causal ones, half."""
     batch, heads, queries, d = q.sizes

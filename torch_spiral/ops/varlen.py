@@ -30,7 +30,7 @@ from ..lowering import (
     operator,
     target,
 )
-from .attention import OF_BOTH, OF_KEYS, OF_QUERIES, _bht, _block_key, _block_scalars, _merge, _pack
+from .attention import OF_BOTH, OF_KEYS, OF_QUERIES, _bht, _block_key, _block_scalars, _merge, _pack, default_splits
 from .common import contiguous, fill
 
 ALL = 1 << 29  # a window that no sequence reaches the end of
@@ -418,13 +418,6 @@ def _check_pages(key: Any, value: Any, table: Any, sequences: int) -> None:
         )
 
 
-def _splits(num_splits: int | None, max_q: int, keys: int, tiles: int) -> int:
-    """How many workgroups the keys of a query are dealt to, about 256 in all: as csrc/aten/attention.cpp does."""
-    if num_splits:
-        return num_splits
-    return 256 >> tiles.bit_length() - 1 if max_q <= 32 and keys >= 512 and 0 < tiles <= 128 else 1
-
-
 def _forward(
     query: Any, key: Any, value: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout: float, causal: bool, scale: Any, left: Any,
     right: Any, used: Any, alibi_slopes: Any, table: Any, num_splits: int | None, out: Any,
@@ -454,7 +447,8 @@ def _forward(
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         share = q.shape[1] // k.shape[-2]
         grouped = min((max_q * share).bit_length() - 1, 6) if share > 1 and max_q <= 16 else -1
-        splits = _splits(num_splits, max_q, keys, sequences * (q.shape[1] if grouped < 0 else k.shape[-2]))
+        tiles = sequences * (q.shape[1] if grouped < 0 else k.shape[-2])
+        runs = num_splits or default_splits(max_q, keys, tiles)
         written = (
             o
             if o.stride(-1) == 1 and o.data_ptr() == out.data_ptr()
@@ -462,7 +456,7 @@ def _forward(
         )
         torch.ops.spiral.varlen_forward(
             q, k, v, cum_q, cum_k, used, table, max_q, max_k, *window, scale, window[0] < ALL, head, head_v, vec, rows, grouped, page,
-            splits, bool(num_splits), written, lse,
+            runs, bool(num_splits), written, lse,
         )  # fmt: skip
         if written is not o:
             out.copy_(written.view(out.shape))

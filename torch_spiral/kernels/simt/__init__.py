@@ -14,6 +14,7 @@ from dataclasses import replace
 from ..emit import BufferDecl, header
 from ..kernel import Kernel, Target, Unsupported
 from ..vector.gemm import Epilogue, combine, is_constant, number
+from ..wgsl import OR_NAN
 
 COMPONENTS = "xyzw"
 # Storage dtypes that the templates take, and what they accumulate in.
@@ -107,7 +108,10 @@ def activation(t: Text, name: str, x: str) -> str:
     )
 
     def keep(y: str) -> str:  # of WGSL's selects drivers make minima and maxima, which drop NaN
-        return t.select(y, x, f"(bitcast<u32>({x}) & 0x7fffffffu) > 0x7f800000u") if t.wgsl else y
+        if not t.wgsl:
+            return y
+        t.module.setdefault("or_nan", OR_NAN)
+        return f"or_nan({y}, {x})"
 
     one, half = f("1.0"), f("0.5")
     inner = f"{f('0.7978845608')} * ({x} + {f('0.044715')} * {x} * {x} * {x})"
