@@ -141,6 +141,16 @@ def test_an_index_out_of_bounds_raises_later(device):
     with pytest.raises(IndexError, match="index 12 is out of bounds for dimension with size 10"):
         f(torch.randn(10, 4).to(device), torch.tensor([1, 12, 3]).to(device)).cpu()
     assert f(torch.ones(10, 4).to(device), torch.tensor([1, 2, 3]).to(device)).sum().item() == 24
+    with pytest.raises(IndexError, match="index -11 is out of bounds for dimension with size 10"):
+        f(torch.randn(10, 4).to(device), torch.tensor([1, -11, 3]).to(device)).cpu()
+
+
+def test_assertions_are_raised_later(device):
+    f = torch.compile(lambda i: F.one_hot(i, 5) * 2, backend="spiral", fullgraph=True)
+    i = torch.tensor([1, 4, 0])
+    assert f(i.to(device)).cpu().equal(F.one_hot(i, 5) * 2)
+    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
+        f(i.to(device) + 1).cpu()
 
 
 def test_mutation(device):
@@ -362,6 +372,41 @@ def test_heads_that_share_keys_are_not_copied(device, queries, masked):
     check(device, f, *args)
     names = kernels(f, *on(device, args))
     assert len(names) == 2, names  # attention, and what follows
+
+
+def _shared_cache(q, k, v, keys, values, at):
+    keys.index_copy_(2, at, k)
+    values.index_copy_(2, at, v)
+    return F.scaled_dot_product_attention(q, _repeat_kv(keys, 3), _repeat_kv(values, 3))
+
+
+def _spelled_out_cache(q, k, v, keys, values, at):
+    keys.index_copy_(2, at, k)
+    values[:, :, at] = v
+    at.add_(1)
+    return torch.softmax(q[:, :2] @ keys.transpose(-2, -1), -1) @ values
+
+
+def _written_after_a_copy(q, k, v, keys, values, at):
+    repeated = _repeat_kv(keys, 3), _repeat_kv(values, 3)
+    keys.index_copy_(2, at, k)
+    values.zero_()
+    return F.scaled_dot_product_attention(q, *repeated)
+
+
+def _first_of_a_cache(q, k, v, keys, values, at):
+    none = torch.tensor([], device=q.device)
+    keys.index_copy_(2, at, k)
+    return F.scaled_dot_product_attention(q[:, :2], torch.cat([none, k], -2), torch.cat([none, v], -2))
+
+
+@pytest.mark.parametrize("f", [_shared_cache, _spelled_out_cache, _written_after_a_copy, _first_of_a_cache])
+def test_caches_around_attention_are_written(device, f):
+    make = [torch.randn(2, heads, t, D) for heads, t in ((6, 1), (2, 1), (2, 1), (2, 7), (2, 7))] + [torch.tensor([4])]
+    theirs, ours = [x.clone() for x in make], on(device, make)
+    want, got = f(*theirs), torch.compile(f, backend="spiral", fullgraph=True)(*ours)
+    for a, b in zip([want, *theirs], [got, *ours], strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_whose_weights_are_read_is_left_alone(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,40 +152,58 @@ def _through_casts(n: Any) -> Any:
     return n
 
 
-def _cleaned(gm: fx.GraphModule, found: int) -> int:
-    """found, with what nothing reads any more taken out where something was found."""
+def _rewrite(gm: fx.GraphModule, rewrite: Callable[[fx.Graph], int]) -> int:
+    """How often rewrite found something. What nothing reads any more because of it is taken out; what nothing read before stays, since
+    Dynamo's graph holds writes whose result nobody wants (a cache's index_copy_)."""
+    unread = {n for n in gm.graph.nodes if not n.users}
+    found = rewrite(gm.graph)
     if found:
-        gm.graph.eliminate_dead_code()
+        gm.graph.eliminate_dead_code(lambda n: n.is_impure() or n in unread)
         gm.recompile()
     return found
 
 
 def fuse_attention(gm: fx.GraphModule) -> int:
     """Replaces attention that is spelled out by scaled_dot_product_attention; how often."""
-    found = 0
-    for out in list(gm.graph.nodes):
-        if out.target in _MATMUL and out.op in ("call_function", "call_method") and _fuse(gm.graph, out):
-            found += 1
-    return _cleaned(gm, found)
+    return _rewrite(gm, _fuse_attention)
 
 
 def share_keys(gm: fx.GraphModule) -> int:
     """Has attention read key heads that are repeated for groups of query heads (transformers' repeat_kv) where they are; how often."""
-    found = 0
-    for n in gm.graph.nodes:
-        if n.target is F.scaled_dot_product_attention and len(n.args) >= 3 and not n.kwargs.get("enable_gqa"):
-            k, v = map(_repeated, n.args[1:3])
-            if k is not None and v is not None and _value(k).shape[1] == _value(v).shape[1]:
-                n.args = (n.args[0], k, v, *n.args[3:])
-                n.kwargs = {**n.kwargs, "enable_gqa": True}
-                found += 1
-    return _cleaned(gm, found)
+    return _rewrite(gm, _share_keys)
 
 
 def skip_empty_caches(gm: fx.GraphModule) -> int:
     """Has attention read keys and values where they are, rather than concatenated to nothing, as transformers' caches do at first; how often."""
+    return _rewrite(gm, _skip_empty_caches)
+
+
+def _fuse_attention(graph: fx.Graph) -> int:
     found = 0
-    for n in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+    for out in list(graph.nodes):
+        if out.target in _MATMUL and out.op in ("call_function", "call_method") and _fuse(graph, out):
+            found += 1
+    return found
+
+
+def _share_keys(graph: fx.Graph) -> int:
+    found = 0
+    for n in graph.nodes:
+        if n.target is F.scaled_dot_product_attention and len(n.args) >= 3 and not n.kwargs.get("enable_gqa"):
+            k, v = map(_repeated, n.args[1:3])
+            if k is None or v is None or _value(k).shape[1] != _value(v).shape[1]:
+                continue
+            if _written_between(n.args[1], n) or _written_between(n.args[2], n):
+                continue
+            n.args = (n.args[0], k, v, *n.args[3:])
+            n.kwargs = {**n.kwargs, "enable_gqa": True}
+            found += 1
+    return found
+
+
+def _skip_empty_caches(graph: fx.Graph) -> int:
+    found = 0
+    for n in graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         for i, joined in enumerate(n.args[:3]):
             if (
                 not isinstance(joined, fx.Node)
@@ -195,14 +214,18 @@ def skip_empty_caches(gm: fx.GraphModule) -> int:
             parts = [t for t in joined.args[0] if not isinstance(t, fx.Node) or _value(t).shape != (0,)]
             if len(parts) != 1 or _value(parts[0]).dtype != _value(joined).dtype:
                 continue
-            between, later = [], joined.next
-            while later is not n:
-                between.append(later)
-                later = later.next
-            if not any(map(_writes, between)):
+            if not _written_between(joined, n):
                 n.update_arg(i, parts[0])
                 found += 1
-    return _cleaned(gm, found)
+    return found
+
+
+def _written_between(n: fx.Node, end: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph after n and before end may write to a tensor."""
+    while (n := n.next) is not end:
+        if _writes(n):
+            return True
+    return False
 
 
 def _writes(n: fx.Node) -> bool:
