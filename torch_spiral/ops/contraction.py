@@ -541,11 +541,12 @@ def _block_product(
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
         return
-    tiles = _described(a, a_layout) and _described(b, b_layout) and blocks is None
+    tiles = _described(a, a_layout) and _described(b, b_layout)
     s = block.schedule(t, a.dtype, precision, sizes[0], sizes[1], sizes[3], a_layout == "n" and b_layout == "t", tiles)
-    size, factored, scaling = 0, [], []
+    size, even, factored, scaling = 0, False, [], []
     if blocks is not None:
         s, size, factored = block.blocks_schedule(t, blocks.size, sizes[0], sizes[1]), blocks.size, [blocks.a, blocks.b]
+        even = isinstance(blocks.rows_b, int) and blocks.rows_b % s.n == 0
         scaling = [("i64", v) for x in factored for v in x.strides] + [
             ("i32", v) for v in (blocks.rows_a, blocks.rows_b)
         ]
@@ -562,6 +563,7 @@ def _block_product(
 
     if count == 1:
         stored = tiles and c_layout == "n" and _described(out, "n") and block.stores_tiles(t, s, a.dtype, out.dtype)
+        stored = stored and blocks is None
         kernel = build(
             block.gemm,
             s,
@@ -578,6 +580,7 @@ def _block_product(
             stored,
             "",
             size,
+            even,
         )
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra, *scaling]
         groups = block.groups(s, m, n, batch)
@@ -615,6 +618,7 @@ def _block_product(
         False,
         "",
         size,
+        even,
     )
     span = cdiv(cdiv(k, count), s.k) * s.k
     named = [*strides([m * n, n, 1, total], "n"), ("i32", m), ("i32", n), ("i32", k), ("i32", span), *scaling]

@@ -70,6 +70,15 @@ ACTIVATIONS: dict[str, Callable[[Node], Any]] = {
 }
 
 
+# In few instructions and without branches, 2 ulp and |x| * 2**-24 from exact: an epilogue's arithmetic is in the way of the tensor cores.
+FAST = {
+    "relu": "tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-acc))",
+    "silu": "acc / (1.0 + tl.exp(-acc))",
+    "gelu_tanh": "acc / (1.0 + tl.exp(acc * (-1.5957691216057308 - 0.07135481282553484 * acc * acc)))",
+}
+
+
 class EpilogueText:
     """Epilogue as Triton text: what turns the tile `acc` of rows ra and columns rb of batch z into the result."""
 
@@ -86,40 +95,58 @@ class EpilogueText:
     def scalars(self) -> list[tuple[str, str]]:
         return [*self.epilogue.strides, *self.epilogue.factors(self.compute)]
 
-    def text(self, rows: str = "ra", columns: str = "rb", inside: str = "inside") -> str:
-        """Lines. rows, columns: int64 vectors of indices; inside: the mask of the tile."""
+    def text(self, rows: str = "rows", columns: str = "columns", inside: str = "inside") -> str:
+        """Lines. rows [M, 1], columns [1, N], inside [M, N]: masks of what the matrix has of the tile; ra, rb: indices, int64."""
         lines, i = [], 0
-        for step in self.epilogue.steps:
-            if step == "alpha":
-                lines.append("acc = acc * alpha")
-            elif isinstance(step, str) and is_constant(step):
-                lines.append(f"acc = {combine(step, 'acc', repr(number(step)))}")
-            elif isinstance(step, str):
-                dtype = self.compute
-                if dtype not in ("f32", "f64"):
-                    raise Unsupported(f"{step} of {dtype}")
-                x = Node("tmp", dtype, attr="x0")
-                name = self.emitter.define(f"{step}_{dtype}", [x], [ACTIVATIONS[step](x)])
-                lines.append(f"acc = {name}(acc)")
+        masks = {"n": columns, "m": rows}
+        folded, _ = self.epilogue.folded
+        if folded:
+            lines += ["scale = 1.0", "shift = 0.0"]
+        for number_of_step, step in enumerate(self.epilogue.steps):
+            if isinstance(step, str):
+                kind, value = step, repr(number(step)) if is_constant(step) else ""
             else:
                 kind, dtype, shape = step
-                e = f"e{i}"
-                at = {
-                    "n": f"{columns}[None, :]",
-                    "m": f"{rows}[:, None] * {e}m",
-                    "mn": f"{rows}[:, None] * {e}m + {columns}[None, :]",
-                    "s": f"{rows}[:, None] * {e}m + {columns}[None, :] * {e}n",
-                }[shape]
-                value = f"tl.load({e} + z * {e}b + {at}, mask={inside}, other=0).to({TYPES[self.compute]})"
-                if DTYPES[dtype].kind == "bool":
-                    raise Unsupported("an epilogue with a bool operand")
-                if kind == "beta":
-                    lines.append("if beta != 0:")
-                    lines.append(f"    acc += beta * {value}")
-                else:
-                    lines.append(f"acc = {combine(kind, 'acc', value, 'tl.rsqrt')}")
+                value = self._operand(f"e{i}", kind, dtype, shape, masks.get(shape, inside))
                 i += 1
+            if number_of_step < folded:  # by vectors: no element repeats the square root
+                if kind.startswith(("rsqrt", "mul")):
+                    lines.append(f"factor = {combine(kind, '1.0', value, 'tl.rsqrt')}")
+                    lines += ["scale = scale * factor", "shift = shift * factor"]
+                else:
+                    lines.append(f"shift = {combine(kind, 'shift', value)}")
+                if number_of_step == folded - 1:
+                    lines.append("acc = acc * scale + shift")
+            elif kind in ("alpha", "beta"):
+                lines.append("acc = acc * alpha" if kind == "alpha" else f"acc += beta * {value}")
+            elif value:
+                lines.append(f"acc = {combine(kind, 'acc', value, 'tl.rsqrt')}")
+            else:
+                lines.append(f"acc = {self._activation(kind)}")
         return "\n".join(lines)
+
+    def _operand(self, e: str, kind: str, dtype: str, shape: str, mask: str) -> str:
+        """The operand's part of the tile: a vector where it is one, so that no element of the tile loads it again."""
+        if DTYPES[dtype].kind == "bool":
+            raise Unsupported("an epilogue with a bool operand")
+        at = {
+            "n": "rb[None, :]",
+            "m": f"ra[:, None] * {e}m",
+            "mn": f"ra[:, None] * {e}m + rb[None, :]",
+            "s": f"ra[:, None] * {e}m + rb[None, :] * {e}n",
+        }[shape]
+        if kind == "beta":
+            mask = f"{mask} & (beta != 0)"
+        return f"tl.load({e} + z * {e}b + {at}, mask={mask}, other=0).to({TYPES[self.compute]})"
+
+    def _activation(self, kind: str) -> str:
+        """Text of the activation of acc."""
+        if self.compute not in ("f32", "f64"):
+            raise Unsupported(f"{kind} of {self.compute}")
+        if self.compute == "f32" and kind in FAST:
+            return FAST[kind]
+        x = Node("tmp", self.compute, attr="x0")
+        return f"{self.emitter.define(f'{kind}_{self.compute}', [x], [ACTIVATIONS[kind](x)])}(acc)"
 
     @property
     def module(self) -> str:

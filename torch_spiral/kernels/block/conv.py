@@ -156,7 +156,9 @@ def last(
     lines += [
         "for j in range(start, end):",
         *("    " + t for t in body),
-        "inside = (ra < m)[:, None] & (rb < n)[None, :]",
+        "rows = (ra < m)[:, None]",
+        "columns = (rb < n)[None, :]",
+        "inside = rows & columns",
         "ra = ra.to(tl.int64)",
         "rb = (group * n + rb).to(tl.int64)",
         e.text(),
@@ -263,7 +265,7 @@ def conv(
                 "z = col_major.to(tl.int64)[None, :]",
                 "ra = (group * m + rm).to(tl.int64)",
                 f"rb = (rn - col_major * ({pixels})).to(tl.int64)",
-                e.text(inside="stored"),
+                e.text("stored", "stored", "stored"),
             ]
         lines += [
             f"place = rm[:, None] * c_row + ({linear('c', 'col')})[None, :]",

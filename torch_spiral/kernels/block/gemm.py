@@ -54,6 +54,8 @@ SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64,
 TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 DOUBLE = (Schedule(64, 64, 16, 4, 3),)
 WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
+# Sums of float8 go from the tensor cores' registers to others of their own at each step.
+EIGHT_TILES = Schedule(128, 128, 128, 8, 3), Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
 SKINNY = {
     1: Schedule(16, 64, 128, 4, 4),
     2: Schedule(16, 64, 128, 4, 4),
@@ -99,6 +101,8 @@ def schedule(
     choices = (
         DOUBLE
         if compute == "f64"
+        else EIGHT_TILES
+        if dtype in FLOAT8
         else (HALF_TILES if described else HALF)
         if size <= 2
         else TF32
@@ -194,7 +198,7 @@ def gemm_scalars(a_layout: str, b_layout: str, c_layout: str, split: bool) -> li
 
 def gemm(
     target: Target, s: Schedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, precision: str, split: bool,
-    epilogue: Epilogue, described: bool = False, stored: bool = False, grouped: str = "", blocks: int = 0,
+    epilogue: Epilogue, described: bool = False, stored: bool = False, grouped: str = "", blocks: int = 0, even: bool = False,
 ) -> Kernel:  # fmt: skip
     """Buffers: a, b, epilogue operands, c, with grouped offs, with blocks fa and fb. Scalars: gemm_scalars, then the epilogue's strides and factors. Grid: (tiles of all
     batches, splits), or with s.persistent, of one batch, programs(). split: c is partial sums, one matrix (stride cs) for each
@@ -212,9 +216,10 @@ def gemm(
     predecessor are moved there.
 
     blocks (a multiple of s.k; 0: none): so many products of a row and a column have a factor fa [M / rows_a, K / blocks] and one fb
-    [N / rows_b, K / blocks] in common, float32. Last scalars: the strides of fa and fb (i64), rows_a and rows_b."""
+    [N / rows_b, K / blocks] in common, float32. Last scalars: the strides of fa and fb (i64), rows_a and rows_b. even: rows_b is a
+    multiple of s.n, so that a tile's columns have one factor."""
     assert not grouped or not (split or described or stored or s.persistent or s.streamed)
-    assert not blocks or not (grouped or described or s.persistent or s.streamed or blocks % s.k)
+    assert not blocks or not (grouped or stored or s.persistent or s.streamed or blocks % s.k)
     compute = compute_dtype(a)
     acc = TYPES[compute]
     e = EpilogueText(target, epilogue, compute)
@@ -230,15 +235,15 @@ def gemm(
         dot = "" if precision == "fast" else f", max_num_imprecise_acc={s.k}"
     out_type = f", out_dtype={acc}" if compute in ("f64", "i32") else ""
 
-    def product(i: str = "") -> list[str]:
-        """Adds x @ y to acc. i: the number of this step."""
+    def product(at: str) -> list[str]:
+        """Adds x @ y to acc. at: where in the reduction they begin."""
         if not blocks:
             return [f"    acc = tl.dot(x, y, acc{dot}{out_type})"]
         return [
-            f"    block = (start + {i} * {s.k}) // {blocks}",
+            f"    block = ({at}) // {blocks}",
             "    factor_a = tl.load(pfa + block * fak)[:, None]",
-            "    factor_b = tl.load(pfb + block * fbk)[None, :]",
-            f"    acc += tl.dot(x, y{dot if not narrow else ''}) * factor_a * factor_b",
+            f"    factor_b = tl.load(pfb + block * fbk){'' if even else '[None, :]'}",
+            f"    acc += tl.dot(x, y{dot if not narrow else ''}) * {'(factor_a * factor_b)' if even else 'factor_a * factor_b'}",
         ]
 
     place = [
@@ -252,7 +257,9 @@ def gemm(
         rows = "row_end"
         place = [f"column = tl.program_id(0) % tiles_n * {s.n}", f"ra = row + tl.arange(0, {s.m})", *place[-2:]]
     indices = [
-        f"inside = (ra[:, None] < {rows}) & (rb[None, :] < n)",
+        f"rows = ra[:, None] < {rows}",
+        "columns = rb[None, :] < n",
+        "inside = rows & columns",
         "ra = ra.to(tl.int64)",
         "rb = rb.to(tl.int64)",
     ]
@@ -310,6 +317,10 @@ def gemm(
     elif not s.streamed:
         lines += ["start = 0", "end = k"]
     last = "k" if s.streamed else "end"
+    factors = [
+        "pfa = fa + (tl.where(ra < m, ra, 0) // rows_a * fam).to(tl.int32)",
+        f"pfb = fb + ({'column' if even else 'tl.where(rb < n, rb, 0)'} // rows_b * fbn).to(tl.int32)",
+    ] * bool(blocks)
     if described:
 
         def tiles(
@@ -329,15 +340,15 @@ def gemm(
             lines.append(tiles("c_tiles", f"c + z * cb_{part}", ("m", "n"), ("cm", "1"), (s.m, s.n), False))
         work = [
             *place,
+            *factors,
             f"for j in range(start, end, {s.k}):",
             f"    x = {load('a_tiles', 'row', 'j', a_layout == 't')}{cast}",
             f"    y = {load('b_tiles', 'j', 'column', b_layout == 't')}{cast}",
-            *product(),
+            *product("j"),
             *finish,
         ]
     else:
         step = [f"pa += {s.k} * {unit['ak']}", f"pb += {s.k} * {unit['bk']}"]
-        factors = ["pfa = fa + ca // rows_a * fam", "pfb = fb + cb // rows_b * fbn"] if blocks else []
         work = [
             *place,
             f"rk = tl.arange(0, {s.k})",
@@ -361,13 +372,13 @@ def gemm(
                 f"for i in range(0, (end - start) // {s.k}):",
                 f"    x = tl.load(pa){cast}",
                 f"    y = tl.load(pb){cast}",
-                *product("i"),
+                *product(f"start + i * {s.k}"),
                 *("    " + t for t in step),
                 f"rest = (end - start) % {s.k}",
                 "if rest > 0:",
                 f"    x = tl.load(pa, mask=rk[None, :] < rest, other={zero}){cast}",
                 f"    y = tl.load(pb, mask=rk[:, None] < rest, other={zero}){cast}",
-                *product(f"(end - start) // {s.k}"),
+                *product("end - rest"),
             ]
         work += finish
     if s.persistent:
@@ -405,7 +416,7 @@ def gemm(
         blocks
     )
     flags = "_split" * split + "_d" * described + "_st" * stored + (f"_by_{grouped}" if grouped else "")
-    flags += f"_x{blocks}" if blocks else ""
+    flags += f"_x{blocks}{'e' * even}" if blocks else ""
     name = f"gemm_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}{precision}{flags}_{s}_{epilogue}"
     extra = [("offs", "i32")] if grouped else [("partial", compute)] if s.streamed else []
     extra += [("fa", "f32"), ("fb", "f32")] * bool(blocks)
@@ -513,7 +524,7 @@ def row_product(
         "acc = tl.sum(sums, 1)[None, :]",
         "ra = tl.zeros([1], tl.int64)",
         "inside = (rb < n)[None, :]",
-        e.text(),
+        e.text("inside", "inside"),
         f"tl.store(c + z * cb_ + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
     ]
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, "t", c_layout, False)] + e.scalars
@@ -556,7 +567,9 @@ def stream_reduce(target: Target, s: Schedule, compute: str, c: str, c_layout: s
         f"within_tile = tl.program_id(1) * {rows} + tl.arange(0, {rows})",
         "ra = (row + within_tile).to(tl.int64)",
         f"rb = (column + tl.arange(0, {s.n})).to(tl.int64)",
-        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        "rows = ra[:, None] < m",
+        "columns = rb[None, :] < n",
+        "inside = rows & columns",
         f"p = partial + (low * 2 + 1).to(tl.int64) * {s.m * s.n}",
         f"p += within_tile[:, None] * {s.n} + tl.arange(0, {s.n})[None, :]",
         "acc = tl.load(p)",
@@ -602,7 +615,9 @@ def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue:
         "tile = tl.program_id(0) % (tiles_m * tiles_n)",
         f"ra = ((tile // tiles_n) * {rows} + tl.arange(0, {rows})).to(tl.int64)",
         f"rb = ((tile % tiles_n) * {columns} + tl.arange(0, {columns})).to(tl.int64)",
-        "inside = (ra[:, None] < m) & (rb[None, :] < n)",
+        "rows = ra[:, None] < m",
+        "columns = rb[None, :] < n",
+        "inside = rows & columns",
         "p = partial + (z * m + ra[:, None]) * n + rb[None, :]",
         f"acc = tl.zeros([{rows}, {columns}], {TYPES[compute]})",
         "for i in tl.range(0, splits, loop_unroll_factor=4):",  # loads that wait for one another, not for the sum
