@@ -10,6 +10,16 @@ from kernel_runner import run_by_the_interpreter
 
 pytest.importorskip("triton")
 
+# A batch norm, a residual and ReLU.
+NORM = (
+    ("sub", "f32", "n"),
+    ("rsqrt_3727c5ac", "f32", "n"),
+    ("mul", "f32", "n"),
+    ("add", "f32", "n"),
+    ("add", "bf16", "mn"),
+    "relu",
+)
+
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_by_the_interpreter():
@@ -104,8 +114,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(RuntimeError, match="bytes of shared memory; the device has 1024"):
             compile_kernel(kernels[1], GPUTarget(*gpu), (), 1024)
 
-    def test_transposed_products_spill_nothing(monkeypatch, tmp_path):
-        """Through descriptors: 776 bytes a thread were spilled where addresses lay in registers. It fits the H200's memory."""
+    @pytest.mark.parametrize("steps,result,precision", [
+        ((), "bf16", ""), ((("beta", "bf16", "n"), "gelu_tanh"), "bf16", ""), ((("beta", "bf16", "n"), "gelu"), "bf16", ""),
+        ((("beta", "f32", "n"), ("add", "f32", "mn")), "f32", ""), (NORM, "bf16", ""), (NORM, "f32", "tf32"),
+    ])  # fmt: skip
+    def test_products_and_their_epilogues_spill_nothing(monkeypatch, tmp_path, steps, result, precision):
+        """With the schedules that large products get. Nothing of an epilogue but the matrices it reads is loaded element by element."""
         import re
         from pathlib import Path
 
@@ -114,6 +128,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
         from torch_spiral.kernels.block import gemm
         from torch_spiral.kernels.kernel import Target
+        from torch_spiral.kernels.triton import signature
         from torch_spiral.kernels.triton_binary import compile_kernel
         from torch_spiral.kernels.vector.gemm import Epilogue
 
@@ -127,19 +142,28 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             capability=90,
             max_workgroup_memory=memory,
         )
-        s = gemm.schedule(target, "bf16", "", 4096, 4096, 1, True, True)
-        stored = gemm.stores_tiles(target, s, "bf16", "bf16")
-        kernel = gemm.gemm(target, s, "bf16", "bf16", "bf16", "n", "t", "n", "", False, Epilogue(), True, stored)
-        binary = compile_kernel(kernel, GPUTarget("cuda", 90, 32), tuple((i, 16) for i in range(12)))
+        epilogue, dtype = Epilogue(steps), "f32" if precision else "bf16"
+        s = gemm.schedule(target, dtype, precision, 4096, 4096, 1, True, True, gemm.is_busy(epilogue))
+        stored = gemm.stores_tiles(target, s, dtype, result)
+        kernel = gemm.gemm(target, s, dtype, dtype, result, "n", "t", "n", precision, False, epilogue, True, stored)
+        types = signature(kernel)
+        divisible = tuple((i, 16) for i, t in enumerate(types) if t.startswith("*") or t in ("i64", "i32"))
+        binary = compile_kernel(kernel, GPUTarget("cuda", 90, 32), divisible, memory)
         assert s.persistent and stored and binary.scratch > 0 and binary.shared <= memory
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         if not tool.exists():
             pytest.skip("Triton without its disassembler")
         (tmp_path / "k.cubin").write_bytes(binary.image)
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True
-        ).stdout
-        assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0 and int(re.search(r"REG:(\d+)", usage)[1]) < 200
+
+        def dump(option):
+            return subprocess.run(
+                [tool, option, tmp_path / "k.cubin"], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("-sass")
+        assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0
+        matrices = any(not isinstance(step, str) and step[2] == "mn" for step in steps)
+        assert len(re.findall(r"\bLDG\b", code)) <= (80 if matrices else 16)
 
 else:
     from torch_spiral.testing.triton_interpreter import TARGET, run  # isort: skip
@@ -442,6 +466,42 @@ else:
         if not split:
             assert c._base.isnan().sum() == batch * m * (c._base.shape[2] - n)
 
+    @pytest.mark.parametrize("result", ["f32", "f16"])
+    @pytest.mark.parametrize("activation", ["relu", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "hardswish"])
+    def test_activations(activation, result):
+        """Of products that are the numbers themselves: small, large, infinite and NaN."""
+        x = torch.cat(
+            [torch.linspace(-12, 12, 497), torch.tensor([0.0, 1e-6, -80, 80, 1e4, -1e4, math.inf, math.nan])]
+        )
+        x = x.to(torch.float16)[None, :]
+        one, out = torch.ones(1, 1, dtype=torch.float16), torch.zeros(x.shape, dtype=DTYPES[result])
+        s, n = gemm.Schedule(16, 128, 16, 4, 1), x.shape[1]
+        kernel = gemm.gemm(TARGET, s, "f16", "f16", result, "n", "n", "n", "", False, Epilogue((activation,)))
+        run(kernel, [one, x, out], [1, n, n, 1, n, n, 1, n, 1], gemm.groups(s, 1, n, 1))
+        function = getattr(torch.nn.functional, activation.removesuffix("_tanh") if activation != "tanh" else "tanh")
+        expected = function(x.double(), **({"approximate": "tanh"} if activation == "gelu_tanh" else {}))
+        rtol, atol = (2e-6, 1e-6) if result == "f32" else (1e-3, 1e-5)  # upstream's, but for float32's rtol of 1.3e-6
+        torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol, equal_nan=True)
+
+    @pytest.mark.parametrize("described", [False, True])
+    def test_batch_norm_of_a_product(described):
+        """Folded into a multiply-add; statistics and their neighbours beyond the matrix are not read. A bias times zero is not, either."""
+        m, n, k = 40, 72, 48
+        a, b, residual = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
+        mean, variance, weight, bias = torch.randn(n), torch.rand(n), torch.randn(n), torch.randn(n)
+        nothing, out = torch.full((n,), torch.nan), torch.zeros(m, n)
+        steps = (*NORM[:4], ("add", "f32", "mn"), "relu", ("beta", "f32", "n"))
+        s = gemm.Schedule(32, 64, 16, 4, 1, persistent=described)
+        kernel = gemm.gemm(
+            TARGET, s, "f32", "f32", "f32", "n", "t", "n", "ieee", False, Epilogue(steps), described, described
+        )
+        scalars = [0, 0, 0, k, k, n, 0, 0, 0, 0, 0, n, 0, m, n, k, 0.0]
+        operands = [a, b, mean, variance, weight, bias, residual, nothing, out]
+        run(kernel, operands, scalars, (3, 1, 1) if described else gemm.groups(s, m, n, 1))
+        x, *statistics = (t.double() for t in (a @ b.t(), mean, variance, weight, bias))
+        expected = torch.nn.functional.batch_norm(x, *statistics, eps=1e-5) + residual
+        torch.testing.assert_close(out.double(), expected.relu(), rtol=1e-5, atol=1e-4)
+
     STREAMED = [  # m, n, k and batch; dtype, layouts, programs
         ((50, 70, 200, 1), "f16", "nn", 5),  # six tiles of 13 steps: every program ends within a tile
         ((20, 30, 500, 1), "f32", "nt", 7),  # one tile, seven programs
@@ -504,13 +564,16 @@ else:
         expected = (a.double() @ b.double().t()) * rows[:, None] * columns
         torch.testing.assert_close(c.double(), expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("size,rows_b,dtype,split", [(128, 128, "f8e4m3fn", False), (32, 1, "f8e5m2", False), (64, 1, "f16", True)])  # fmt: skip
-    def test_gemm_of_blocks(size, rows_b, dtype, split):
+    @pytest.mark.parametrize("size,rows_b,dtype,split,described", [
+        (128, 128, "f8e4m3fn", False, False), (32, 1, "f8e5m2", False, False), (64, 1, "f16", True, False),
+        (128, 128, "f8e4m3fn", False, True), (32, 1, "f8e4m3fn", True, True),
+    ])  # fmt: skip
+    def test_gemm_of_blocks(size, rows_b, dtype, split, described):
         """Operands whose blocks have factors; the last blocks are not whole."""
         m, n, k, kind = (
             20,
             140,
-            200,
+            208,
             {"f8e4m3fn": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2, "f16": torch.float16}[dtype],
         )
         a, b = torch.randn(m, k).to(kind), torch.randn(n, k).to(kind)
@@ -519,7 +582,22 @@ else:
         whole_a = a.float() * fa.repeat_interleave(size, 1)[:, :k]
         whole_b = b.float() * fb.repeat_interleave(rows_b, 0)[:n].repeat_interleave(size, 1)[:, :k]
         s, span, c = gemm.Schedule(16, 32, 32, 4, 1), 128, torch.zeros(2 if split else 1, m, n)
-        kernel = gemm.gemm(TARGET, s, dtype, dtype, "f32", "n", "t", "n", "", split, Epilogue(), blocks=size)
+        kernel = gemm.gemm(
+            TARGET,
+            s,
+            dtype,
+            dtype,
+            "f32",
+            "n",
+            "t",
+            "n",
+            "",
+            split,
+            Epilogue(),
+            described,
+            blocks=size,
+            even=rows_b == 128,
+        )
         scalars = [
             0,
             0,

@@ -542,7 +542,8 @@ def _block_product(
         launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
         return
     tiles = _described(a, a_layout) and _described(b, b_layout)
-    s = block.schedule(t, a.dtype, precision, sizes[0], sizes[1], sizes[3], a_layout == "n" and b_layout == "t", tiles)
+    along_k = a_layout == "n" and b_layout == "t"
+    s = block.schedule(t, a.dtype, precision, sizes[0], sizes[1], sizes[3], along_k, tiles, block.is_busy(epilogue))
     size, even, factored, scaling = 0, False, [], []
     if blocks is not None:
         s, size, factored = block.blocks_schedule(t, blocks.size, sizes[0], sizes[1]), blocks.size, [blocks.a, blocks.b]

@@ -70,20 +70,27 @@ ACTIVATIONS: dict[str, Callable[[Node], Any]] = {
 }
 
 
-# In few instructions and without branches, 2 ulp and |x| * 2**-24 from exact: an epilogue's arithmetic is in the way of the tensor cores.
+# In few instructions and without branches: an epilogue's arithmetic is in the way of the tensor cores. 2 ulp and |x| * 2**-24 from exact.
 FAST = {
     "relu": "tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)",
     "sigmoid": "1.0 / (1.0 + tl.exp(-acc))",
     "silu": "acc / (1.0 + tl.exp(-acc))",
     "gelu_tanh": "acc / (1.0 + tl.exp(acc * (-1.5957691216057308 - 0.07135481282553484 * acc * acc)))",
 }
+# For results of 16 bits: erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+FAST_GELU = """u = tl.abs(acc) * 0.7071067811865476
+v = 1.0 / (1.0 + 0.3275911 * u)
+v = v * (0.254829592 + v * (-0.284496736 + v * (1.421413741 + v * (-1.453152027 + v * 1.061405429))))
+v = 1.0 - v * tl.exp(-u * u)
+acc = 0.5 * acc * (1.0 + tl.where(acc < 0, -v, v))"""
 
 
 class EpilogueText:
     """Epilogue as Triton text: what turns the tile `acc` of rows ra and columns rb of batch z into the result."""
 
-    def __init__(self, target: Target, epilogue: Epilogue, compute: str) -> None:
-        self.epilogue, self.compute = epilogue, compute
+    def __init__(self, target: Target, epilogue: Epilogue, compute: str, result: str) -> None:
+        """result: the dtype in which the tile is stored."""
+        self.epilogue, self.compute, self.result = epilogue, compute, result
         self.factor = compute if compute in ("f64", "i64", "i32") else "f32"
         self.emitter = TritonEmitter(TRITON, target)
 
@@ -122,7 +129,7 @@ class EpilogueText:
             elif value:
                 lines.append(f"acc = {combine(kind, 'acc', value, 'tl.rsqrt')}")
             else:
-                lines.append(f"acc = {self._activation(kind)}")
+                lines.append(self._activation(kind))
         return "\n".join(lines)
 
     def _operand(self, e: str, kind: str, dtype: str, shape: str, mask: str) -> str:
@@ -140,13 +147,15 @@ class EpilogueText:
         return f"tl.load({e} + z * {e}b + {at}, mask={mask}, other=0).to({TYPES[self.compute]})"
 
     def _activation(self, kind: str) -> str:
-        """Text of the activation of acc."""
+        """acc becomes its activation."""
         if self.compute not in ("f32", "f64"):
             raise Unsupported(f"{kind} of {self.compute}")
         if self.compute == "f32" and kind in FAST:
-            return FAST[kind]
+            return f"acc = {FAST[kind]}"
+        if kind == "gelu" and self.result in ("f16", "bf16"):
+            return FAST_GELU
         x = Node("tmp", self.compute, attr="x0")
-        return f"{self.emitter.define(f'{kind}_{self.compute}', [x], [ACTIVATIONS[kind](x)])}(acc)"
+        return f"acc = {self.emitter.define(f'{kind}_{self.compute}', [x], [ACTIVATIONS[kind](x)])}(acc)"
 
     @property
     def module(self) -> str:

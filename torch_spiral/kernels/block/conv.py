@@ -103,7 +103,7 @@ def last(
     are part of `channels`: beside each other they read what lies beside each other in x (no dilation, one group, dense there).
     split: c is partial sums."""
     acc = TYPES[compute_dtype(dtype)]
-    e = EpilogueText(target, epilogue, compute_dtype(dtype))
+    e = EpilogueText(target, epilogue, compute_dtype(dtype), out_dtype)
     dims = range(nd)
     lines = [
         f"tiles_n = tl.cdiv(n, {s.n})",
@@ -184,7 +184,7 @@ def conv(
     `split` (partial sums, c [splits, groups, m, n] contiguous) the length of a run of k. Grid: groups()."""
     assert mode in MODES
     acc = TYPES[compute_dtype(dtype)]
-    e = EpilogueText(target, epilogue, compute_dtype(dtype))
+    e = EpilogueText(target, epilogue, compute_dtype(dtype), out_dtype)
     dims = range(nd)
     lines = [
         f"tiles_m = tl.cdiv(m, {s.m})",

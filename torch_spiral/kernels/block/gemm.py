@@ -49,13 +49,18 @@ HALF = (
 HALF_TILES = (
     Schedule(128, 256, 64, 8, 3, persistent=True), Schedule(128, 128, 64, 4, 3), Schedule(64, 128, 64, 4, 4), Schedule(64, 64, 64, 4, 4)
 )  # fmt: skip
-SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 128, 32, 4, 3), Schedule(64, 64, 32, 4, 3)
+# While one tile's epilogue reads a matrix, or computes much, the next one's operands are on their way.
+BUSY = {
+    **dict.fromkeys(("f16", "bf16"), Schedule(128, 128, 64, 8, 4, persistent=True)),
+    "f32tf32": Schedule(128, 128, 32, 8, 3, persistent=True),
+}
+SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 # The tensor cores read tf32 along the reduction only: operands of another layout pass through registers, unpipelined.
 TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 DOUBLE = (Schedule(64, 64, 16, 4, 3),)
 WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
 # Sums of float8 go from the tensor cores' registers to others of their own at each step.
-EIGHT_TILES = Schedule(128, 128, 128, 8, 3), Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
+EIGHT_TILES = Schedule(128, 128, 128, 8, 3, persistent=True), Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
 SKINNY = {
     1: Schedule(16, 64, 128, 4, 4),
     2: Schedule(16, 64, 128, 4, 4),
@@ -89,9 +94,10 @@ def schedule(
     batch: int,
     along_k: bool = True,
     described: bool = False,
+    busy: bool = False,
 ) -> Schedule:
     """For about m rows and n columns: the largest tiles that still occupy the device. along_k: both operands have unit stride
-    along the reduction."""
+    along the reduction. busy: is_busy(epilogue)."""
     compute = compute_dtype(dtype)
     size = {"i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, **dict.fromkeys(FLOAT8, 1)}.get(dtype)
     if size is None or (compute == "f64" and target.engine == "hip"):  # Triton has no tl.dot of float64 for AMD
@@ -109,14 +115,22 @@ def schedule(
         if precision == "tf32"
         else SINGLE
     )
+    s = BUSY.get(f"{dtype}{precision}") if described and batch == 1 and along_k and busy else None
+    if s and n >= s.n and cdiv(m, s.m) * cdiv(n, s.n) >= 2 * target.compute_units:
+        return s
     enough = target.compute_units * (3 if size <= 2 else 6) // 4  # by measurement
     fitting = (s for s in choices if s.n <= n and -(-m // s.m) * -(-n // s.n) * batch >= enough)
     found = next(fitting, choices[-1])
     return replace(found, stages=1) if precision == "tf32" and not along_k else found
 
 
+def is_busy(epilogue: Epilogue) -> bool:
+    """Whether it reads a matrix, or computes more than an access to memory takes."""
+    return any(step == "gelu" if isinstance(step, str) else step[2] in ("mn", "s") for step in epilogue.steps)
+
+
 # Of operands whose blocks have factors: the sums of a block have registers of their own.
-BLOCKS = Schedule(128, 128, 128, 8, 3), Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
+BLOCKS = Schedule(64, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4)
 
 
 def blocks_schedule(target: Target, blocks: int, m: int, n: int) -> Schedule:
@@ -222,7 +236,7 @@ def gemm(
     assert not blocks or not (grouped or stored or s.persistent or s.streamed or blocks % s.k)
     compute = compute_dtype(a)
     acc = TYPES[compute]
-    e = EpilogueText(target, epilogue, compute)
+    e = EpilogueText(target, epilogue, compute, c)
     unit = {"am": "1" if a_layout == "t" else "am", "ak": "1" if a_layout == "n" else "ak",
             "bk": "1" if b_layout == "t" else "bk", "bn": "1" if b_layout == "n" else "bn",
             "cn": "1" if c_layout == "n" else "cn"}  # fmt: skip
@@ -502,7 +516,7 @@ def row_product(
 ) -> Kernel:
     """gemm() for m = 1 and b_layout "t": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m unused.
     Grid: row_groups."""
-    e = EpilogueText(target, epilogue, "f32")
+    e = EpilogueText(target, epilogue, "f32", c)
     ak, cn = "1" if a_layout == "n" else "ak", "1" if c_layout == "n" else "cn"
     lines = [
         f"tiles = tl.cdiv(n, {s.columns})",
@@ -541,7 +555,7 @@ def stream_reduce(target: Target, s: Schedule, compute: str, c: str, c_layout: s
     """The tiles of a streamed product that several programs computed: c = epilogue(their sum, in the order of the reduction). Buffers:
     gemm's partial, epilogue operands, c. Scalars: cb, cm, (cn), m, n, k, programs (of gemm's grid), batch, then the epilogue's. Grid:
     stream_reduce_groups."""
-    e = EpilogueText(target, epilogue, compute)
+    e = EpilogueText(target, epilogue, compute, c)
     rows = _stream_rows(s)
     cn = "1" if c_layout == "n" else "cn"
 
@@ -605,7 +619,7 @@ REDUCE = (4, 128)  # tile of reduce_splits: an access of 16 bytes an invocation
 def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue: Epilogue) -> Kernel:
     """c = epilogue(sum of partial[split]), partial [splits, batch, m, n] contiguous. Buffers: partial, epilogue operands, c.
     Scalars: cb, cm, (cn), total (batch * m * n), m, n, splits, then the epilogue's. Grid: reduce_groups."""
-    e = EpilogueText(target, epilogue, compute)
+    e = EpilogueText(target, epilogue, compute, c)
     rows, columns = REDUCE
     cn = "1" if c_layout == "n" else "cn"
     lines = [
