@@ -131,8 +131,8 @@ def test_products_of_weights_that_autocast_leaves(device, dtype, name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_are_not_cast_in_every_call(device, compiled):
-    """A layer's steady state launches a cast of its input and a product, compiled also a cast of its bias; results are those of a layer
-    whose weights are cast, to rounding; memory pressure costs a conversion only."""
+    """A layer's steady state launches a cast of its input and a product; results are those of a layer whose weights are cast, to rounding;
+    memory pressure costs a conversion only."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(256, 192).to(device)
     x = torch.randn(64, 256).to(device)
@@ -149,7 +149,7 @@ def test_weights_are_not_cast_in_every_call(device, compiled):
             _C.drop_packed(x.device.index, True)
             again = call(x)
     assert after["misses"] == before["misses"]
-    assert after["launches"] - before["launches"] == 2 + compiled
+    assert after["launches"] - before["launches"] == 2
     torch.testing.assert_close(y.float().cpu(), expected.detach().float().cpu(), rtol=2e-2, atol=2e-2)
     assert torch.equal(y, again)
 

@@ -166,6 +166,24 @@ def test_mutation(device):
     torch.testing.assert_close(xs.cpu(), x)
 
 
+def test_inputs_that_share_memory(device, monkeypatch, tmp_path):
+    """Graphs for inputs that overlap are not those for inputs that lie apart, although nothing else about them differs."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def f(x, y):
+        x.add_(1)
+        return x * y
+
+    for overlap in (True, False):
+        torch._dynamo.reset()  # what is compiled comes from the cache where its key is the same
+        whole = torch.randn(6, 5)
+        ours = whole.to(device)
+        second = slice(2, 5) if overlap else slice(3, 6)
+        got = torch.compile(f, backend="spiral")(ours[:3], ours[second])
+        torch.testing.assert_close(got.cpu(), f(whole[:3], whole[second]))
+        assert ours.cpu().equal(whole)
+
+
 def test_a_weight_written_in_the_graph_is_packed_again(device):
     def f(x, w):
         w.mul_(2)
@@ -1085,6 +1103,42 @@ def test_attention_reads_where_copies_would_have_read(device, batch, width, head
         torch.testing.assert_close(b.grad.cpu().double(), a.grad, rtol=1e-3, atol=1e-4)
 
 
+def _moved_rows(x, w, b):
+    return F.linear(x.transpose(0, 1), w, b).relu()
+
+
+def _moved_rows_of_a_part(x, w, b):
+    return F.linear(x[1:, :, 2:].transpose(0, 1), w[:, 2:], b).relu()
+
+
+def _moved_rows_of_a_gap(x, w, b):
+    return F.linear(x[:, ::2].transpose(0, 1), w, b).relu()
+
+
+# How many kernels, where rows lie in memory in another order.
+MOVED = {
+    "linear": (2, _moved_rows),  # the result's order is eager mode's
+    "linear, then a sum that needs no order": (2, lambda x, w, b: F.linear(x.transpose(0, 1), w, b).sum()),
+    "linear without a bias": (2, lambda x, w, b: F.linear(x.transpose(0, 1), w).tanh()),
+    "linear of something computed": (3, lambda x, w, b: F.linear(x.exp().transpose(0, 1), w, b).relu()),
+    "linear of a part": (2, _moved_rows_of_a_part),
+    "linear of rows with gaps": (1, _moved_rows_of_a_gap),  # a batch
+    "as before": (2, lambda x, w, b: F.linear(x.transpose(0, 1), w, b).transpose(0, 1) * 2),
+    "nothing": (0, lambda x, w, b: F.linear(x[:0].transpose(0, 1), w, b).relu()),
+    "one row": (1, lambda x, w, b: F.linear(x[:1, :1].transpose(0, 1), w, b).relu()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_rows_of_a_linear_layer_are_computed_in_the_order_of_memory(device, name):
+    count, f = MOVED[name]
+    args = torch.randn(5, 7, 16), torch.randn(24, 16), torch.randn(24)
+    with torch.no_grad():
+        check(device, f, *args)
+        names = kernels(f, *on(device, args))
+    assert len(names) == count, names
+
+
 def test_keys_that_are_written_or_returned_are_copied(device):
     def f(q, k):
         joined = torch.cat([q.new_empty(0), k.transpose(1, 2)], -2)
@@ -1098,6 +1152,36 @@ def test_keys_that_are_written_or_returned_are_copied(device):
 
 
 # ---- kernel counts ------------------------------------------------------------------------------------------------------
+
+
+class VisionBlock(nn.Module):
+    """A layer of torchvision's vision transformer."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kernel_count_of_a_transformers_layer(device, autocast):
+    """A norm, queries, keys and values at once, attention, its projection, the sum and a norm, two products with what follows. No kernel
+    casts a bias or copies queries, keys or values."""
+    theirs = VisionBlock(32, 4).double().eval()
+    x = torch.randn(3, 37, 32, dtype=torch.double)
+    ours, xs = copy.deepcopy(theirs).float().to(device), x.float().to(device)
+    with torch.no_grad(), torch.autocast("spiral", torch.bfloat16, enabled=autocast):
+        names = [k for k in kernels(ours, xs) if not k.startswith("convert_")]  # of weights, which are kept
+        torch._dynamo.reset()
+        got = torch.compile(ours, backend="spiral", fullgraph=True)(xs)
+    assert len(names) == 7, names
+    torch.testing.assert_close(got.cpu().double(), theirs(x).detach(), rtol=1e-4, atol=5e-2 if autocast else 1e-5)
 
 
 def chain(x):

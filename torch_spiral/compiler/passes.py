@@ -16,12 +16,14 @@ from . import compat
 from .key import built_for
 
 aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type.default
 
 
 class Passes(compat.CustomGraphModulePass):
     """Called by Inductor on every graph with tensors on the device."""
 
     def __call__(self, gm: torch.fx.GraphModule) -> None:
+        merge_rows(gm.graph)
         add_biases(gm.graph)
         keep_residuals(gm.graph)
 
@@ -30,35 +32,89 @@ class Passes(compat.CustomGraphModulePass):
         return built_for()
 
 
-def _product(n: Any) -> Any:
-    """The mm or addmm that n is, reshaped, and that nothing else reads; else None."""
-    while _alone(n) and n.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def _product(n: Any) -> tuple[Any, list[fx.Node]]:
+    """(the mm that n is a view of, with its columns last, the views from the outermost on), where nothing else reads them; else (None, [])."""
+    views = []
+    while _alone(n) and (n.target in _RESHAPES or n.target is aten.permute.default):
+        views.append(n)
         n = n.args[0]
-    return n if _alone(n) and n.target in (aten.mm.default, aten.addmm.default) else None
+    if not _alone(n) or n.target is not aten.mm.default:
+        return None, []
+    columns = str(n.meta["val"].shape[1])
+    for v in views:
+        kept = v.args[1][-1] in (-1, len(v.args[1]) - 1) if v.target is aten.permute.default else True
+        if not kept or str(v.meta["val"].shape[-1]) != columns:
+            return None, []
+    return n, views
+
+
+def _insert(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A call of an operator, with its value."""
+    n = graph.call_function(target, args)
+    n.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    return n
+
+
+def merge_rows(graph: fx.Graph) -> None:
+    """bmm(x [A, B, K], w [K, N] expanded) becomes mm of all rows, in the order that they have in memory: what a linear layer without gradients
+    decomposes to where the first dimensions of its input are exchanged, as nn.MultiheadAttention(batch_first=True) does."""
+    for n in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        x, w = n.args
+        if w.target is not aten.expand.default or w.args[0].meta["val"].ndim != 2:
+            continue
+        strides, inner = x.meta["val"].stride(), x.meta["val"].shape[2]
+        columns = n.meta["val"].shape[2]
+        if not all(isinstance(s, int) for s in (*strides, inner, columns)):
+            continue
+        exchanged = strides[0] < strides[1]
+        outer, rows = (1, 0) if exchanged else (0, 1)
+        many = x.meta["val"].shape[rows]
+        if not isinstance(many, int) or strides[outer] != many * strides[rows]:
+            continue
+        # Inductor stores what is cast in the order of its own dimensions, so that these are exchanged before.
+        casts: list[fx.Node] = []
+        while x.target is convert or (
+            x.target is aten.expand.default and str(x.args[0].meta["val"].shape) == str(x.meta["val"].shape)
+        ):
+            casts += [x] if x.target is convert else []
+            x = x.args[0]
+        with graph.inserting_before(n):
+            if exchanged:
+                x = _insert(graph, aten.permute.default, x, [1, 0, 2])
+            for cast in reversed(casts):
+                x = _insert(graph, convert, x, cast.args[1])
+            x = _insert(graph, aten.reshape.default, x, [-1, inner])
+            y = _insert(graph, aten.mm.default, x, w.args[0])
+            y = _insert(graph, aten.reshape.default, y, [-1, many, columns])
+            if exchanged:
+                y = _insert(graph, aten.permute.default, y, [1, 0, 2])
+        n.replace_all_uses_with(y)
+        graph.erase_node(n)
 
 
 def add_biases(graph: fx.Graph) -> None:
-    """reshape(mm(x, w)) + bias becomes reshape(addmm(bias, x, w)): what a linear layer decomposes to where its input is not contiguous.
+    """view(mm(x, w)) + bias becomes view(addmm(bias, x, w)): what a linear layer decomposes to where its input is not contiguous.
     What only copies the result can then be left out."""
     for n in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         for x, bias in (n.args[:2], n.args[1::-1]):
-            mm = _product(x)
-            if mm is None or mm.target is not aten.mm.default or n.kwargs or not isinstance(bias, fx.Node):
+            mm, views = _product(x)
+            if mm is None or n.kwargs or not isinstance(bias, fx.Node):
                 continue
             added, result, before, product = (a.meta["val"] for a in (bias, n, x, mm))
             dtypes, devices = {t.dtype for t in (added, result, product)}, {t.device for t in (added, result)}
             if len(dtypes) != 1 or len(devices) != 1 or str(before.shape) != str(result.shape):
                 continue
-            if [str(s) for s in added.shape] != [str(product.shape[1])] or str(product.shape[1]) != str(
-                result.shape[-1]
-            ):
+            if [str(s) for s in added.shape] != [str(product.shape[1])]:
                 continue
             with graph.inserting_before(n):
                 new = graph.call_function(aten.addmm.default, (bias, *mm.args))
                 new.meta.update(mm.meta)
-                if x is not mm:
-                    new = graph.call_function(aten.reshape.default, (new, x.args[1]))
-                    new.meta.update(n.meta)
+                for v in reversed(views):
+                    new = graph.call_function(v.target, (new, *v.args[1:]))
+                    new.meta.update(v.meta)
             n.replace_all_uses_with(new)
             break
     graph.eliminate_dead_code()

@@ -16,7 +16,7 @@ from .loops import Program, Store
 
 # (read, stored): every number of the first is one of the second.
 EXACT = {("f16", "f32"), ("bf16", "f32"), ("i8", "f32"), ("i8", "f16"), ("i8", "bf16")}
-# What autocast does to weights, which products do themselves (contraction.weight).
+# What autocast does to weights, which products do themselves (contraction.weight), and to biases, which they read unrounded.
 WEIGHTS = {("f32", "f16"), ("f32", "bf16")}
 
 

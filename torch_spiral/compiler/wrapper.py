@@ -369,12 +369,18 @@ class _Cutter:
         call = found[1]
         first = len(call.args) - 2  # after the bias
         plain = all(k.arg in ("out", "before") or ast.unparse(k.value) == "1" for k in call.keywords)
-        others = [*call.args[:first], *(k.value for k in call.keywords)]
-        if any(targets.keys() & set(_loaded(e)) for e in others):
+        if any(targets.keys() & set(_loaded(k.value)) for k in call.keywords):
             return None
         operands: list[tuple[int, ast.expr]] = []
         before: list[str] = []
-        dtypes = [dtype_name(V.graph.get_dtype(_root(e))) for e in call.args[first:]]
+        if first and _root(call.args[0]) in targets:  # the bias, added in float32
+            p, shape, offset = targets[_root(call.args[0])], _shape(call.args[0]), _offset(call.args[0])
+            floats = _dtype(read[p.source]) in ("f32", "f16", "bf16")
+            if p.factors or p.constant != 1.0 or shape is None or offset is None or not floats:
+                return None
+            text = f"reinterpret_tensor({ast.unparse(read[p.source])}, {tuple(shape[0])}, {tuple(shape[1])}, {offset})"
+            operands.append((0, ast.parse(text, mode="eval").body))
+        dtypes = [_dtype(e) for e in call.args[first:]]
         for side in (0, 1):
             e = call.args[first + side]
             if _root(e) not in targets:
@@ -388,7 +394,7 @@ class _Cutter:
                 return None
             source = ast.unparse(read[p.source])
             text = f"reinterpret_tensor({source}, {tuple(shape[0])}, {tuple(shape[1])}, {offset})"
-            stored, dtypes[side] = dtypes[side], dtype_name(V.graph.get_dtype(_root(read[p.source])))
+            stored, dtypes[side] = dtypes[side], _dtype(read[p.source])
             if (dtypes[side], stored) in prologue.WEIGHTS:
                 plain_input = _root(read[p.source]) in V.graph.graph_input_names and not p.factors and p.constant == 1.0
                 if side == 0 or not plain_input or dtypes[0] != stored:
@@ -824,6 +830,16 @@ def _root(e: ast.AST) -> str:
         return e.id
     assert isinstance(e, ast.Call), ast.dump(e)
     return _root(e.args[0])
+
+
+def _dtype(e: ast.expr) -> str:
+    """The dtype of an operand of a product."""
+    found = _call(e)
+    return (
+        ast.literal_eval(found[1].args[1])
+        if found and found[0] == "kept_weight"
+        else dtype_name(V.graph.get_dtype(_root(e)))
+    )
 
 
 def _offset(e: ast.expr) -> int | None:
