@@ -164,6 +164,22 @@ def test_rows_that_see_nothing_are_zero(device):
     assert (q.grad[0, 0, 2] == 0).all()
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("low", [-1e30, torch.finfo(torch.float32).min])
+def test_rows_of_the_lowest_scores(device, queries, low):
+    """A row that a finite mask hides altogether is the mean of the values, whatever the mask's size. Gradients of such rows cannot be
+    right in float32, since the logsumexp has no digits left for the number of keys, but they are those of probabilities."""
+    leaves = [torch.randn(1, 2, n, 24) for n in (queries, 41, 41)]
+    mask = torch.full((queries, 41), low)
+    mask[1::2, :7] = 0.0
+    gradient = torch.randn(1, 2, queries, 24)
+    out, dq, _, dv = attention(leaves, mask, gradient, device, torch.float32, lambda ls: ls)[:4]
+    want = attention(leaves, mask, gradient, "cpu", torch.float64)
+    close(out, want[0], 1e-6)
+    close(dq[:, :, 1::2], want[1][:, :, 1::2], 1e-5) if queries > 1 else None
+    assert dv.abs().max() <= gradient.abs().sum(-2).max() * 1.001 and dq.isfinite().all()
+
+
 def test_nan_reaches_the_result(device):
     q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
     q[0, 0, 4, 3] = torch.nan

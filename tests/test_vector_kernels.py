@@ -398,7 +398,7 @@ def test_attention_backward(case, splits):
     o, lse = a.forward()
     delta = result(b * h * 3 * cdiv(tq, 64) * 64)
     launch(
-        A.attention_delta(TARGET, a.dtype),
+        A.attention_delta(TARGET, a.dtype, mask=a.mask_dtype),
         [o, a.g, lse, delta],
         [*o.stride()[:3], *a.g.stride()[:3], h, tq, dv],
         (cdiv(tq, 64), b * h, 1),

@@ -29,6 +29,8 @@ from ..lowering import (
     eq,
     fill_bytes,
     hint,
+    is_one,
+    is_zero,
     launch,
     maximum,
     minimum,
@@ -228,7 +230,7 @@ def _vector_backward(
     tail = [*mask_strides, *_sizes(q, k, v, causal, scale)]
     blocks = cdiv(queries, vector.BLOCK)
     delta = empty((batch * heads, 3, blocks * vector.BLOCK), "f32")
-    kernel = build(vector.attention_delta, q.dtype)
+    kernel = build(vector.attention_delta, q.dtype, None, mask.dtype if mask is not None else None)
     launch(kernel, [out, g, lse, delta], [*_bht(out, g), heads, queries, v.sizes[3]], (blocks, batch * heads, 1))
     # Tasks a key head: few heads for the compute units are cut, into parts of at least four blocks of queries and sums of at
     # most 256 MB.
@@ -267,7 +269,11 @@ def _merge(parts: Tensor, part_lse: Tensor, runs: Any, out: Tensor, lse: Tensor)
 
 
 def _block_key(q: Tensor, mask: Tensor | None, causal: bool, head: int, head_v: int, vec: int) -> tuple:
-    return q.dtype, head, head_v, vec == 2, mask.dtype if mask is not None else "", causal, dot_precision(q.dtype)
+    kind = ""
+    if mask is not None:
+        layout = "" if not is_one(mask.strides[3]) else "_0n" if is_zero(mask.strides[2]) else "_n"
+        kind = mask.dtype + layout
+    return q.dtype, head, head_v, vec == 2, kind, causal, dot_precision(q.dtype)
 
 
 def _block_scalars(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, *tensors: Tensor) -> list[Any]:

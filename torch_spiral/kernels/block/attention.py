@@ -1,8 +1,11 @@
 """Scaled dot product attention in Triton: forward and backward, without the matrix of scores in memory.
 
 q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv] with unit stride along the last dimension; H is a multiple of Hk. causal:
-query i sees keys up to i. A mask [B, H, Tq, Tk] with any strides is boolean (true: attend) or added. Scores are kept times
-log2(e), so that exp2 is the only exponential. A row that sees nothing gives 0 and a logsumexp of -infinity.
+query i sees keys up to i. A mask [B, H, Tq, Tk] is boolean (true: attend) or added; the argument `mask` is its dtype and, after an
+underscore, "n" where keys have unit stride, "0n" where it is also the same for all queries ("" with any strides). Scores are kept times
+log2(e), so that exp2 is the only exponential; under a mask that is added they are kept as they are, and differences of them take the
+factor: a mask may be the lowest number there is, and a whole row of it stays a row of equal scores. A row that sees nothing gives 0 and a
+logsumexp of -infinity.
 
 varlen: the batch are sequences that lie one after the other in tensors with one batch (batch strides are 0). spans [sequences, 4]
 (int32) says where each begins and ends, in q and in k. Row i of the queries sees keys from i + diagonal - left (with "window") to
@@ -93,17 +96,19 @@ def _names(tensors: str, mask: str, varlen: str = "", paged: str = "") -> list[t
 def _score(
     mask: str, causal: bool, q: str, k: str, transposed: bool = False, edge: bool = True, varlen: str = ""
 ) -> list[str]:
-    """Lines that turn `s`, the product of queries `q` and keys `k` (vectors of indices), into masked scores times log2(e).
+    """Lines that turn `s`, the product of queries `q` and keys `k` (vectors of indices), into masked scores (times _unit()).
     edge: some keys of the tile are out of range or after a query."""
     qi, ki = (f"{q}[None, :]", f"{k}[:, None]") if transposed else (f"{q}[:, None]", f"{k}[None, :]")
     lines = ["s = s * scale2"]
     if mask:
-        at = f"mask_base + {qi}.to(tl.int64) * mask_q + {ki}.to(tl.int64) * mask_k"
-        inside = f"({qi} < queries) & ({ki} < keys)"
-        if mask == "bool":
+        kind, _, layout = mask.partition("_")
+        row = "" if layout == "0n" else f"{qi}.to(tl.int64) * mask_q + "
+        at = f"mask_base + ({row}{ki}{'' if layout else '.to(tl.int64) * mask_k'})"
+        inside = f"({ki} < keys)" + (f" & ({qi} < queries)" if row else "")
+        if kind == "bool":
             lines.append(f"s = tl.where(tl.load({at}, mask={inside}, other=0) != 0, s, float('-inf'))")
         else:
-            lines.append(f"s += tl.load({at}, mask={inside}, other=0).to(tl.float32) * {LOG2E}")
+            lines.append(f"s += tl.load({at}, mask={inside}, other=0).to(tl.float32)")
     if edge:
         seen = f" & ({ki} <= {qi}{' + diagonal + right' if varlen else ''})" if causal else ""
         seen += f" & ({ki} >= {qi} + diagonal - left)" if varlen == "window" else ""
@@ -180,13 +185,29 @@ def _precision(dtype: str, precision: str) -> str:
     return f", input_precision={precision!r}" if dtype == "f32" else ""
 
 
-def _dims(d: int, dv: int) -> list[str]:
-    """Indices along the head dimensions, and the scale of scores in base 2."""
-    return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {LOG2E}"]
+def _unit(mask: str) -> float:
+    """What scores and their logarithms are kept times."""
+    return LOG2E if mask.partition("_")[0] in ("", "bool") else 1.0
+
+
+def _exp(mask: str, difference: str) -> str:
+    """The exponential of a difference of scores that are kept times _unit()."""
+    return f"tl.math.exp2({difference})" if _unit(mask) == LOG2E else f"tl.math.exp2(({difference}) * {LOG2E})"
+
+
+def _probability(mask: str, difference: str) -> list[str]:
+    """Lines for `p` from scores less their logsumexp. Where a mask leaves scores no digits, that may be off by any amount: 1 at most."""
+    lines = [f"p = {_exp(mask, difference)}"]
+    return lines if _unit(mask) == LOG2E else [*lines, "p = tl.where(p > 1.0, 1.0, p)"]
+
+
+def _dims(d: int, dv: int, mask: str) -> list[str]:
+    """Indices along the head dimensions, and the scale of scores in their unit."""
+    return [f"rd = tl.arange(0, {d})", f"rv = tl.arange(0, {dv})", f"scale2 = scale * {_unit(mask)}"]
 
 
 def _queries(
-    s: Schedule, d: int, dv: int, causal: bool, varlen: str, paged: str = "", grouped: bool = False
+    s: Schedule, d: int, dv: int, mask: str, causal: bool, varlen: str, paged: str = "", grouped: bool = False
 ) -> list[str]:
     """A tile of queries, where its keys and values begin, its rows of [B, H, Tq], and the keys `begin` to `last` that it sees."""
     if not causal:
@@ -206,7 +227,7 @@ def _queries(
         f"last = {last}",
         f"begin = {begin}" + (f" // {s.keys} * {s.keys}" if paged and varlen == "window" else ""),
         "rq = first_query + packed // share" if grouped else f"rq = start + tl.arange(0, {s.queries})",
-        *_dims(d, dv),
+        *_dims(d, dv, mask),
         f"k_base = k + hk * k_h{'' if paged else ' + b * k_b'}",
         f"v_base = v + hk * v_h{'' if paged else ' + b * v_b'}",
         f"row = {'h * total' if varlen else 'bh.to(tl.int64) * queries'} + rq",
@@ -236,7 +257,11 @@ def _page(paged: str, keys: int) -> list[str]:
 def _buffers(
     dtype: str, tensors: str, mask: str, varlen: str, *more: tuple[str, str], paged: str = ""
 ) -> list[tuple[str, str]]:
-    tables = [("mask", mask)] * bool(mask) + [("spans", "i32")] * bool(varlen) + [("table", "i32")] * bool(paged)
+    tables = (
+        [("mask", mask.partition("_")[0])] * bool(mask)
+        + [("spans", "i32")] * bool(varlen)
+        + [("table", "i32")] * bool(paged)
+    )
     return [*((t, dtype) for t in tensors.split()), *tables, *more]
 
 
@@ -295,8 +320,8 @@ def forward(
             *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen)[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
             *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
-            f"p = tl.math.exp2(s{' * scale2' * fold} - {'m_new' if fold else 'm_safe'}[:, None])",
-            f"alpha = tl.math.exp2(m_i - {'m_new' if fold else 'm_safe'})",
+            f"p = {_exp(mask, 's' + ' * scale2' * fold + (' - m_new' if fold else ' - m_safe') + '[:, None]')}",
+            f"alpha = {_exp(mask, 'm_i - m_new' if fold else 'm_i - m_safe')}",
             "l_i = l_i * alpha + tl.sum(p, 1)",
             *([*_kept(s, "start", "x", "bh"), "p = tl.where(kept, p, 0.0)"] if dropout else []),
             "acc = acc * alpha[:, None]",
@@ -327,7 +352,7 @@ def forward(
             "last = tl.minimum(begin + span, last)",
         ]
     lines = [
-        *_queries(s, d, dv, causal, varlen, paged, grouped),
+        *_queries(s, d, dv, mask, causal, varlen, paged, grouped),
         *(run if split else []),
         *(["row += tl.program_id(1).to(tl.int64) * rows"] if split else []),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
@@ -349,7 +374,9 @@ def forward(
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         *(["acc = acc * drop_scale"] if dropout else []),
         "acc = acc / l_safe[:, None]",
-        f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
+        f"tl.store(lse + row, m_i * {1 / _unit(mask)} + tl.math.log2(l_safe) * {1 / LOG2E}, mask=rq < queries)"
+        if mask
+        else f"tl.store(lse + row, (m_i + tl.math.log2(l_safe)) * {1 / LOG2E}, mask=rq < queries)",
         *store,
     ]  # fmt: skip
     kind = f"{f'_paged{paged}' if paged else ''}{'_grouped' * grouped}{'_split' * split}"
@@ -447,12 +474,12 @@ def backward_query(
     in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     lines = [
-        *_queries(s, d, dv, causal, varlen),
+        *_queries(s, d, dv, mask, causal, varlen),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "in_q = rq[:, None] < queries",
         f"q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
         f"g_tile = tl.load(g + b * g_b + h * g_h + rq[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q{in_v}, other=0)",
-        f"log = tl.load(lse + row, mask=rq < queries, other=0) * {LOG2E}",
+        f"log = tl.load(lse + row, mask=rq < queries, other=0) * {_unit(mask)}",
         "log = tl.where(log == float('-inf'), 0.0, log)",
         "di = tl.load(delta + row, mask=rq < queries, other=0)",
         f"acc = tl.zeros([{s.queries}, {d}], tl.float32)",
@@ -463,7 +490,7 @@ def backward_query(
         f"    vt = tl.load(v_base + x[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
         f"    s = tl.dot(q_tile, tl.trans(kt){ip})",
         *("    " + t for t in _score(mask, causal, "rq", "x", varlen=varlen)),
-        "    p = tl.math.exp2(s - log[:, None])",
+        *("    " + t for t in _probability(mask, "s - log[:, None]")),
         f"    dp = tl.dot(g_tile, tl.trans(vt){ip})",
         *("    " + t for t in [*_kept(s, "start", "x", "bh"), "dp = tl.where(kept, dp * drop_scale, 0.0)"] if dropout),
         "    ds = p * (dp - di[:, None])",
@@ -510,7 +537,7 @@ def backward_key(
         "kv_heads = heads // share",
         *(t.replace("h = ", "hk = ") if t.startswith("h = ") else t for t in _place("keys", s.keys, "kv_heads", varlen=varlen)),
         f"rk = start + tl.arange(0, {s.keys})",
-        *_dims(d, dv),
+        *_dims(d, dv, mask),
         "in_k = rk[:, None] < keys",
         f"kt = tl.load(k + b * k_b + hk * k_h + rk[:, None].to(tl.int64) * k_t + rd[None, :], mask=in_k{in_d}, other=0)",
         f"vt = tl.load(v + b * v_b + hk * v_h + rk[:, None].to(tl.int64) * v_t + rv[None, :], mask=in_k{in_v}, other=0)",
@@ -527,12 +554,12 @@ def backward_key(
         "        in_q = x[:, None] < queries",
         f"        q_tile = tl.load(q_base + x[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
         f"        g_tile = tl.load(g_base + x[:, None].to(tl.int64) * g_t + rv[None, :], mask=in_q{in_v}, other=0)",
-        f"        log = tl.load(lse + rows + x, mask=x < queries, other=0) * {LOG2E}",
+        f"        log = tl.load(lse + rows + x, mask=x < queries, other=0) * {_unit(mask)}",
         "        log = tl.where(log == float('-inf'), 0.0, log)",
         "        di = tl.load(delta + rows + x, mask=x < queries, other=0)",
         f"        s = tl.dot(kt, tl.trans(q_tile){ip})",
         *("        " + t for t in _score(mask, causal, "x", "rk", True, varlen=varlen)),
-        "        p = tl.math.exp2(s - log[None, :])",
+        *("        " + t for t in _probability(mask, "s - log[None, :]")),
         "        p = tl.where(x[None, :] < queries, p, 0.0)",
         *("        " + t for t in _kept(s, "j", "rk", "(b * heads + h).to(tl.int32)", True) if dropout),
         f"        dv_acc = tl.dot({'tl.where(kept, p, 0.0)' if dropout else 'p'}{low}, g_tile, dv_acc{ip})",

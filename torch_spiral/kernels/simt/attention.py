@@ -29,6 +29,8 @@ from . import COMPONENTS, MAX_GROUPS, Text, cdiv
 from .gemm import Accumulators, TileLoader
 
 NEVER = "-3.0e38"  # below every score of a visible element, finite: exp(x - x) never sees inf - inf
+LEAST = "-2.9e38"  # the least score of a visible element
+LOWEST = "-3.4028234e38"  # the lowest finite number: a mask of less hides
 
 
 @dataclass(frozen=True)
@@ -393,9 +395,11 @@ def _score(
             t.add(f"{out} = {t_float(t, NEVER)};")
             t.end()
         else:
-            t.add(f"{out} = {out} + {t.load('mask', 'mask_base', at)};")
+            t.let(f"{out}_mask", t.load("mask", "mask_base", at), "f32")
+            t.add(f"{out} = {out} + {out}_mask;")
             # Not max(): it would drop NaN.
-            t.add(f"{out} = {t.select(out, t_float(t, NEVER), f'{out} < {t_float(t, NEVER)}')};")
+            t.add(f"{out} = {t.select(out, t_float(t, LEAST), f'{out} < {t_float(t, LEAST)}')};")
+            t.add(f"{out} = {t.select(out, t_float(t, NEVER), f'{out}_mask < {t_float(t, LOWEST)}')};")
     t.end()
 
 
@@ -919,8 +923,12 @@ def _share(t: Text, s: Schedule, name: str, lanes_m: int, pitch: int) -> None:
             t.add(f"weights[(tx * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
 
 
-def _probability(t: Text, score: str, lse: str) -> str:
-    return t.select(f"exp({score} - {lse})", t_float(t, "0.0"), f"{score} <= {t_float(t, NEVER)}")
+def _probability(t: Text, score: str, lse: str, mask: str) -> str:
+    """Of a score. A mask that is added may leave scores no digits, and their difference may be off by any amount: 1 at most."""
+    p = f"exp({score} - {lse})"
+    if mask not in ("", "bool"):
+        p = t.select(p, t_float(t, "1.0"), f"{score} > {lse}")
+    return t.select(p, t_float(t, "0.0"), f"{score} <= {t_float(t, NEVER)}")
 
 
 def _store_rows(
@@ -1009,7 +1017,7 @@ def backward_query(
         t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen)
-            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}"), "f32")
+            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{i}", mask), "f32")
             p = _dropped(t, f"p{i}_0.{c} * drop_scale", i // 4, i % 4, j) if dropout else f"p{i}_0.{c}"
             t.let(
                 f"d{j}",
@@ -1136,7 +1144,7 @@ def backward_key(
         t.let("key", f"k0 + ty * 4u + {(i // 4) * lanes_m * 4 + i % 4}u")
         for j, c in enumerate(COMPONENTS):
             _score(t, mask, causal, f"s{i}_0.{c}", f"(query + {j}u)", "key", f"e{j}", varlen, query_end)
-            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}"), "f32")
+            t.let(f"w{j}", _probability(t, f"e{j}", f"lse{j}", mask), "f32")
             p = _dropped(t, f"p{i}_0.{c} * drop_scale", i // 4, j, i % 4) if dropout else f"p{i}_0.{c}"
             t.let(
                 f"d{j}",

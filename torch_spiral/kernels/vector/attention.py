@@ -36,7 +36,18 @@ LOGSUMEXP = r"""
 T logsumexp(T top, T sum) {  // natural, from a maximum in base 2 and the sum of powers of 2 less that
   return top == -INFINITY ? -INFINITY : fma(top, 0.69314718f, fma(top, -1.9046542e-9f, log2(sum) * 0.69314718f));
 }
+T logsumexp_natural(T top, T sum) { return top == -INFINITY ? -INFINITY : fma(log2(sum), 0.69314718f, top); }
 """
+
+
+def _natural(mask: str | None) -> bool:
+    """Whether scores are natural, not in base 2: under a mask that is added, which may be the lowest number there is."""
+    return mask not in (None, "bool")
+
+
+def _units(mask: str | None) -> tuple[str, str, str]:
+    """The scale of scores, what a difference of them is multiplied by for base 2, and the function that gives their logsumexp."""
+    return ("scale", " * LOG2E", "logsumexp_natural") if _natural(mask) else ("(scale * LOG2E)", "", "logsumexp")
 
 
 def _dropout(w: int) -> str:
@@ -178,8 +189,8 @@ def _masking(mask: str | None, causal: bool, w: int, varlen: bool = False) -> st
     elif mask:
         out.append(
             f"if (mk == 1 && cols == {BLOCK}u) for (uint j = 0; j < {BLOCK}u; j += {w}u) "
-            f"store{w}(fma(LDV_{mask}(mk_ + n0 + j), (V)(LOG2E), load{w}(0, S_ + j)), 0, S_ + j); "
-            f"else for (uint j = 0; j < cols; j++) S_[j] = fma(LD_{mask}(mk_ + (long)(n0 + j) * mk), LOG2E, S_[j]);"
+            f"store{w}(LDV_{mask}(mk_ + n0 + j) + load{w}(0, S_ + j), 0, S_ + j); "
+            f"else for (uint j = 0; j < cols; j++) S_[j] += LD_{mask}(mk_ + (long)(n0 + j) * mk);"
         )
     if out:
         out.insert(0, f"const __global {POINTEE[mask or 'f32']}* mk_ = mask + (long)row * mq;")
@@ -255,6 +266,7 @@ def attention_forward(
     s = block_schedule("f32", width or vector_width())
     w, mr, nr = s.w, s.mr, s.nr
     first, end = _blocks(varlen)
+    scaling, base2, logsumexp = _units(mask)
     kept = [f" * load{w}(j, F + (r + {i}) * {BLOCK})" if dropout else "" for i in range(2)]
     if varlen:
         place = f"""const uint z = bh / H; {SEQUENCE}
@@ -271,7 +283,7 @@ def attention_forward(
   Q += (long)b * qb + (long)h * qh; O += (long)b * ob + (long)h * oh; L += (ulong){"h" if varlen else "bh"} * Tq;
   Kc += (ulong)hk * NPk * D * {nr}; Vr += (ulong)hk * Tk * NPv * {nr};
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
-  {_pack("Qp", "Q", dtype, "qt", "D", "(scale * LOG2E)", mr)}
+  {_pack("Qp", "Q", dtype, "qt", "D", scaling, mr)}
   for (uint j = 0; j < tiles * {mr}u * NPv * {nr}u; j++) Op[j] = 0;
   for (uint r = 0; r < {ROWS}u; r++) {{ M_[r] = -INFINITY; Z[r] = 0; al[r] = 0; }}
   for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
@@ -287,14 +299,14 @@ def attention_forward(
         V x0 = load{w}(0, S_), x1 = load{w}(1, S_);
         UNROLL for (uint j = 2; j < {BLOCK // w}u; j += 2) {{ x0 = max(x0, load{w}(j, S_)); x1 = max(x1, load{w}(j + 1, S_)); }}
         const T m = max(M_[r], vmax(max(x0, x1))); top[r] = m == -INFINITY ? 0 : m;
-        al[r] = M_[r] - top[r]; M_[r] = m;
+        al[r] = (M_[r] - top[r]){base2}; M_[r] = m;
       }}
     }}
     UNROLL for (uint r = 0; r < {ROWS // w}u; r++) store{w}(exp2v(load{w}(r, al)), r, al);
     for (uint i = 0; i < tiles; i++) if (seen[i]) for (uint r = i * {mr}u; r < (i + 1) * {mr}u; r += 2) {{  // two rows at a time: a row alone waits for its own sum
       T* S_ = S + r * {BLOCK}; T* R_ = S_ + {BLOCK}; const V t0 = (V)(top[r]), t1 = (V)(top[r + 1]); V z0 = (V)(0), z1 = (V)(0);
       UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
-        const V e0 = exp2v(load{w}(j, S_) - t0), e1 = exp2v(load{w}(j, R_) - t1);
+        const V e0 = exp2v((load{w}(j, S_) - t0){base2}), e1 = exp2v((load{w}(j, R_) - t1){base2});
         z0 += e0; z1 += e1; store{w}(e0{kept[0]}, j, S_); store{w}(e1{kept[1]}, j, R_);
       }}
       Z[r] = fma(Z[r], al[r], vsum(z0)); Z[r + 1] = fma(Z[r + 1], al[r + 1], vsum(z1));
@@ -303,7 +315,7 @@ def attention_forward(
   }}
   for (uint r = 0; r < rows; r++) {{
     const T z = Z[r] == 0 ? 0 : 1 / Z[r]; const T* o = Op + (r / {mr}) * {mr} * NPv * {nr} + r % {mr} * {nr};
-    L[q0 + r] = logsumexp(M_[r], Z[r]);
+    L[q0 + r] = {logsumexp}(M_[r], Z[r]);
     __global {POINTEE[dtype]}* o_ = O + (long)(q0 + r) * ot; uint d = 0;
     for (; d + {w}u <= Dv; d += {w}u) STV_{dtype}(o_ + d, load{w}(0, o + d / {nr}u * {mr * nr} + d % {nr}u) * z);
     for (; d < Dv; d++) ST_{dtype}(o_ + d, o[d / {nr}u * {mr * nr} + d % {nr}u] * z);
@@ -371,6 +383,7 @@ def attention_decode(
     assert not split or varlen or not causal
     assert not varlen or (causal and not mask)
     w = block_schedule("f32", width or vector_width()).w
+    scaling, base2, logsumexp = _units(mask)
     n, ku = 256, 4  # keys of a chunk, keys at a time
 
     def at(x: str, j: int) -> str:
@@ -418,7 +431,7 @@ def attention_decode(
   Q += (long)b * qb + (long)h * qh + (long)row * qt; O += {f"({place}) * Dv" if split else "(long)b * ob + (long)h * oh + (long)row * ot"};
   Ki += (long)b * kb + (long)hk * kh; Vi += (long)b * vb + (long)hk * vh;
   {"mask += (long)b * mb + (long)h * mh;" if mask else ""}
-  for (uint d = 0; d < D; d++) Qs[d] = LD_{dtype}(Q + d) * (scale * LOG2E);
+  for (uint d = 0; d < D; d++) Qs[d] = LD_{dtype}(Q + d) * {scaling};
   for (uint d = 0; d < Dv; d++) Os[d] = 0;
   T m = -INFINITY, sum = 0;
   const uint first = {first};
@@ -433,8 +446,8 @@ def attention_decode(
     }}
     {masked}
     T top = m; for (uint j = 0; j < cols; j++) top = max(top, S[j]);
-    const T base = top == -INFINITY ? 0 : top, al = exp2(m - base); m = top;
-    V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v(load{w}(0, S + j) - base); zs += e; store{w}(e, 0, S + j); }}
+    const T base = top == -INFINITY ? 0 : top, al = exp2((m - base){base2}); m = top;
+    V zs = (V)(0); for (uint j = 0; j < cols; j += {w}u) {{ const V e = exp2v((load{w}(0, S + j) - base){base2}); zs += e; store{w}(e, 0, S + j); }}
     sum = fma(sum, al, vsum(zs));
     for (uint d = 0; d < Dv; d++) Os[d] *= al;
     for (uint t = 0; t < cols; t += {ku}u) {{
@@ -444,7 +457,7 @@ def attention_decode(
     }}
   }}
   const T inv = sum == 0 ? 0 : 1 / sum;
-  L[{place if split else f"(ulong){'h' if varlen else 'bh'} * Tq + row"}] = logsumexp(m, sum);
+  L[{place if split else f"(ulong){'h' if varlen else 'bh'} * Tq + row"}] = {logsumexp}(m, sum);
   for (uint d = 0; d < Dv; d++) ST_{out}(O + d, Os[d] * inv);
 """
     strides = [p + e for p in "qkvo" for e in "bht"] + (["mb", "mh", "mq", "mk"] if mask else [])
@@ -480,9 +493,9 @@ def attention_decode(
     )
 
 
-def attention_delta(target: Target, dtype: str, width: int | None = None) -> Kernel:
-    """What the backward kernels need of each query: D[B * H, 3, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2, what its rounding
-    left, and sum(dO * O); 0 in padding.
+def attention_delta(target: Target, dtype: str, width: int | None = None, mask: str | None = None) -> Kernel:
+    """What the backward kernels need of each query: D[B * H, 3, cdiv(Tq, 64) * 64] (f32), the logsumexp in base 2 (natural for a mask that
+    is added), what its rounding left, and sum(dO * O); 0 in padding.
 
     Buffers: O, G (gradient of O), L (from the forward), D. Scalars: ob, oh, ot, gb, gh, gt (i64), H, Tq, Dv (u32).
     Grid: (cdiv(Tq, 64), B * H, 1).
@@ -498,14 +511,14 @@ def attention_delta(target: Target, dtype: str, width: int | None = None) -> Ker
       for (; d + {w}u <= Dv; d += {w}u) x = fma(LDV_{dtype}(o + d), LDV_{dtype}(g + d), x);
       sum = vsum(x);
       for (; d < Dv; d++) sum = fma(LD_{dtype}(o + d), LD_{dtype}(g + d), sum);
-      if (L[t] != -INFINITY) {{ l = L[t] * LOG2E; rest = fma(L[t], LOG2E, -l) + L[t] * LOG2E_REST; }}
+      if (L[t] != -INFINITY) {{ {"l = L[t];" if _natural(mask) else "l = L[t] * LOG2E; rest = fma(L[t], LOG2E, -l) + L[t] * LOG2E_REST;"} }}
     }}
     D[t] = l; D[T_ + t] = rest; D[2 * T_ + t] = sum;
   }}
 """
     return finish(
         target,
-        f"vector_attention_delta_{dtype}_w{w}",
+        f"vector_attention_delta_{dtype}{'_natural' * _natural(mask)}_w{w}",
         [("O", dtype, "r"), ("G", dtype, "r"), ("L", "f32", "r"), ("D", "f32", "w")],
         [(x, "i64") for x in ("ob", "oh", "ot", "gb", "gh", "gt")] + [(x, "u32") for x in ("H", "Tq", "Dv")],
         _module(w, (dtype,)),
@@ -562,6 +575,10 @@ def attention_backward(
     rows_of = _panels(s, "Qr", "Q_", dtype, "qt", "D") + _panels(s, "Gr", "G_", dtype, "gt", "Dv") if keys else ""
     first, end = _blocks(varlen)
     kept = f" * load{w}(j, F + r * {BLOCK})" if dropout else ""
+    scaling, base2, _ = _units(mask)
+    score = f"(load{w}(j, S_) - l - rest){base2}"
+    if _natural(mask):  # which may leave scores no digits: a probability is 1 at most, and NaN stays
+        score = f"select({score}, (V)(0), {score} > (V)(0))"
     sequences, length, start, stop = "", "Tq", "", "Tq"
     if varlen:
         sequences = f"for (uint z = 0; z < sequences; z++) {{ {SEQUENCE} const uint last = qe - 1;"
@@ -582,7 +599,7 @@ def attention_backward(
     for (uint t = 0; t * splits * {ROWS}u < {length}; t++) {{  // blocks are dealt to and fro: later ones see more keys
       const uint q0 = {start}(t * splits + ((t & 1) ? splits - 1 - get_group_id(0) : get_group_id(0))) * {ROWS}u; if (q0 >= {stop}) continue;
       const uint rows = min({ROWS}u, {stop} - q0), tiles = (rows + {mr - 1}u) / {mr}u;
-      {_pack("Qp", "Q_", dtype, "qt", "D", "(scale * LOG2E)", mr)} {_pack("Gp", "G_", dtype, "gt", "Dv", "1", mr)}
+      {_pack("Qp", "Q_", dtype, "qt", "D", scaling, mr)} {_pack("Gp", "G_", dtype, "gt", "Dv", "1", mr)}
       {rows_of}
       {f"for (uint j = 0; j < tiles * {mr}u * NPd * {nr}u; j++) X[j] = 0;" if queries else ""}
       for (uint n0 = {first}; n0 < {end}; n0 += {BLOCK}u) {{
@@ -598,7 +615,7 @@ def attention_backward(
             if (!({_whole(mask, causal, varlen)})) {{ {_masking(mask, causal, w, varlen)} {"for (uint j = 0; j < skip; j++) P_[j] = 0;" if varlen else ""} for (uint j = cols; j < {BLOCK}u; j++) P_[j] = 0; }}
             const V l = (V)(Dn[row]), rest = (V)(Dn[Td + row]), delta = (V)(Dn[2 * Td + row]);
             UNROLL for (uint j = 0; j < {BLOCK // w}u; j++) {{
-              const V p = exp2v(load{w}(j, S_) - l - rest); store{w}(p * (load{w}(j, P_){kept} - delta), j, P_); {f"store{w}(p{kept}, j, S_);" if keys else ""}
+              const V p = exp2v({score}); store{w}(p * (load{w}(j, P_){kept} - delta), j, P_); {f"store{w}(p{kept}, j, S_);" if keys else ""}
             }}
             {"if (q0 + r <= last) for (uint j = 0; j < cols; j++) dS[((ulong)bh * Tq + row) * Tk + n0 + j] = P_[j];" if mask_grad else ""}
           }}
