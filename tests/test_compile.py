@@ -427,6 +427,35 @@ def test_caches_around_attention_are_written(device, f):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_that_layers_share_is_made_once(device):
+    """Each call makes what is added to its scores out of a mask of booleans, as SDPA does, and transformers for it."""
+
+    def f(q, k, v, length):
+        seen = torch.arange(k.shape[2], device=k.device) <= length
+        for _ in range(3):
+            q = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None, None].expand(2, 1, 1, -1))
+        return q
+
+    args = [torch.randn(2, 4, 1, D), torch.randn(2, 4, 12, D), torch.randn(2, 4, 12, D), torch.tensor([7])]
+    with torch.no_grad():
+        check(device, f, *args)
+        names = kernels(f, *on(device, args))
+    assert sum(n.startswith("fused_") for n in names) == 1, names
+
+
+def test_equal_results_are_tensors_of_their_own(device):
+    def f(x, n):
+        return x + 1, x + 1, (x * 2)[1:], (x * 2)[:1], n + 1, n + 1.0, (x * 3).sum(), (x * 3).sum(0)
+
+    x, n = torch.randn(4, 6), torch.tensor([1, 2])
+    check(device, f, x, n)
+    results = torch.compile(f, backend="spiral", fullgraph=True)(x.to(device), n.to(device))
+    results[0].zero_()
+    results[2].zero_()
+    torch.testing.assert_close(results[1].cpu(), x + 1)
+    torch.testing.assert_close(results[3].cpu(), x[:1] * 2)
+
+
 def test_attention_whose_weights_are_read_is_left_alone(device):
     def f(q, k, v):
         weights = torch.softmax(q @ k.transpose(-2, -1), -1)

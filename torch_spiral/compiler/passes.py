@@ -23,13 +23,40 @@ class Passes(compat.CustomGraphModulePass):
     """Called by Inductor on every graph with tensors on the device."""
 
     def __call__(self, gm: torch.fx.GraphModule) -> None:
+        share_equal(gm.graph)
         merge_rows(gm.graph)
         add_biases(gm.graph)
         keep_residuals(gm.graph)
+        keep_masks(gm.graph)
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches on disk: what kernels are built for, device by device, and what builds them."""
         return built_for()
+
+
+_MADE = (
+    convert, torch.ops.prims.iota.default, aten.full.default, aten.scalar_tensor.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.permute.default, aten.view.default, aten.reshape.default,
+)  # fmt: skip
+
+
+def share_equal(graph: fx.Graph) -> None:
+    """Elementwise nodes and views that are computed from the same are computed once, as are the masks that each layer makes of one tensor.
+    (AOTAutograd sees to that in graphs for training.) What leaves the graph stays a tensor of its own."""
+    leaving: set[fx.Node] = set()
+    for n in reversed(graph.nodes):
+        if n.op == "output" or (n in leaving and n.target in _MADE):
+            leaving.update(n.all_input_nodes)
+    seen: dict[tuple[Any, str, str], fx.Node] = {}
+    for n in graph.nodes:
+        tags = getattr(n.target, "tags", ())
+        made = n.target in _MADE or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
+        if not made or n.op != "call_function" or n.target._schema.is_mutable or n in leaving:
+            continue
+        first = seen.setdefault((n.target, repr(n.args), repr(n.kwargs)), n)
+        if first is not n:
+            n.replace_all_uses_with(first)
+            graph.erase_node(n)
 
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -113,7 +140,8 @@ def add_biases(graph: fx.Graph) -> None:
                 new = graph.call_function(aten.addmm.default, (bias, *mm.args))
                 new.meta.update(mm.meta)
                 for v in reversed(views):
-                    new = graph.call_function(v.target, (new, *v.args[1:]))
+                    view: Any = v.target
+                    new = graph.call_function(view, (new, *v.args[1:]))
                     new.meta.update(v.meta)
             n.replace_all_uses_with(new)
             break
@@ -138,6 +166,15 @@ def keep_residuals(graph: fx.Graph) -> None:
                 continue
             if str(kept.meta["val"].shape) == str(n.meta["val"].shape):
                 compat.store(kept)
+
+
+def keep_masks(graph: fx.Graph) -> None:
+    """Has what several calls of attention add to their scores stored once; Inductor would make it for each call."""
+    attention = aten._scaled_dot_product_fused_attention_overrideable.default
+    for n in graph.find_nodes(op="call_function", target=attention):
+        mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_bias")
+        if isinstance(mask, fx.Node) and mask.op == "call_function":
+            compat.store(mask)
 
 
 def reads_by_channels(gm: fx.GraphModule) -> bool:
