@@ -1224,6 +1224,8 @@ COUNTS = {
     "product, bias, residual, layer norm": (
         2, lambda x, w, b, r: F.layer_norm(x @ w + b + r, (24,), b, b), [(8, 16), (16, 24), (24,), (8, 24)],
     ),
+    "two products, a gate": (2, lambda x, v, w: F.silu(x @ v) * (x @ w), [(8, 16), (16, 24), (16, 24)]),
+    "a product of another, a gate": (3, lambda x, v: (lambda y: F.silu(y) * (y @ v))(x @ v), [(8, 16), (16, 16)]),
     "softmax": (1, lambda x: x.softmax(-1), [(8, 100)]),
     "gelu(layer norm)": (1, lambda x, w, b: F.gelu(F.layer_norm(x, (100,), w, b)), [(8, 100), (100,), (100,)]),
     "RMS norm": (1, lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w, [(8, 100), (100,)]),
@@ -1234,7 +1236,11 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_kernel_count(device, name):
     count, f, shapes = COUNTS[name]
-    assert len(kernels(f, *(torch.randn(*s).to(device) for s in shapes))) == count
+    args = [torch.randn(*s) for s in shapes]
+    names = kernels(f, *on(device, args))
+    assert len(names) == count, names
+    got, want = torch.compile(f, backend="spiral")(*on(device, args)), f(*(x.double() for x in args))
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_kernel_count_of_a_chains_backward(device):

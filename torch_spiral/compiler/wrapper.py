@@ -480,6 +480,8 @@ class _Cutter:
                 if not (found and found[0] == "empty") and _root(s.value) in names:
                     names |= set(_stored(s))
                 continue
+            if found and self._independent(call, names, found):
+                continue
             break
         else:
             return
@@ -528,6 +530,16 @@ class _Cutter:
         after = [] if rest is None else [self._launch(found[0], rest, found[1])]
         self.statements[at : at + 1] = [ast.parse(fused).body[0], *after]
         self.statements[index] = ast.parse("None").body[0]
+
+    def _independent(self, call: ast.Call, names: set[str], found: tuple[str, ast.Call]) -> bool:
+        """Whether what is found is a product that the one before, `call`, whose result has these names, may as well follow."""
+        if found[0].removeprefix("extern_kernels.") not in OUT_EXTERNS or names & set(_loaded(found[1])):
+            return False
+        out = next(k.value for k in found[1].keywords if k.arg == "out")
+        if not isinstance(out, ast.Name) or out.id in _loaded(call):
+            return False
+        made = [s for s in self.statements if out.id in _stored(s)]
+        return len(made) == 1 and (_call(getattr(made[0], "value", None)) or [""])[0] == "empty"
 
     def _launch(self, whole: str, program: Program, call: ast.Call) -> ast.stmt:
         """A launch of what is left of the fused kernel `whole`, instead of this one; program has its buffers."""
