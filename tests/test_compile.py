@@ -565,9 +565,41 @@ def test_graphs_without_inputs_run_on_their_device_and_several_devices_are_refus
         assert torch.compile(across, backend="spiral")(x, y).tolist() == [2, 2, 2]
 
 
+def test_graph_breaks_that_restart_dynamo(device):
+    """A number that was read back is a constant at first, then an input of the graphs after it, for which the backend has Dynamo start again."""
+
+    def f(x):
+        n = x.argmax().item()
+        return x * 2 + n
+
+    g = torch.compile(f, backend="spiral")
+    for place in range(3):
+        x = torch.zeros(5).index_fill(0, torch.tensor(place), 1.0)
+        torch.testing.assert_close(g(x.to(device)).cpu(), f(x))
+
+
+def test_numbers_on_the_cpu_beside_sums(device):
+    """What has no dimensions is on the device, though the first operand is on the CPU."""
+
+    def f(s, x):
+        return s * x.sum(), torch.maximum(s, x[0, 0])
+
+    s, x = torch.tensor(2.5), torch.randn(4, 4)
+    got = torch.compile(f, backend="spiral", fullgraph=True)(s, x.to(device))
+    for a, b in zip(f(s, x), got, strict=True):
+        assert b.device == device
+        torch.testing.assert_close(b.cpu(), a)
+
+
 def test_tensors_on_the_cpu_are_refused():
     with pytest.raises(Exception, match=r'move them with \.to\("spiral"\)'):
         torch.compile(lambda x: x + 1, backend="spiral")(torch.randn(3))
+    for module, x in (
+        (nn.Linear(3, 2), torch.randn(4, 3).to("spiral")),
+        (nn.Linear(3, 2).to("spiral"), torch.randn(4, 3)),
+    ):
+        with pytest.raises(Exception, match=r'Move what is on the CPU with \.to\("spiral"\)'):
+            torch.compile(module, backend="spiral")(x)
 
 
 def test_what_cannot_be_compiled_runs_eagerly_and_says_so(device, monkeypatch):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 
 from .package import Package, PackageError, load, package
 from .report import Explanation
@@ -44,6 +45,7 @@ def backend(
             f'torch.compile(backend="spiral") compiles for spiral, but the inputs and parameters are on {kinds}: '
             'move them with .to("spiral")'
         )
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
     from torch._inductor import compile_fx, list_mode_options
 
     from . import compat, device, dynamo
@@ -66,6 +68,8 @@ def backend(
 
             precompile.record(gm, parts.graphs[0].source_code if direct is not None and "direct" in module else None)
         return direct or compiled
+    except (RestartAnalysis, SkipFrame):  # Dynamo's own, to trace once more or not at all
+        raise
     except Exception as error:
         if _fullgraph():
             raise
@@ -119,6 +123,23 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return report(fn, *args, **kwargs)
 
 
+def _say_where_to_move() -> None:
+    """Has the error about tensors on the CPU beside others on spiral, as of a model left on the CPU, say what to do: Dynamo raises it
+    before it asks a backend."""
+    error = getattr(fake_tensor, "FakeTensorDeviceMismatchError", None)
+    if error is None:  # 2.11
+        return
+    upstream = error.__init__
+
+    def __init__(self: Any, func: Any, common_device: torch.device, device: torch.device) -> None:
+        upstream(self, func, common_device, device)
+        if {common_device.type, device.type} == {"cpu", "spiral"}:
+            self.args = (f'{self.args[0]} Move what is on the CPU with .to("spiral").',)
+
+    error.__init__ = __init__
+
+
+_say_where_to_move()
 if os.environ.get("TORCH_CACHING_PRECOMPILE") == "1" or getattr(
     sys.modules.get("torch._dynamo.config"), "caching_precompile", False
 ):

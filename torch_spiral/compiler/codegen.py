@@ -147,12 +147,17 @@ class FusedKernel(compat.SIMDKernel):
         text = f"index {{}} is out of bounds for dimension with size {size}"
         if text not in self.sites:
             self.sites.append(text)
+        length = index_node(size)
         whole = expr in self.indirect
         index = self.indirect[expr] if whole else index_node(expr := self.prepare_indexing(expr))
-        args = [index, ir.cast(index_node(size), index.dtype)]
+        given = _before_wrapping(index) if whole else None  # what the program gave is what the error names
+        index = index if given is None else given
+        args = [index, ir.cast(length, index.dtype)]
         if self.mask is not None:
             args.append(self.mask)
-        checked = ir.Node("check", "i32", *args, attr=self.sites.index(text))
+        checked = ir.Node("check", "i32", *args, attr=(self.sites.index(text), given is not None))
+        if given is not None:
+            checked = ir.where(ir.lt(checked, 0), checked + length, checked)
         if whole:
             self.indirect[expr] = checked
         else:
@@ -174,9 +179,6 @@ class FusedKernel(compat.SIMDKernel):
             else:
                 raise NotImplementedError(f"spiral's compiler cannot check the index {expr} in {index}")
         return index
-
-    def device_assert_async(self, cond: Any, msg: str) -> None:
-        raise NotImplementedError("spiral's compiler has no device-side assertions in fused kernels")
 
     def reduction(self, dtype: torch.dtype, src_dtype: torch.dtype, reduction_type: str, value: Any) -> Any:
         assert self.inside_reduction and self.mask is None
@@ -363,6 +365,15 @@ class FusedKernel(compat.SIMDKernel):
 
         sizes = [tuple_of([wrapper.codegen_sizevar(s) for s in launch[key]]) for key in ("symbols", "rows", "reduced")]
         wrapper.writeline(f"{name}({tuple_of(launch['buffers'])}, {', '.join(sizes)})")
+
+
+def _before_wrapping(index: ir.Node) -> ir.Node | None:
+    """x, where index is where(x < 0, x + size, x), in 64 bits or in 32; else None."""
+    index = index.args[0] if index.op == "cast" else index
+    if index.op != "where" or index.args[0].op != "lt" or index.args[1].op != "add":
+        return None
+    (negative, zero), x = index.args[0].args, index.args[2]
+    return x if negative is x and index.args[1].args[0] is x and (zero.op, zero.attr) == ("const", 0) else None
 
 
 def _dimensions(

@@ -18,7 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
 from torch._functorch._aot_autograd.schemas import OutputType
-from torch._inductor import compile_fx, config, metrics, scheduler, utils
+from torch._inductor import compile_fx, config, lowering, metrics, scheduler, utils
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.common import (
     CSE,
@@ -65,9 +65,9 @@ def register_overrides(device: str, overrides: DeviceOpOverrides) -> None:
     register_device_op_overrides(device, overrides)
 
 
-def reorder_loops() -> None:
-    """Has the scheduler choose loop orders for spiral as it does for GPUs. (Listed in GPU_TYPES the device would be asked for
-    Triton in a dozen other places.)"""
+def compile_as_for_gpus() -> None:
+    """Has the scheduler choose loop orders for spiral, and the lowerings prefer it to the CPU for what has no dimensions, as for GPUs.
+    (Listed in GPU_TYPES the device would be asked for Triton in a dozen other places.)"""
     create = scheduler.Scheduler.create_backend
 
     def create_backend(self: object, device: torch.device) -> object:
@@ -76,7 +76,7 @@ def reorder_loops() -> None:
         V.graph.add_device_info(device)
         return get_scheduling_for_device("spiral")(self)
 
-    scheduler.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
+    scheduler.is_gpu = lowering.is_gpu = lambda device: device == "spiral" or utils.is_gpu(device)
     scheduler.Scheduler.create_backend = create_backend
 
 
@@ -94,9 +94,22 @@ def compile_with(defaults: dict[str, Any], settings: dict[str, Any]) -> None:
             if config_patches is not None or any(getattr(config, k) != v for k, v in settings.items()):
                 config_patches = {**defaults, **(config_patches or {}), **settings}
             # Else all is applied: upstream calls itself without patches.
+            tag = torch.compiler.config.cache_key_tag + _shared_storage(inputs)
+            with torch.compiler.config.patch(cache_key_tag=tag):
+                return upstream(gm, inputs, *args, config_patches=config_patches, **kwargs)
         return upstream(gm, inputs, *args, config_patches=config_patches, **kwargs)
 
     compile_fx.compile_fx = compile_graph
+
+
+def _shared_storage(inputs: Any) -> str:
+    """Which inputs share memory, and where each begins in it: AOTAutograd's code depends on it, but its cache's key says nothing of it."""
+    views: dict[int, list[tuple[int, Any]]] = {}
+    for i, x in enumerate(inputs):
+        if isinstance(x, torch.Tensor) and x.device.type == "spiral":
+            views.setdefault(x.untyped_storage()._cdata, []).append((i, x.storage_offset()))
+    shared = [v for v in views.values() if len(v) > 1]
+    return f"shared {shared}" if shared else ""
 
 
 def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> None:
@@ -443,6 +456,7 @@ __all__ = [
     "V",
     "ValueRanges",
     "Where",
+    "compile_as_for_gpus",
     "compile_exported",
     "compile_with",
     "config",
@@ -467,7 +481,6 @@ __all__ = [
     "register_interface_for_device",
     "register_lowering",
     "register_overrides",
-    "reorder_loops",
     "split_reductions",
     "store",
     "store_marked",

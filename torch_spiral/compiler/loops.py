@@ -164,7 +164,7 @@ class _Evaluation:
                 return self._load(n.attr, *args)
             if n.op == "check":
                 args = [ir.substitute(a, replace, memo) for a in n.args]
-                return self._check(n.attr, *args)
+                return self._check(*n.attr, *args)
             return None
 
         return [ir.substitute(e, replace, memo) for e in exprs]
@@ -185,20 +185,22 @@ class _Evaluation:
         # Lanes that must not read take element 0; a load at a computed index reads lane by lane.
         return ir.where(mask, b.load(ir.where(mask, index, ir.const(0, index.dtype))), other)
 
-    def _check(self, site: int, index: Node, size: Node, mask: Node | None = None) -> Node:
+    def _check(self, site: int, from_end: bool, index: Node, size: Node, mask: Node | None = None) -> Node:
+        """A checked index; from_end: which may be negative, down to -size. 0 or -size where it is out of range."""
         k = self.k
         index = k.let(index)
         size = ir.cast(size, index.dtype)
+        low = k.let(ir.neg(size)) if from_end else ir.const(0, index.dtype)
         if mask is not None:
             index = k.let(ir.where(mask, index, ir.const(0, index.dtype)))
         number = self.site_nodes[site]
         if index.lanes == 1:
-            return ir.cast(k.check_index(index, ir.const(0, index.dtype), size, number), "i32")
-        bad = k.let(ir.or_(ir.lt(index, 0), ir.ge(index, size)))
+            return ir.cast(k.check_index(index, low, size, number), "i32")
+        bad = k.let(ir.or_(ir.lt(index, low), ir.ge(index, size)))
         with k.If(k.raw("bool", f"any({k.atom(bad)})")):
             for lane in range(index.lanes):
-                k.let(k.check_index(k.extract(index, lane), ir.const(0, index.dtype), size, number))
-        return ir.cast(ir.where(bad, ir.const(0, index.dtype), index), "i32")
+                k.let(k.check_index(k.extract(index, lane), low, size, number))
+        return ir.cast(ir.where(bad, low, index), "i32")
 
     def _store(self, s: Store, index: Node, value: Any) -> None:
         b = self.buffers[s.buffer]
