@@ -12,8 +12,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <list>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -37,6 +40,16 @@ constexpr uint32_t kMaxGridYZ = 65535;
 // From how many launches on a graph is worth making: the driver takes some 3 us for a launch, and for one in a graph 0.2 us where
 // its parameters change and the device 1 us from one kernel to the next (H200).
 constexpr size_t kLeastInGraph = 8;
+
+// Graphs hold memory of the device for as long as they are kept: at most so many nodes in all (SPIRAL_CUDA_GRAPH_NODES; 0: no graphs),
+// where a graph counts as some more. A graph that was dropped for others so often is not made again.
+constexpr size_t kMaxGraphNodes = 1 << 15, kNodesOfGraph = 64;
+constexpr int kMaxDrops = 3;
+
+size_t max_graph_nodes() {
+  const char* text = std::getenv("SPIRAL_CUDA_GRAPH_NODES");
+  return text ? std::strtoull(text, nullptr, 10) : kMaxGraphNodes;
+}
 
 std::string describe(const Api& api, Result code) {
   const char *name = nullptr, *text = nullptr;
@@ -78,6 +91,7 @@ const Api* load_api(const Dialect& dialect, std::string& why) {
   if (!dialect.hip) api.member = reinterpret_cast<decltype(api.member)>(find_symbol(library, name));
   SPIRAL_CUDA_OPTIONAL_FUNCTIONS(SPIRAL_CUDA_LOAD)
 #undef SPIRAL_CUDA_LOAD
+  if (dialect.hip) api.properties = reinterpret_cast<decltype(api.properties)>(find_symbol(library, "hipGetDevicePropertiesR0600"));
   api.dialect = &dialect;
   return &api;
 }
@@ -86,6 +100,18 @@ int attribute(const Api& api, DeviceHandle device, int what) {
   int value = 0;
   api.device_attribute(&value, what, device);
   return value;
+}
+
+// The architecture that kernels are compiled for: sm_90, gfx942. Empty where a HIP driver does not say.
+std::string architecture(const Api& api, DeviceHandle device) {
+  const Dialect& d = *api.dialect;
+  if (!d.hip) {
+    return "sm_" + std::to_string(attribute(api, device, d.capability_major)) + std::to_string(attribute(api, device, d.capability_minor));
+  }
+  alignas(16) char properties[4 * kHipPropertiesSize] = {};
+  if (!api.properties || api.properties(properties, device) != kSuccess) return "";
+  std::string name(properties + kHipArchitecture, strnlen(properties + kHipArchitecture, 256));
+  return name.substr(0, name.find(':'));  // what follows are features: gfx942:sramecc+:xnack-
 }
 
 DeviceProperties query_properties(const Api& api, DeviceHandle device) {
@@ -101,9 +127,7 @@ DeviceProperties query_properties(const Api& api, DeviceHandle device) {
   p.name = name;
   p.vendor = d.vendor;
   p.driver = std::to_string(version);
-  // The architecture that kernels are compiled for; HIP's is asked of Triton's driver.
-  p.api_version = d.hip ? "" : "sm_" + std::to_string(attribute(api, device, d.capability_major)) +
-                                   std::to_string(attribute(api, device, d.capability_minor));
+  p.api_version = architecture(api, device);
   p.type = attribute(api, device, d.integrated) ? DeviceType::IntegratedGPU : DeviceType::DiscreteGPU;
   p.language = Language::Triton;
   p.schedule_class = ScheduleClass::Block;
@@ -174,18 +198,43 @@ class Current {
   bool pushed_ = false;
 };
 
+class CudaSequence;
+
+// The sequences of a device that have graphs, the one used last at the end. Plans and their sequences may go in any thread; what uses a
+// sequence holds the device's lock.
+struct Graphs {
+  std::mutex mutex;
+  std::list<CudaSequence*> kept;
+  size_t nodes = 0, most = max_graph_nodes();
+};
+
 // The launches of a plan's replay, one after the other. Stretches without anything between the launches become graphs as soon as two
 // replays in turn have as many; later replays set what changed (addresses, sizes, grids, even kernels) and launch the graph.
 class CudaSequence final : public Sequence {
  public:
-  CudaSequence(const Api& api, Context context) : api_(api), context_(context) {}
+  CudaSequence(const Api& api, Context context, std::shared_ptr<Graphs> graphs)
+      : api_(api), context_(context), graphs_(std::move(graphs)) {}
 
   ~CudaSequence() override {
     if (is_forked()) return;
-    for (Stretch& s : stretches_) destroy(s);
+    std::lock_guard<std::mutex> lock(graphs_->mutex);
+    drop(false);
   }
 
-  void begin() { current_ = 0; }
+  void begin() {
+    current_ = 0;
+    if (!nodes_) return;
+    std::lock_guard<std::mutex> lock(graphs_->mutex);
+    graphs_->kept.splice(graphs_->kept.end(), graphs_->kept, place_);
+  }
+
+  // Gives all graphs back, with the mutex of `graphs_` held. for_others: they would have been wanted again.
+  void drop(bool for_others) {
+    for (Stretch& s : stretches_) {
+      if (s.exec && for_others && ++s.drops == kMaxDrops) s.fails = true;
+      destroy(s);
+    }
+  }
 
   void add(const CudaKernel& kernel, const uint32_t grid[3], const char* params) {
     if (current_ == stretches_.size()) stretches_.emplace_back();
@@ -224,7 +273,8 @@ class CudaSequence final : public Sequence {
   struct Stretch {
     std::vector<Launch> launches, last;  // of this replay, of the one before
     std::vector<char> params, last_params;
-    bool fails = false;  // the driver makes no graph of it
+    bool fails = false;  // the driver makes no graph of it, or it was dropped too often
+    int drops = 0;
     Graph graph = nullptr;
     GraphExec exec = nullptr;
     std::vector<GraphNode> nodes;
@@ -240,7 +290,11 @@ class CudaSequence final : public Sequence {
     const size_t count = s.launches.size();
     if (!s.exec || s.nodes.size() != count) {
       if (s.last.size() != count || s.fails) return false;
+      std::lock_guard<std::mutex> lock(graphs_->mutex);
       destroy(s);
+      while (graphs_->nodes + count + kNodesOfGraph > graphs_->most && !graphs_->kept.empty() && graphs_->kept.front() != this) {
+        graphs_->kept.front()->drop(true);
+      }
       if (!make(s)) {
         destroy(s);
         s.fails = true;
@@ -257,6 +311,7 @@ class CudaSequence final : public Sequence {
       Arguments a(api_, *now.kernel, params);
       const KernelNode n = node(now, a);
       if (api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
+        std::lock_guard<std::mutex> lock(graphs_->mutex);
         destroy(s);  // the next replay makes it anew
         return false;
       }
@@ -280,11 +335,25 @@ class CudaSequence final : public Sequence {
       }
       s.nodes.push_back(added);
     }
-    return api_.graph_instantiate(&s.exec, s.graph, 0) == kSuccess;
+    if (api_.graph_instantiate(&s.exec, s.graph, 0) != kSuccess) return false;
+    count(s.nodes.size() + kNodesOfGraph);
+    return true;
+  }
+
+  // Keeps the sum of the nodes, and the sequence's place among those that have any.
+  void count(size_t more) {
+    if (!nodes_) place_ = graphs_->kept.insert(graphs_->kept.end(), this);
+    nodes_ += more;
+    graphs_->nodes += more;
   }
 
   void destroy(Stretch& s) {
-    if (s.exec) api_.graph_exec_destroy(s.exec);  // once its launches have ended
+    if (s.exec) {
+      api_.graph_exec_destroy(s.exec);  // once its launches have ended
+      const size_t less = s.nodes.size() + kNodesOfGraph;
+      graphs_->nodes -= less;
+      if (!(nodes_ -= less)) graphs_->kept.erase(place_);
+    }
     if (s.graph) api_.graph_destroy(s.graph);
     s.exec = nullptr, s.graph = nullptr;
     s.nodes.clear();
@@ -292,6 +361,9 @@ class CudaSequence final : public Sequence {
 
   const Api& api_;
   Context context_;
+  std::shared_ptr<Graphs> graphs_;
+  std::list<CudaSequence*>::iterator place_;  // where nodes_ is not 0
+  size_t nodes_ = 0;                          // of its graphs
   std::vector<Stretch> stretches_;
   size_t current_ = 0;
 };
@@ -348,15 +420,14 @@ class CudaEngine final : public Engine {
   Memory* allocate(uint64_t size) override {
     TORCH_CHECK(size > 0, api_.dialect->label, ": an allocation has at least one byte");
     const Current current = enter();
-    Address address = 0;
-    const Result code = api_.allocate(&address, size);
-    TORCH_CHECK_WITH(OutOfMemoryError, code != kOutOfMemory, api_.dialect->label, ": ", properties_.name, " has no ", size,
-                     " bytes left");
-    CUDA_CHECK(code, "allocating ", size, " bytes");
-    objects_++;
     auto* memory = new CudaMemory;
     memory->size = size;
-    memory->address = address;
+    try {
+      memory->address = take(size);
+    } catch (...) {
+      delete memory;
+      throw;
+    }
     return memory;
   }
 
@@ -374,9 +445,11 @@ class CudaEngine final : public Engine {
 
   void free(Memory* memory) override {
     if (memory && !static_cast<CudaMemory*>(memory)->adopted && !is_forked()) {
+      submit();  // launches that may use it
       Context popped;
       if (api_.context_push(context_) == kSuccess) {
         api_.stream_synchronize(stream_);
+        drop_graphs();  // memory is wanted back
         api_.free(static_cast<CudaMemory*>(memory)->address);
         api_.context_pop(&popped);
       }
@@ -474,8 +547,8 @@ class CudaEngine final : public Engine {
   }
 
   std::unique_ptr<Sequence> sequence(size_t launches) override {
-    if (launches < kLeastInGraph || !api_.graph_add_kernel || !api_.graph_exec_set_kernel) return nullptr;
-    return std::make_unique<CudaSequence>(api_, context_);
+    if (launches < kLeastInGraph || graphs_->most == 0 || !api_.graph_add_kernel || !api_.graph_exec_set_kernel) return nullptr;
+    return std::make_unique<CudaSequence>(api_, context_, graphs_);
   }
 
   void begin(Sequence& sequence) override {
@@ -555,6 +628,29 @@ class CudaEngine final : public Engine {
     }
   }
 
+  // Memory of the device; graphs give way to it.
+  Address take(size_t size) {
+    Address address = 0;
+    Result code = api_.allocate(&address, size);
+    if (code == kOutOfMemory && drop_graphs()) {
+      api_.stream_synchronize(stream_);
+      code = api_.allocate(&address, size);
+    }
+    TORCH_CHECK_WITH(OutOfMemoryError, code != kOutOfMemory, api_.dialect->label, ": ", properties_.name, " has no ", size,
+                     " bytes left");
+    CUDA_CHECK(code, "allocating ", size, " bytes");
+    objects_++;
+    return address;
+  }
+
+  // Whether there were any.
+  bool drop_graphs() {
+    std::lock_guard<std::mutex> lock(graphs_->mutex);
+    const bool any = !graphs_->kept.empty();
+    while (!graphs_->kept.empty()) graphs_->kept.front()->drop(false);
+    return any;
+  }
+
   Address range(Memory* memory, uint64_t offset, uint64_t size, const char* what) const {
     TORCH_CHECK(offset <= memory->size && size <= memory->size - offset, api_.dialect->label, ": a ", what, " of ", size,
                 " bytes at ", offset, " exceeds an allocation of ", memory->size);
@@ -605,9 +701,8 @@ class CudaEngine final : public Engine {
         scratch_ = scratch_size_ = 0;
       }
       size = std::max<size_t>(size, 1 << 20);
-      CUDA_CHECK(api_.allocate(&scratch_, size), "allocating scratch memory");
+      scratch_ = take(size);
       scratch_size_ = size;
-      objects_++;
     }
     return scratch_;
   }
@@ -642,6 +737,7 @@ class CudaEngine final : public Engine {
   std::string kept_;
   uint64_t objects_ = 0;
   CudaSequence* sequence_ = nullptr;  // of the replay under way
+  std::shared_ptr<Graphs> graphs_ = std::make_shared<Graphs>();
 
   std::mutex events_mutex_;  // handles are given back by whoever drops them
   std::vector<Event> events_[2];

@@ -95,6 +95,9 @@ inline void* const kParamBufferSize = reinterpret_cast<void*>(2);
   X(graph_exec_set_kernel, (GraphExec exec, GraphNode node, const KernelNode* launch), "cuGraphExecKernelNodeSetParams_v2")   \
   X(graph_launch, (GraphExec exec, Stream stream), "cuGraphLaunch")
 
+// hipDeviceProp_tR0600: its size, and where gcnArchName is.
+constexpr size_t kHipPropertiesSize = 1472, kHipArchitecture = 1160;
+
 // What the two APIs number or call differently.
 struct Dialect {
   const char* engine;   // as in DeviceProperties::engine
@@ -132,6 +135,7 @@ struct Api {
 #define SPIRAL_CUDA_MEMBER(member, parameters, name) Result(SPIRAL_CUDA_CALL* member) parameters = nullptr;
   SPIRAL_CUDA_OPTIONAL_FUNCTIONS(SPIRAL_CUDA_MEMBER)
 #undef SPIRAL_CUDA_MEMBER
+  Result(SPIRAL_CUDA_CALL* properties)(void* properties, int device) = nullptr;  // HIP's alone
   const Dialect* dialect = nullptr;
 };
 

@@ -52,6 +52,8 @@ def gpu_target(properties: Any) -> Any:
     engine, arch = properties["engine"], properties["api_version"]
     if engine == "cuda":
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if arch:
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     import triton
 
     return triton.runtime.driver.active.get_current_target()

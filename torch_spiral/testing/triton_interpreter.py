@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from torch_spiral.kernels.kernel import DTYPES, FLOAT8, Kernel, Target
@@ -33,6 +34,47 @@ def _patched(tensor: Any, *args: Any) -> Any:
 
 
 interpreter._patch_lang_tensor = _patched
+
+_generic_reduce = interpreter.ReduceOps.generic_reduce
+
+
+def _halves(self: Any, values: Any) -> Any:
+    """Reductions by functions of ours: halves are combined as a GPU does, where the interpreter goes element by element."""
+    if self.axis is None:
+        return _generic_reduce(self, values)
+    arrays = [numpy.moveaxis(v.handle.data, self.axis, 0) for v in values]
+    while len(arrays[0]) > 1:
+        half = len(arrays[0]) // 2
+        parts = [
+            self.to_tensor(a, v.dtype)
+            for side in (slice(0, half), slice(half, None))
+            for a, v in zip((a[side] for a in arrays), values, strict=True)
+        ]
+        combined = self.combine_fn.fn(*parts)
+        arrays = [c.handle.data for c in (combined if isinstance(combined, tuple) else (combined,))]
+    return [
+        self.to_tensor(numpy.expand_dims(a[0], self.axis) if self.keep_dims else a[0], v.dtype)
+        for a, v in zip(arrays, values, strict=True)
+    ]
+
+
+interpreter.ReduceOps.generic_reduce = _halves
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot_of_bfloat16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """The interpreter keeps bfloat16 as integers and multiplies those."""
+
+    def real(x: Any) -> Any:
+        if x.dtype != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    return _dot(self, real(a), real(b), d, *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16
 
 
 def run(kernel: Kernel, buffers: Sequence[torch.Tensor], scalars: Sequence[Any], groups: Sequence[int],

@@ -1,0 +1,237 @@
+"""The CUDA and HIP engine without a GPU: its C++ code on a stand-in for the driver, kernels run by Triton's interpreter
+(stand_in_gpu.py). In processes of their own, one for each vendor."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STAND_IN = "SPIRAL_STAND_IN_GPU"
+
+if STAND_IN not in os.environ:
+    needs_compiler = pytest.mark.skipif(shutil.which("c++") is None or sys.platform != "linux", reason="no C compiler")
+
+    @needs_compiler
+    @pytest.mark.parametrize("engine", ["cuda", pytest.param("hip", marks=pytest.mark.full)])
+    def test_engine(engine):
+        pytest.importorskip("triton")
+        environment = {
+            **os.environ, STAND_IN: engine, "SPIRAL_ENGINE": engine, "SPIRAL_CUDA_GRAPH_NODES": "150",
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "stand_in_gpu", __file__],
+            env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    @needs_compiler
+    def test_constants_are_the_vendors(tmp_path):
+        """What csrc/runtime/cuda_api.h says of attributes, structures and results is what the headers say that come with Triton."""
+        headers = Path(pytest.importorskip("triton").__file__).parent / "backends"
+        for vendor, define, text in (("nvidia", "-DCUDA", CUDA), ("amd", "-D__HIP_PLATFORM_AMD__", AMD)):
+            (tmp_path / "check.cpp").write_text(CHECK % text)
+            command = [
+                "c++",
+                "-std=c++17",
+                "-w",
+                define,
+                f"-I{headers / vendor / 'include'}",
+                f"-I{Path(__file__).parents[1] / 'csrc'}",
+            ]
+            done = subprocess.run([*command, "check.cpp", "-o", "check"], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert subprocess.run(["./check"], cwd=tmp_path, capture_output=True, text=True).stdout == ""
+
+    CHECK = """
+    #include "runtime/cuda_api.h"
+    #include <cstddef>
+    #include <cstdio>
+    #ifdef CUDA
+    #include <cuda.h>
+    #else
+    #include <hip/hip_runtime_api.h>
+    #endif
+    using namespace spiral::cuda;
+    #define SAME(a, b) if (long(a) != long(b)) printf(#a " is %%ld, not %%ld\\n", long(b), long(a));
+    int main() { %s }
+    """
+    CUDA = """
+    SAME(kCuda.max_threads, CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK) SAME(kCuda.multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    SAME(kCuda.shared_memory, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) SAME(kCuda.integrated, CU_DEVICE_ATTRIBUTE_INTEGRATED)
+    SAME(kCuda.capability_major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+    SAME(kCuda.capability_minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+    SAME(kCuda.param_end, CU_LAUNCH_PARAM_END) SAME(kParamBufferPointer, CU_LAUNCH_PARAM_BUFFER_POINTER)
+    SAME(kParamBufferSize, CU_LAUNCH_PARAM_BUFFER_SIZE) SAME(kFunctionMaxDynamicSharedMemory, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
+    SAME(kOutOfMemory, CUDA_ERROR_OUT_OF_MEMORY) SAME(kNoDevice, CUDA_ERROR_NO_DEVICE) SAME(kNotReady, CUDA_ERROR_NOT_READY)
+    SAME(kStreamNonBlocking, CU_STREAM_NON_BLOCKING) SAME(kEventDisableTiming, CU_EVENT_DISABLE_TIMING)
+    SAME(sizeof(KernelNode), sizeof(CUDA_KERNEL_NODE_PARAMS_v2))
+    SAME(offsetof(KernelNode, shared), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, sharedMemBytes))
+    SAME(offsetof(KernelNode, extra), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, extra))
+    SAME(offsetof(KernelNode, context), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, ctx))
+    """
+    AMD = """
+    SAME(kHip.max_threads, hipDeviceAttributeMaxThreadsPerBlock) SAME(kHip.multiprocessors, hipDeviceAttributeMultiprocessorCount)
+    SAME(kHip.shared_memory, hipDeviceAttributeMaxSharedMemoryPerBlock) SAME(kHip.integrated, hipDeviceAttributeIntegrated)
+    SAME(kHip.capability_major, hipDeviceAttributeComputeCapabilityMajor)
+    SAME(kHip.capability_minor, hipDeviceAttributeComputeCapabilityMinor)
+    SAME(kHip.param_end, HIP_LAUNCH_PARAM_END) SAME(kParamBufferPointer, HIP_LAUNCH_PARAM_BUFFER_POINTER)
+    SAME(kParamBufferSize, HIP_LAUNCH_PARAM_BUFFER_SIZE)
+    SAME(kOutOfMemory, hipErrorOutOfMemory) SAME(kNoDevice, hipErrorNoDevice) SAME(kNotReady, hipErrorNotReady)
+    SAME(kStreamNonBlocking, hipStreamNonBlocking) SAME(kEventDisableTiming, hipEventDisableTiming)
+    SAME(kHipPropertiesSize, sizeof(hipDeviceProp_tR0600)) SAME(kHipArchitecture, offsetof(hipDeviceProp_tR0600, gcnArchName))
+    """
+
+else:
+    import threading
+
+    import stand_in_gpu as gpu
+    import torch
+    import torch.nn.functional as F
+
+    from torch_spiral.kernels.builder import KernelBuilder
+    from torch_spiral.lowering import build, cdiv, empty, fill_bytes, launch, operator
+
+    HIP = os.environ[STAND_IN] == "hip"
+    DEVICE = torch.device("spiral")
+
+    @pytest.fixture(autouse=True)
+    def driver():
+        """The driver as it is; used as drivers want it."""
+        gpu.driver.stand_in_memory(2 << 30)
+        yield gpu
+        torch.spiral.synchronize()
+        assert gpu.count("mistakes") == 0 and not gpu.failures
+
+    def test_device():
+        p = torch.spiral.get_device_properties(DEVICE)
+        assert p.engine == os.environ[STAND_IN] and p.api_version == ("gfx942" if HIP else "sm_90")
+        assert (p.compute_units, p.max_workgroup_size, p.max_workgroup_memory) == (8, 1024, 232448)
+
+    def attention(q, k, v, m):
+        return F.scaled_dot_product_attention(q, k, v, m)
+
+    CASES = {
+        "product": (torch.mm, [(17, 33), (33, 20)]),
+        "product of transposed": (lambda a, b: a.t() @ b.t(), [(33, 17), (20, 33)]),
+        "convolution": (lambda x, w: F.conv2d(x, w, None, 2, 1), [(2, 3, 9, 8), (5, 3, 3, 3)]),
+        "attention": (attention, [(1, 2, 5, 16), (1, 2, 19, 16), (1, 2, 19, 16), (5, 19)]),
+        "layer norm": (lambda x, w, b: F.layer_norm(x, (37,), w, b), [(6, 37), (37,), (37,)]),
+        "cross entropy": (lambda x: F.cross_entropy(x, torch.arange(6, device=x.device)), [(6, 301)]),
+        "sliced": (lambda x: (x[1:, ::3] * 2 + x[:-1, ::3].exp()).cumsum(0), [(7, 40)]),
+    }
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("case", CASES)
+    def test_values_and_gradients(case, dtype):
+        if dtype != torch.float32 and (HIP or case not in ("product", "attention")):
+            pytest.skip("covered by the other cases")
+        torch.manual_seed(0)
+        function, shapes = CASES[case]
+        given = [torch.randn(s).to(dtype) for s in shapes]
+        results = []
+        for device, kind in ((DEVICE, dtype), ("cpu", torch.float64)):
+            leaves = [x.to(device, kind).requires_grad_() for x in given]
+            out = function(*leaves)
+            out.backward(torch.ones_like(out))
+            results.append([x.detach().cpu().double() for x in (out, *(leaf.grad for leaf in leaves))])
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        for got, want in zip(*results, strict=True):
+            assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+    def test_out_of_memory():
+        torch.spiral.empty_cache()
+        gpu.driver.stand_in_memory(gpu.count("memory") + (8 << 20))
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            torch.ones(16 << 20, device=DEVICE)
+        assert torch.ones(1000, device=DEVICE).sum().item() == 1000
+
+    def test_a_launch_that_fails():
+        x = torch.ones(100, device=DEVICE)
+        (x + 1).sum().item()
+        gpu.fail("hipModuleLaunchKernel" if HIP else "cuLaunchKernel", 719)
+        y = x + 1  # queued: nobody knows yet
+        with pytest.raises(RuntimeError, match=r"failed: STAND_IN_ERROR \(719\): as a test asked for"):
+            y.cpu()
+        assert (x + 1).sum().item() == 200
+
+    def test_a_kernel_that_does_not_load():
+        gpu.fail("hipModuleLoadData" if HIP else "cuModuleLoadData", 209)
+        x = torch.ones(7, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"does not load kernel .*\(209\)"):
+            torch.special.bessel_j1(x)
+        assert torch.allclose(torch.special.bessel_j1(x).cpu(), torch.special.bessel_j1(torch.ones(7)))
+
+    def test_threads():
+        x = torch.randn(50, 60)
+        wrong = []
+
+        def work(i):
+            for _ in range(5):
+                y = (x.to(DEVICE) * i).sum(0).cpu()
+                wrong.extend([i] if (y - (x * i).sum(0)).abs().max() > 1e-3 else [])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not wrong
+
+    @operator("stand_in_triangle(Tensor x) -> Tensor")
+    def triangle(x):
+        """x * 55, in as many launches as make a graph."""
+
+        def add(target):
+            k = KernelBuilder(target, "stand_in_add")
+            a, out = k.buffer("a", "f32"), k.buffer("out", "f32", "rw")
+            n, times = k.scalar("n", "u32"), k.scalar("times", "f32")
+            i = k.global_id()
+            with k.If(i < n):
+                out[i] = out[i] + a[i] * times
+            return k.finish((64, 1, 1))
+
+        out = empty(x.sizes, "f32")
+        fill_bytes(out, 0)
+        for i in range(1, 11):
+            launch(build(add), [x, out], [x.numel, float(i)], (cdiv(x.numel, 64), 1, 1))
+        return out
+
+    @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
+    def test_graphs():
+        """Made of the second replay in turn, updated by later ones, as many as may be kept, and dropped where memory is wanted."""
+
+        def run(n):
+            x = torch.randn(n)
+            assert torch.allclose(torch.ops.spiral.stand_in_triangle(x.to(DEVICE)).cpu(), x * 55, rtol=1e-5)
+
+        def counts():
+            return [gpu.count(what) for what in ("graphs made", "graphs alive", "graph launches")]
+
+        run(100)
+        assert counts() == [0, 0, 0]
+        run(100), run(116), run(76)  # of one signature
+        assert counts() == [1, 1, 3]
+        for n in (5, 10, 20):
+            run(n), run(n)
+        made, alive, _ = counts()
+        assert (made, alive) == (4, 2) and gpu.count("nodes alive") == 20
+        for _ in range(4):  # what is dropped in every turn is not made again
+            run(5), run(10), run(20), run(100)
+        made, _, launched = counts()
+        run(5), run(10), run(20), run(100)
+        assert counts()[0] == made and counts()[2] > launched
+        keep = torch.ones(3 << 20, device=DEVICE)
+        del keep
+        torch.spiral.empty_cache()
+        assert counts()[1] == 0 == gpu.count("nodes alive")
+        run(100)
+        torch.spiral.synchronize()
+        gpu.fail("cuGraphLaunch", 719)
+        with pytest.raises(RuntimeError, match="a sequence of kernels failed"):
+            for n in (5, 10, 20, 100):
+                run(n), run(n)
+        run(100)
