@@ -1245,6 +1245,61 @@ def test_kernel_count_of_a_transformers_layer(device, autocast):
     torch.testing.assert_close(got.cpu().double(), theirs(x).detach(), rtol=1e-4, atol=5e-2 if autocast else 1e-5)
 
 
+def _decoding(q, caches, counters):
+    """Layers of a decoder with a static cache: what each writes to it, and each one's counter."""
+    for (keys, values), counter in zip(caches, counters, strict=True):
+        at = torch.arange(1, device=q.device) + counter
+        counter.add_(1)
+        keys.index_copy_(2, at, q.sin())
+        values.index_copy_(2, at, q.cos())
+        q = F.scaled_dot_product_attention(q, keys, values)
+    return q
+
+
+def _readers_and_writers(x, y, w):
+    """Small kernels of one size, each of which must stay where it is."""
+    a = x.sin()
+    b = a @ w  # reads a
+    y.add_(1.0)
+    c = b @ y  # reads y as it is now
+    y.mul_(2.0)
+    d = (c @ y).cos()
+    x.copy_(d)
+    return a, (b @ x).sin(), d @ w
+
+
+def _written_views(x, y, w):
+    z = x.view(-1)[::2]
+    a = z @ y.view(-1)[::2]
+    z.add_(a)
+    b = x @ w
+    y.add_(1.0)
+    return (b @ y).sin(), z * 2, y.t() - 1
+
+
+def test_small_kernels_side_by_side_are_one(device):
+    caches = [[torch.randn(2, 4, 12, D) for _ in range(2)] for _ in range(3)]
+    make = torch.randn(2, 4, 1, D), caches, [torch.tensor(i) for i in (2, 4, 7)]
+    theirs, ours, again = (on(place, make) for place in ("cpu", device, device))
+    theirs = tree_map_only(torch.Tensor, torch.clone, theirs)
+    with torch.no_grad():
+        want, got = _decoding(*theirs), torch.compile(_decoding, backend="spiral", fullgraph=True)(*ours)
+        names = kernels(_decoding, *again)
+    for a, b in zip(tree_leaves([want, theirs]), tree_leaves([got, ours]), strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-5)
+    # A layer's keys and values; all counters.
+    assert len([n for n in names if n.startswith("fused_")]) == 4, names
+
+
+@pytest.mark.parametrize("f", [_readers_and_writers, _written_views])
+def test_small_kernels_that_depend_on_each_other_stay_apart(device, f):
+    make = [torch.randn(8, 8) / 3 for _ in range(3)]
+    theirs, ours = [x.clone() for x in make], on(device, make)
+    want, got = f(*theirs), torch.compile(f, backend="spiral", fullgraph=True)(*ours)
+    for a, b in zip([*want, *theirs], [*got, *ours], strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)
+
+
 def chain(x):
     for _ in range(5):
         x = (x * 1.5 + 0.1).tanh()

@@ -26,6 +26,9 @@ from .ops import dtype_name
 from .report import Step
 from .runtime import OUT_EXTERNS
 
+SMALL = 1 << 14  # results of a pointwise kernel that takes hardly longer than its launch
+BUFFERS = 8  # of a kernel, as many as WebGPU has everywhere
+
 SIZE = re.compile(r"^(s|u|ps|z)\d+$")
 
 
@@ -68,6 +71,7 @@ class Wrapper(compat.PythonWrapperCodegen):
         self.fused: dict[str, tuple[str, tuple[int, ...]]] = {}  # name: definition, which buffers it writes
         self.fused_origins: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
+        self.sites: dict[str, tuple[str, ...]] = {}  # what a kernel's checks of indices report
         self.graphs: list[str] = []
         super().__init__()
 
@@ -118,7 +122,7 @@ class Wrapper(compat.PythonWrapperCodegen):
             self.header.writeline(line)
         self.fused[name] = (kernel.name, tuple(launch["buffers"].index(b) for b in launch["written"]))
         self.fused_origins[name] = origins
-        self.programs[name] = program
+        self.programs[name], self.sites[name] = program, tuple(sites)
         reports.append(Report(name, kernel, program, origins))
         return name
 
@@ -177,7 +181,7 @@ class Subgraph(compat.SubgraphPythonWrapperCodegen, Wrapper):
                 "spiral's compiler has no branches or loops on spiral in a graph on another device"
             )
         self.fused, self.fused_origins = root.fused, root.fused_origins
-        self.programs, self.graphs = root.programs, root.graphs
+        self.programs, self.sites, self.graphs = root.programs, root.sites, root.graphs
 
     def write_direct(self, cutter: _Cutter) -> None:
         pass
@@ -211,6 +215,7 @@ class _Cutter:
     def cut(self) -> list[str]:
         self._prologues()
         self._epilogues()
+        self._combinations()
         index = 0
         while index < len(self.statements):
             stretch: list[ast.stmt] = []
@@ -474,10 +479,8 @@ class _Cutter:
             if isinstance(s, ast.Delete) or isinstance(getattr(s, "value", None), ast.Constant):
                 continue
             found = _call(getattr(s, "value", None))
-            if isinstance(s, ast.Assign) and (
-                isinstance(s.value, ast.Name) or (found and found[0] in ("empty", "reinterpret_tensor"))
-            ):
-                if not (found and found[0] == "empty") and _root(s.value) in names:
+            if isinstance(s, ast.Assign) and (_views(s.value) or (found and found[0] == "empty")):
+                if _views(s.value) and _root(s.value) in names:
                     names |= set(_stored(s))
                 continue
             if found and self._independent(call, names, found):
@@ -547,17 +550,131 @@ class _Cutter:
         used |= {s.buffer for s in program.stores}
         taken = [i for i, (name, _, _) in enumerate(program.buffers) if name in used]
         program = dataclasses.replace(program, buffers=[program.buffers[i] for i in taken])
+        buffers: Any = call.args[0]
+        return self._made(program, (), self.wrapper.fused_origins[whole], [buffers.elts[i] for i in taken], call)
+
+    def _made(
+        self, program: Program, sites: Sequence[str], origins: str, buffers: Sequence[ast.expr], like: ast.Call
+    ) -> ast.stmt:
+        """A launch of a kernel for a program on buffers, with the sizes of another launch."""
         launch = {
             "buffers": [name for name, _, _ in program.buffers],
             "written": [name for name, _, mode in program.buffers if mode != "r"],
         }
         built = build(program, Target.of(self.wrapper.device_index))
-        name = self.wrapper.define(
-            f"{built!r}[]", built, (), launch, program, lambda: self.wrapper.fused_origins[whole]
+        name = self.wrapper.define(f"{built!r}{list(sites)!r}", built, sites, launch, program, lambda: origins)
+        listed = "".join(f"{ast.unparse(b)}, " for b in buffers)
+        return ast.parse(f"{name}(({listed}), {', '.join(map(ast.unparse, like.args[1:]))})").body[0]
+
+    # ---- small kernels side by side ---------------------------------------------------------------------------------------
+
+    def _combinations(self) -> None:
+        """Small pointwise kernels of equal sizes that have nothing to do with each other become one: the writes of keys and of values to a
+        cache, the counters of all layers."""
+        names: dict[str, str] = {}  # of views: what they are views of
+        for s in self.statements:
+            if isinstance(s, ast.Assign) and _views(s.value):
+                names[_stored(s)[0]] = names.get(_root(s.value), _root(s.value))
+
+        def used(s: ast.stmt) -> tuple[set[str], set[str]]:
+            """The memory that a launch reads or writes, and that it writes."""
+            assert isinstance(s, ast.Expr)
+            everything = {names.get(n, n) for n in _loaded(s.value)}
+            return everything, {names.get(n, n) for n in self._written(s)}
+
+        for index in range(len(self.statements)):
+            if not self._small(self.statements[index]):
+                continue
+            together, (touched, written) = [index], used(self.statements[index])
+            buffers = self._buffers(index)
+            for at in range(index + 1, len(self.statements)):
+                s = self.statements[at]
+                found = _call(getattr(s, "value", None))
+                if isinstance(s, ast.Delete) or isinstance(getattr(s, "value", None), ast.Constant):
+                    continue
+                if isinstance(s, ast.Assign) and (_views(s.value) or (found and found[0] == "empty")):
+                    continue
+                launch = found is not None and (
+                    found[0] in self.wrapper.programs
+                    or found[0] == "product"
+                    or found[0].removeprefix("extern_kernels.") in OUT_EXTERNS
+                )
+                if not launch:
+                    break
+                all_of, writes = used(s)
+                if writes & touched or written & all_of:
+                    break
+                more = buffers | self._buffers(at)
+                if self._small(s) and self._alike(index, at) and len(more) <= BUFFERS:
+                    together.append(at)
+                    touched, written, buffers = touched | all_of, written | writes, more
+            if len(together) > 1:
+                self._combine(together)
+
+    def _small(self, s: ast.stmt) -> bool:
+        """Whether a statement launches a pointwise kernel whose time is mostly that of a launch."""
+        found = _call(s.value) if isinstance(s, ast.Expr) else None
+        program = self.wrapper.programs.get(found[0]) if found else None
+        if program is None or program.reduced or program.scalars or program.windows:
+            return False
+        sizes = [n.attr for n in program.rows if n.op == "const"]
+        nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
+        return (
+            len(sizes) == len(program.rows)
+            and math.prod(sizes) <= SMALL
+            and len(nodes) <= 200
+            and all(s.mode is None for s in program.stores)
         )
-        buffers: Any = call.args[0]
-        listed = "".join(f"{ast.unparse(buffers.elts[i])}, " for i in taken)
-        return ast.parse(f"{name}(({listed}), {', '.join(map(ast.unparse, call.args[1:]))})").body[0]
+
+    def _buffers(self, at: int) -> set[str]:
+        found = _call(getattr(self.statements[at], "value", None))
+        return {ast.unparse(e) for e in found[1].args[0].elts} if found and found[0] in self.wrapper.programs else set()  # type: ignore[attr-defined]
+
+    def _alike(self, a: int, b: int) -> bool:
+        """Whether the kernels that two statements launch have one range and report the same of indices."""
+        calls = [_call(self.statements[i].value) for i in (a, b)]  # type: ignore[attr-defined]
+        assert calls[0] is not None and calls[1] is not None
+        one, other = (self.wrapper.programs[c[0]] for c in calls if c)
+        return (
+            one.rows == other.rows
+            and one.along_rows == other.along_rows
+            and self.wrapper.sites[calls[0][0]] == self.wrapper.sites[calls[1][0]]
+            and [ast.unparse(x) for x in calls[0][1].args[1:]] == [ast.unparse(x) for x in calls[1][1].args[1:]]
+        )
+
+    def _combine(self, together: Sequence[int]) -> None:
+        """One kernel, in the place of the last of these launches."""
+        places: dict[str, tuple[str, str, str]] = {}  # buffers as written in the launches
+        listed: list[ast.expr] = []
+        stores, origins = [], []
+        for at in together:
+            found = _call(self.statements[at].value)  # type: ignore[attr-defined]
+            assert found is not None
+            name, call = found
+            renamed = {}
+            for (inner, dtype, mode), e in zip(self.wrapper.programs[name].buffers, call.args[0].elts, strict=True):  # type: ignore[attr-defined]
+                text = ast.unparse(e)
+                if text not in places:
+                    places[text] = (f"b{len(places)}", dtype, mode)
+                    listed.append(e)
+                renamed[inner] = places[text][0]
+            memo: dict[ir.Node, Any] = {}
+
+            def rename(n: ir.Node, renamed: dict[str, str] = renamed, memo: dict[ir.Node, Any] = memo) -> Any:
+                if n.op != "load":
+                    return None
+                args = [ir.substitute(a, rename, memo) for a in n.args]
+                return ir.Node("load", n.dtype, *args, attr=renamed[n.attr])
+
+            for store in self.wrapper.programs[name].stores:
+                index, value = (ir.substitute(n, rename, memo) for n in (store.index, store.value))
+                stores.append(dataclasses.replace(store, buffer=renamed[store.buffer], index=index, value=value))
+            origins.append(self.wrapper.fused_origins[name])
+        program = dataclasses.replace(self.wrapper.programs[name], buffers=list(places.values()), stores=stores)
+        text = "\n".join(dict.fromkeys(origins))
+        for at in together[:-1]:
+            self.statements[at] = ast.parse("None").body[0]
+        self.statements[together[-1]] = self._made(program, self.wrapper.sites[name], text, listed, call)
 
     # ---- what a graph may hold ----------------------------------------------------------------------------------------
 
@@ -834,6 +951,12 @@ def _to_function(s: ast.stmt) -> bool:
     return not isinstance(s, (ast.Assign, ast.Expr)) or (
         isinstance(s, ast.Assign) and (isinstance(s.value, ast.List) or not isinstance(s.targets[0], ast.Name))
     )
+
+
+def _views(e: ast.AST) -> bool:
+    """Whether an expression is a tensor that exists, or a view of it."""
+    found = _call(e)
+    return isinstance(e, ast.Name) or (found is not None and found[0] == "reinterpret_tensor")
 
 
 def _root(e: ast.AST) -> str:
