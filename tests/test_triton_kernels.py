@@ -726,6 +726,7 @@ else:
 
     @pytest.mark.parametrize("mask,causal,head,head_v,scale", [
         ("", True, 32, 32, 0.3), ("", False, 20, 12, -0.2), ("bool", False, 20, 12, 0.3), ("f32", False, 32, 16, 0.3),
+        ("bool_0n", False, 20, 12, 0.3), ("f32_n", False, 32, 16, 0.3),
     ])  # fmt: skip
     def test_attention(mask, causal, head, head_v, scale):
         batch, heads, kv, queries, keys = 1, 4, 2, 37, 53
@@ -734,15 +735,18 @@ else:
             for h, t, d in ((heads, queries, head), (kv, keys, head), (kv, keys, head_v))
         )
         scores = q @ k.repeat_interleave(2, 1).mT * scale
-        m = None
+        m, (kind, _, layout) = None, mask.partition("_")
         if causal:
             scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -torch.inf)
-        if mask == "bool":
-            m = torch.rand(batch, heads, queries, keys) > 0.3
+        if kind:
+            m = torch.randn(batch, heads, 1 if layout == "0n" else queries, keys).expand(batch, heads, queries, keys)
+            m = m if layout else m.mT.contiguous().mT
+        if kind == "bool":
+            m = torch.where(m > -0.5, True, False)
+            m = m[:, :, :1].expand(m.shape) if layout == "0n" else m
             m[0, 0, 3] = False  # sees nothing
             scores = scores.masked_fill(~m, -torch.inf)
-        if mask == "f32":
-            m = torch.randn(batch, heads, queries, keys)
+        if kind == "f32":
             scores = scores + m
         expected = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
         g = torch.randn_like(expected)

@@ -206,11 +206,6 @@ class Size(Sym):
         """floor(log2(size)); 0 in ops registered as coarse and for sizes 0 and 1."""
         return max(self._class - 2, 0) // 3
 
-    def divisible_by(self, n: int) -> bool:
-        """Whether the key says that n (2, 4, 8 or 16) divides the size; False where it doesn't tell."""
-        known = 16 if self._class == 0 else 1 if self._class == 1 else (1, 4, 16)[(self._class - 2) % 3]
-        return known % n == 0
-
 
 class Stride(Sym):
     """A stride of an operand, in elements, with its class: 0, unit, dense (the product of the later sizes) or any."""
@@ -248,10 +243,8 @@ def is_one(n: Number) -> bool:
 
 
 def divisible_by(n: Number, k: int) -> bool:
-    """Whether k (2, 4, 8, 16) is known to divide a size or a stride."""
-    if isinstance(n, Stride):
-        return n._class == 0 or n._divisor % k == 0
-    return n % k == 0 if isinstance(n, int) else isinstance(n, Size) and n.divisible_by(k)
+    """Whether k (2, 4, 8, 16) is known to divide it."""
+    return n.factor % k == 0 if isinstance(n, Sym) else n % k == 0
 
 
 def bucket(n: Number) -> int:
@@ -327,8 +320,9 @@ class Tensor:
 
     def aligned(self, elements: int) -> bool:
         """Whether its start is known to be a multiple of `elements` elements (16 bytes at most) in its memory."""
-        known = bool(self.flags & FRESH)
-        return self.offset is None and known and 16 % (elements * DTYPES[self.dtype].size) == 0
+        if not self.flags & FRESH or 16 % (elements * DTYPES[self.dtype].size):
+            return False
+        return self.offset is None or divisible_by(self.offset, elements)
 
     def same_storage(self, other: Tensor) -> bool:
         """Whether both are known to lie in one storage (the first 16 operands are compared)."""
@@ -933,7 +927,7 @@ def launch(
         if kernel.errors:
             words.append((WORDS[offset], len(buffers)))
         ordered = [v for types in (True, False) for k, v in zip(kernel.scalars, scalars) if (k in wide) == types]
-        divisible = tuple((i, 16) for i, b in enumerate(buffers) if b.offset is None and b.flags >> 27 & 1)
+        divisible = tuple((i, 16) for i, b in enumerate(buffers) if b.aligned(16 // DTYPES[b.dtype].size))
         factors = ((i, r.lift(v)) for i, v in enumerate(ordered, len(words)))
         divisible += tuple((i, v.factor) for i, v in factors if v.kind == "i" and v.factor > 1)
     for types in (wide, ("i32", "u32", "f32")):

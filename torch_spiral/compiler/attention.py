@@ -84,7 +84,8 @@ def plan(
     return {
         "causal": causal, "bias": added, "scale": scale if scale is not None else 1.0 / math.sqrt(d), "dropout": float(dropout),
         "classes": (
-            (d + 31) // 32 * 32, (head_v + 31) // 32 * 32, all(_vectors(*s) for s in known),
+            (d + 31) // 32 * 32, (head_v + 31) // 32 * 32,
+            int(all(_vectors(*s) for s in known)) << int(d % 32 == 0 and head_v % 32 == 0),
             rows, default_splits(queries, keys, tiles),
         ),
         "strides": layouts(backward, known),

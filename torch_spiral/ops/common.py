@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels import ir, nest
 from ..kernels.kernel import DTYPES, Target, bits_dtype, compute_dtype
-from ..lowering import Tensor, build, composite, empty, is_one, is_zero, launch, packed, target
+from ..lowering import Tensor, build, composite, divisible_by, empty, is_one, is_zero, launch, packed, target
 from .elementwise import as_dtype
 
 
@@ -177,7 +177,4 @@ def described(x: Tensor, *strides: Any) -> bool:
     """Whether a tensor descriptor can read x (kernels/block): the device has a copy engine that does, and x starts at a multiple
     of 16 bytes, as do the rows and matrices at these strides (elements)."""
     step = 16 // DTYPES[x.dtype].size
-    return (
-        target().capability >= 90 and x.offset is None and bool(x.flags >> 27 & 1)
-        and all((s if isinstance(s, int) else s.factor) % step == 0 for s in strides)
-    )  # fmt: skip
+    return target().capability >= 90 and x.aligned(step) and all(divisible_by(s, step) for s in strides)

@@ -132,12 +132,14 @@ def last(
         lines += ["start = tl.program_id(1) * span", "end = tl.minimum(start + span, steps)"]
     else:
         lines += ["start = 0", "end = steps"]
-    body = ["tap = j // blocks", f"block = (j % blocks) * {s.k}", "left = tap"]
+    # Where step j is, block by block and tap by tap, counted along: divisions take longer than the step's products.
+    lines += [f"block = start % blocks * {s.k}", "left = start // blocks", "row_w = left * channels"]
     for i in reversed(dims):
-        body += [f"tap{i} = (left % taps{i}) * tap_mul{i}", f"left = left // taps{i}"]
+        lines += [f"tap{i} = left % taps{i}", f"left = left // taps{i}"]
     checked = dims[:-1] if run else dims
-    valid = " & ".join(f"(at{i} + tap{i} >= 0) & (at{i} + tap{i} < size{i})" for i in checked)
-    body.append("inside = (block + rk < channels)[None, :]" + (f" & ({valid})[:, None]" if valid else ""))
+    # Unsigned: what is below 0 is beyond the end.
+    valid = " & ".join(f"((at{i} + tap{i} * tap_mul{i}).to(tl.uint32) < size{i})" for i in checked)
+    body = ["inside = (block + rk < channels)[None, :]" + (f" & ({valid})[:, None]" if valid else "")]
     if run:
         body += [
             f"place = (at{nd - 1} * x_{nd - 1})[:, None] + (block + rk)[None, :]",
@@ -146,10 +148,17 @@ def last(
     dot = f", input_precision={precision!r}" if precision else ""
     out_type = f", out_dtype={acc}" if dtype == "f64" else ""
     body += [
-        f"a = tl.load(px + (block + {' + '.join(f'tap{i} * x_{i}' for i in dims)}), mask=inside, other=0)",
-        "b = tl.load(pw + (block + tap * channels), mask=(block + rk < channels)[:, None], other=0)",
+        f"a = tl.load(px + (block + {' + '.join(f'tap{i} * tap_mul{i} * x_{i}' for i in dims)}), mask=inside, other=0)",
+        "b = tl.load(pw + (block + row_w), mask=(block + rk < channels)[:, None], other=0)",
         f"acc = tl.dot(a, b, acc{dot}{out_type})",
+        f"block += {s.k}",
+        "carry = (block >= channels).to(tl.int32)",
+        "block *= 1 - carry",
+        "row_w += carry * channels",
+        f"tap{nd - 1} += carry",
     ]
+    for i in reversed(dims[1:]):
+        body += [f"carry = (tap{i} == taps{i}).to(tl.int32)", f"tap{i} *= 1 - carry", f"tap{i - 1} += carry"]
     cm, cn = ("1" if c_layout == "t" else "cm"), ("1" if c_layout == "n" else "cn")
     part = " + tl.program_id(1).to(tl.int64) * cs" if split else ""
     out_dtype = compute_dtype(dtype) if split else out_dtype
