@@ -408,18 +408,20 @@ else:
         tolerance = {"f16": 2e-3, "f64": 1e-12}.get(dtype, 1e-5)
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=tolerance, atol=50 * tolerance)
 
-    @pytest.mark.parametrize("dtype,n,k", [("f16", 37, 600), ("f16", 5, 64), ("f32", 70, 1300)])
-    def test_row_product(dtype, n, k):
-        """[3, 1, k] @ [3, k, n], columns of B contiguous; with a bias, and a residual that is added after an activation."""
+    @pytest.mark.parametrize("layout", ["t", "n"])
+    @pytest.mark.parametrize("dtype,n,k", [("f16", 37, 600), ("f16", 5, 2500), ("f32", 70, 1300)])
+    def test_row_product(dtype, n, k, layout):
+        """[3, 1, k] @ [3, k, n]; with a bias, and a residual that is added after an activation."""
         t = DTYPES[dtype]
         a, b, out = torch.randn(3, 1, k, dtype=t), torch.randn(3, n, k, dtype=t), torch.zeros(3, 1, n, dtype=t)
         bias, residual = torch.randn(n, dtype=t), torch.randn(3, 1, n, dtype=t)
+        b = b.mT if layout == "t" else b.mT.contiguous()
         epilogue = Epilogue((("add", dtype, "n"), "relu", ("add", dtype, "mn")))
-        s = gemm.row_schedule(TARGET, dtype, n, 3)
-        kernel = gemm.row_product(TARGET, s, dtype, dtype, dtype, "n", "n", epilogue)
-        scalars = [k, n * k, n, k, k, n, 0, n, n, 1, n, k]
+        s = gemm.row_schedule(TARGET, dtype, layout, n, k, 3)
+        kernel = gemm.row_product(TARGET, s, dtype, dtype, dtype, "n", layout, "n", epilogue)
+        scalars = [k, n * k, n, k, k if layout == "t" else n, n, 0, n, n, 1, n, k]
         run(kernel, [a, b, bias, residual, out], scalars, gemm.row_groups(s, n, 3))
-        expected = (a.double() @ b.double().mT + bias.double()).relu() + residual.double()
+        expected = (a.double() @ b.double() + bias.double()).relu() + residual.double()
         tolerance = {"f32": 1e-5, "f16": 2e-3}[dtype]
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
 

@@ -535,9 +535,9 @@ def _block_product(
     extra += [(compute if compute in ("f64", "i64", "i32") else "f32", f) for f in factors]
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     work = lambda: 2 * m * n * k * batch  # noqa: E731
-    if is_one(m) and b_layout == "t" and compute == "f32" and not narrow and blocks is None:
-        row = block.row_schedule(t, b.dtype, sizes[1], sizes[3])
-        kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, c_layout, epilogue)
+    if is_one(m) and b_layout in ("t", "n") and compute == "f32" and not narrow and blocks is None:
+        row = block.row_schedule(t, b.dtype, b_layout, *sizes[1:])
+        kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, epilogue)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
         launch(kernel, [a, b, *operands, out], _ordered(None, named), block.row_groups(row, n, batch), work)
         return

@@ -491,8 +491,8 @@ def stream_programs(
 
 @dataclass(frozen=True)
 class RowSchedule:
-    """A program sums `columns` columns, in steps of k: of 16 bytes an invocation, so that a warp reads along one column and its sum
-    needs no shared memory."""
+    """A program sums `columns` columns, in steps of k. The reduction of a column lies within a warp where B's columns are contiguous
+    (16 bytes an invocation), so that its sum needs no shared memory."""
 
     columns: int
     k: int
@@ -505,44 +505,57 @@ class RowSchedule:
 ROW_UNROLLED = 8  # steps whose loads are under way together
 
 
-def row_schedule(target: Target, dtype: str, n: int, batch: int) -> RowSchedule:
-    """For about n columns: some four programs a compute unit."""
-    columns = 8 if n * batch >= 32 * target.compute_units else 4
-    return RowSchedule(columns, 32 * 16 // DTYPES[dtype].size)
+def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batch: int) -> RowSchedule:
+    """For about n columns and k products of each: some four programs a compute unit. A short reduction is one masked step, whose loads are
+    all under way together."""
+    if b_layout == "n":
+        return RowSchedule(16, 1024 if k < 1024 else 128, 8)
+    step = 32 * 16 // DTYPES[dtype].size
+    step = 4 * step if k < 8 * step else step
+    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step)
 
 
 def row_product(
-    target: Target, s: RowSchedule, a: str, b: str, c: str, a_layout: str, c_layout: str, epilogue: Epilogue
-) -> Kernel:
-    """gemm() for m = 1 and b_layout "t": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m unused.
-    Grid: row_groups."""
+    target: Target, s: RowSchedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, epilogue: Epilogue
+) -> Kernel:  # fmt: skip
+    """gemm() for m = 1 and b_layout "t" or "n": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m
+    unused. Grid: row_groups."""
     e = EpilogueText(target, epilogue, "f32", c)
     ak, cn = "1" if a_layout == "n" else "ak", "1" if c_layout == "n" else "cn"
+    along, bk, bn = (1, "1", "bn") if b_layout == "t" else (0, "bk", "1")
+    columns, rows = ("[:, None]", "[None, :]") if along else ("[None, :]", "[:, None]")
+    shape = [s.columns, s.k] if along else [s.k, s.columns]
+    # Each column has its own copy of A, from the cache, where a warp reads along one: no invocation waits for another's.
+    copies = f"(tl.zeros([{s.columns}], tl.int32){columns} + rk{rows})" if along else f"rk{rows}"
+
+    def step(at: str, mask: str) -> list[str]:
+        # Of addresses, `at` is a scalar: tensors of pointers that a loop carries would change their layout in each turn.
+        inside = f"(rb < n){columns}{mask and f' & {mask}'}"
+        x = f"tl.load(pa + ({at}) * {ak}{mask and f', mask={mask}, other=0'}).to(tl.float32)"
+        y = f"tl.load(pb + ({at}) * {bk}, mask={inside}, other=0).to(tl.float32)"
+        return [f"    sums += {x} * {y}"]
+
     lines = [
         f"tiles = tl.cdiv(n, {s.columns})",
         "z = (tl.program_id(0) // tiles).to(tl.int64)",
         f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
         f"rk = tl.arange(0, {s.k})",
-        # Each column has its own copy of A, from the cache: no invocation waits for another's.
-        f"pa = a + z * ab + (tl.zeros([{s.columns}], tl.int32)[:, None] + rk[None, :]) * {ak}",
-        "pb = b + z * bb + tl.where(rb < n, rb, 0)[:, None] * bn + rk[None, :]",
-        f"sums = tl.zeros([{s.columns}, {s.k}], tl.float32)",
+        f"pa = a + z * ab + {copies} * {ak}",
+        f"pb = b + z * bb + rb{columns} * {bn} + rk{rows} * {bk}",
+        f"sums = tl.zeros({shape}, tl.float32)",
         f"for i in tl.range(0, k // {s.k}, loop_unroll_factor={ROW_UNROLLED}):",
-        "    sums += tl.load(pa).to(tl.float32) * tl.load(pb).to(tl.float32)",
-        f"    pa += {s.k} * {ak}",
-        f"    pb += {s.k}",
+        *step(f"i * {s.k}", ""),
         f"rest = k % {s.k}",
         "if rest > 0:",
-        "    left = rk[None, :] < rest",
-        "    sums += tl.load(pa, mask=left, other=0).to(tl.float32) * tl.load(pb, mask=left, other=0).to(tl.float32)",
-        "acc = tl.sum(sums, 1)[None, :]",
+        *step("k - rest", f"(rk < rest){rows}"),
+        f"acc = tl.sum(sums, {along})[None, :]",
         "ra = tl.zeros([1], tl.int64)",
         "inside = (rb < n)[None, :]",
         e.text("inside", "inside"),
         f"tl.store(c + z * cb_ + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
     ]
-    scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, "t", c_layout, False)] + e.scalars
-    name = f"gemm_row_{a}_{b}_{c}_{a_layout}t{c_layout}_{s}_{epilogue}"
+    scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, False)] + e.scalars
+    name = f"gemm_row_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}_{s}_{epilogue}"
     body = "\n".join(t for t in lines if t)
     return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module)
 
