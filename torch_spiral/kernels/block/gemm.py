@@ -116,7 +116,7 @@ def schedule(
         else SINGLE
     )
     s = BUSY.get(f"{dtype}{precision}") if described and batch == 1 and along_k and busy else None
-    if s and n >= s.n and cdiv(m, s.m) * cdiv(n, s.n) >= 2 * target.compute_units:
+    if s and n >= s.n and cdiv(m, s.m) * cdiv(n, s.n) * 2 >= 3 * target.compute_units:
         return s
     enough = target.compute_units * (3 if size <= 2 else 6) // 4  # by measurement
     fitting = (s for s in choices if s.n <= n and -(-m // s.m) * -(-n // s.n) * batch >= enough)
