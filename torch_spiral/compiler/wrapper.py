@@ -574,7 +574,7 @@ class _Cutter:
         names: dict[str, str] = {}  # of views: what they are views of
         for s in self.statements:
             if isinstance(s, ast.Assign) and _views(s.value):
-                names[_stored(s)[0]] = names.get(_root(s.value), _root(s.value))
+                names |= dict.fromkeys(_stored(s), names.get(_root(s.value), _root(s.value)))
 
         def used(s: ast.stmt) -> tuple[set[str], set[str]]:
             """The memory that a launch reads or writes, and that it writes."""
