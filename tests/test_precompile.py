@@ -117,7 +117,7 @@ def test_graphs_of_other_devices_and_sources_are_not_loaded(monkeypatch):
 
 
 def test_the_direct_part_of_a_module_needs_nothing_of_inductor():
-    from torch_spiral.compiler import precompile
+    from torch_spiral.compiler import direct
 
     source = textwrap.dedent("""
         from torch._inductor.async_compile import AsyncCompile
@@ -132,7 +132,7 @@ def test_the_direct_part_of_a_module_needs_nothing_of_inductor():
         def call(args):
             return graph[0](args)
     """)
-    kept = precompile.direct_part(source)
+    kept = direct.part(source)
     assert "AsyncCompile" not in kept and "call(" not in kept
     names = {}
     exec(kept, names)

@@ -46,28 +46,40 @@ def backend(
             'move them with .to("spiral")'
         )
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
-    from torch._inductor import compile_fx, list_mode_options
+    from torch._inductor import list_mode_options
 
-    from . import compat, device, dynamo
+    from . import direct, dynamo
 
-    device.register()
     config = {**list_mode_options(mode or "default"), **(options or {})}
     dynamo.forget_stream(gm)
-    from .passes import fuse_attention, share_keys, skip_empty_caches
-
     try:
+        key = None if dynamo.keeps_traces() else direct.key(gm, example_inputs, config)
+        if key is not None and (found := direct.find(key)) is not None:
+            dynamo.forget_saved_tensors_hooks()
+            return found
+        from torch._inductor import compile_fx
+
+        from . import compat, device
+        from .passes import fuse_attention, share_keys, skip_empty_caches
+
+        device.register()
         fuse_attention(gm)
         share_keys(gm)
         skip_empty_caches(gm)
         with compat.parts_of_compilation() as parts:
             compiled: Any = compile_fx.compile_fx(gm, list(example_inputs), config_patches=config)
         module = compat.plain_inference(parts)
-        direct = _direct(module, len(example_inputs))
+        whole = _direct(module, len(example_inputs))
+        source = parts.graphs[0].source_code if whole is not None and "direct" in module else None
+        if whole is not None:
+            dynamo.forget_saved_tensors_hooks()
+        if key is not None and source is not None and compat.only_reads(parts):
+            direct.keep(key, source)
         if dynamo.keeps_traces():
             from . import precompile
 
-            precompile.record(gm, parts.graphs[0].source_code if direct is not None and "direct" in module else None)
-        return direct or compiled
+            precompile.record(gm, source)
+        return whole or compiled
     except (RestartAnalysis, SkipFrame):  # Dynamo's own, to trace once more or not at all
         raise
     except Exception as error:

@@ -18,6 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.device_interface import DeviceInterface, get_interface_for_device, register_interface_for_device
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
 from torch._functorch._aot_autograd.schemas import OutputType
+from torch._guards import TracingContext
 from torch._inductor import compile_fx, config, lowering, metrics, scheduler, utils
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.common import (
@@ -356,6 +357,13 @@ def plain_inference(parts: Parts) -> Any:
     return getattr(getattr(call, "__func__", call), "__globals__", None)
 
 
+def only_reads(parts: Parts) -> bool:
+    """Whether a plain inference writes none of its inputs, and no guards beside Dynamo's were found for it. While it is being compiled."""
+    context = TracingContext.try_get()
+    writes = any(i.mutates_data or i.mutates_metadata for i in parts.inference[0].input_info)
+    return context is not None and not context.guards_context.aotautograd_guards and not writes
+
+
 def compile_exported(exported: Any) -> tuple[str, dict[str, Any], int, Any]:
     """(the generated module's text, constants that it names, the device's index, the program as it was decomposed)."""
     from torch._dynamo.utils import detect_fake_mode
@@ -473,6 +481,7 @@ __all__ = [
     "metrics",
     "multiple_of",
     "new_variable",
+    "only_reads",
     "ops",
     "parts_of_compilation",
     "plain_inference",

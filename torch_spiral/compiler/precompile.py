@@ -3,14 +3,12 @@ tracing, AOTAutograd or Inductor."""
 
 from __future__ import annotations
 
-import ast
 from typing import Any
 
 import torch
 from torch._dynamo.precompile_context import BackendCacheArtifact, PrecompileContext
 
-from .. import _C
-from . import dynamo
+from . import direct
 from .key import built_for
 
 
@@ -30,10 +28,7 @@ class Artifact(BackendCacheArtifact[Any]):
 
     def after_deserialization(self) -> Any:
         if isinstance(self.content, str):
-            dynamo.call_directly(_C.GraphCall)
-            names: dict[str, Any] = {}
-            exec(compile(self.content, f"<{self.key}>", "exec"), names)
-            return names["direct"]
+            return direct.make(self.content, self.key)
         from . import device
 
         device.register()
@@ -46,27 +41,11 @@ def record(gm: torch.fx.GraphModule, source: str | None) -> None:
     if key is None:
         return  # which Dynamo will not keep
     if source is not None:
-        PrecompileContext.record_artifact(Artifact(key, direct_part(source)))
+        PrecompileContext.record_artifact(Artifact(key, direct.part(source)))
         return
     made = PrecompileContext.serialize_artifact_by_key(key)
     if made is not None:  # AOTAutograd can keep it
         PrecompileContext.record_artifact(Artifact(key, made))
 
 
-def direct_part(source: str) -> str:
-    """The statements of a generated module that its `direct` is made by; nothing of them is Inductor's."""
-    needed, kept = {"direct"}, []
-    for statement in reversed(ast.parse(source).body):
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            made = {(a.asname or a.name).split(".")[0] for a in statement.names}
-        elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-            made = {statement.name}
-        else:
-            made = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        if made & needed:
-            kept.append(statement)
-            needed |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-    return ast.unparse(ast.Module(kept[::-1], []))
-
-
-__all__ = ["Artifact", "direct_part", "record"]
+__all__ = ["Artifact", "record"]
