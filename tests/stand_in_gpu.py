@@ -35,6 +35,7 @@ driver.stand_in_count.restype = ctypes.c_long
 driver.stand_in_memory.argtypes = [ctypes.c_size_t]
 
 import torch  # noqa: E402
+from torch._C._dynamo.eval_frame import set_eval_frame  # noqa: E402
 
 from torch_spiral.kernels import kernel as kernels  # noqa: E402
 from torch_spiral.kernels import triton_binary  # noqa: E402
@@ -83,6 +84,7 @@ def _function(index: int) -> tuple[Any, struct.Struct, list[torch.dtype | None]]
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p)
 def _run(index: int, grid: Any, params: int) -> int:
+    compiling = set_eval_frame(None)  # Dynamo is not to follow us
     try:
         function, layout, pointees = _function(index)
         values = layout.unpack(ctypes.string_at(params, layout.size))
@@ -93,6 +95,8 @@ def _run(index: int, grid: Any, params: int) -> int:
         failures.append(f"{compiled[index].name}: {traceback.format_exc()}")
         print(failures[-1], file=sys.stderr)
         return 700  # an illegal address
+    finally:
+        set_eval_frame(compiling)
 
 
 driver.stand_in_run(_run)

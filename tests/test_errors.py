@@ -63,11 +63,15 @@ def test_shapes_of_targets_and_windows(device):
         lambda a, b: F.multilabel_margin_loss(a, b[:1]),
         lambda a, b: F.multilabel_margin_loss(a, b.float()),
         lambda a, b: F.multi_margin_loss(a, b[:, 0].int()),
-        lambda a, b: torch.roll(a.sum(), 1, 0),
-        lambda a, b: torch.roll(a, 1, 2),
-        lambda a, b: torch.arange(0, 64, 0.5, out=b),
     ):
         agrees(call, x, y)
+    # Not against the CPU, where torch 2.11 divides by zero, which ends the process.
+    with pytest.raises(IndexError, match="Dimension specified as 0 but tensor has no dimensions"):
+        torch.roll(x.sum(), 1, 0)
+    with pytest.raises(ValueError, match="step must be nonzero"):
+        torch.arange(0, 64, 0.5, out=y)
+    with pytest.raises(IndexError, match=r"Dimension out of range \(expected to be in range of \[-2, 1\], but got 2\)"):
+        torch.roll(x, 1, 2)
     with pytest.raises(RuntimeError, match=r"positive length, but input has a shape of \[1, 0, 2, 3\] and non-batch"):
         F.max_pool3d(x.new_empty(1, 0, 2, 3), 1)
     assert F.max_pool3d(x.new_empty(0, 1, 2, 3, 4), 1).shape == (0, 1, 2, 3, 4)

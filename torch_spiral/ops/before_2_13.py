@@ -10,9 +10,18 @@ import torch
 
 from ..kernels import functions
 from ..lowering import Tensor, call, composite, empty, operator
+from . import losses
+from .common import braces
 from .reduce import variance_rows
 
 functions.define_float8("f8e4m3fn", 4, 3, 7)  # what is too large became NaN
+
+
+def _margin_targets(_: Tensor, target: Tensor) -> tuple[str, list[Any]]:
+    return f"inconsistent target size, expected {{}} but got {braces(target.ndim)}", [*target.sizes]
+
+
+losses.margin_targets = _margin_targets
 
 
 @operator("variance(Tensor self, int[] dim, float correction, bool root) -> (Tensor, Tensor)")

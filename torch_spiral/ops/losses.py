@@ -403,17 +403,22 @@ def _margin_scalars(x: Tensor, p: Any, margin: Any) -> dict[str, Any]:
     return {"p": ("i32", p), "margin": (WIDE[x.dtype], margin), "classes": x.sizes[1], "samples": x.sizes[0]}
 
 
+def margin_targets(x: Tensor, target: Tensor) -> tuple[str, list[Any]]:
+    """What is wrong with targets that are not one for each sample: the text, and the sizes in it after the number of samples."""
+    text = (
+        "multi_margin_loss: target tensor should be 1-D with size equal to the number of input samples (batch size). "
+    )
+    text += f"Expected target size [{{}}], but got {braces(target.ndim)}. Input has shape {braces(x.ndim)}."
+    return text, [*target.sizes, *x.sizes]
+
+
 @lowering("multi_margin_loss")
 def multi_margin_loss(x: Tensor, target: Tensor, p: Any, margin: Any, weight: Tensor | None, reduction: int) -> Tensor:
     _check_classes(x)
     rows = _rows(x)
     samples, classes = rows.sizes
-    text = (
-        "multi_margin_loss: target tensor should be 1-D with size equal to the number of input samples (batch size). "
-    )
-    text += f"Expected target size [{{}}], but got {braces(target.ndim)}. Input has shape {braces(x.ndim)}."
-    one_each = target.ndim <= 1 and eq(target.numel, samples)
-    check(one_each, "RuntimeError", text, samples, *target.sizes, *x.sizes)
+    text, sizes = margin_targets(x, target)
+    check(target.ndim <= 1 and eq(target.numel, samples), "RuntimeError", text, samples, *sizes)
     if weight is not None:
         text = f"inconsistent weight size, expected {{}} but got {braces(weight.ndim)}"
         check(weight.ndim <= 1 and eq(weight.numel, classes), "RuntimeError", text, classes, *weight.sizes)
