@@ -502,17 +502,15 @@ class RowSchedule:
         return f"{self.columns}x{self.k}w{self.warps}"
 
 
-ROW_UNROLLED = 8  # steps whose loads are under way together
+ROW_UNDER_WAY = 64  # elements of B that an invocation loads together
 
 
 def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batch: int) -> RowSchedule:
-    """For about n columns and k products of each: some four programs a compute unit. A short reduction is one masked step, whose loads are
-    all under way together."""
+    """For about n columns and k products of each, by measurement: long reductions have more loads under way."""
     if b_layout == "n":
-        return RowSchedule(16, 1024 if k < 1024 else 128, 8)
+        return RowSchedule(8 if n * batch < 16 * target.compute_units else 16, *((512, 4) if k < 2048 else (1024, 8)))
     step = 32 * 16 // DTYPES[dtype].size
-    step = 4 * step if k < 8 * step else step
-    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step)
+    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step if k < 4096 else 4 * step)
 
 
 def row_product(
@@ -535,6 +533,7 @@ def row_product(
         y = f"tl.load(pb + ({at}) * {bk}, mask={inside}, other=0).to(tl.float32)"
         return [f"    sums += {x} * {y}"]
 
+    unrolled = max(ROW_UNDER_WAY * 32 * s.warps // (s.columns * s.k), 1)
     lines = [
         f"tiles = tl.cdiv(n, {s.columns})",
         "z = (tl.program_id(0) // tiles).to(tl.int64)",
@@ -543,11 +542,12 @@ def row_product(
         f"pa = a + z * ab + {copies} * {ak}",
         f"pb = b + z * bb + rb{columns} * {bn} + rk{rows} * {bk}",
         f"sums = tl.zeros({shape}, tl.float32)",
-        f"for i in tl.range(0, k // {s.k}, loop_unroll_factor={ROW_UNROLLED}):",
+        f"for i in tl.range(0, k // {s.k}, loop_unroll_factor={unrolled}):",
         *step(f"i * {s.k}", ""),
-        f"rest = k % {s.k}",
-        "if rest > 0:",
-        *step("k - rest", f"(rk < rest){rows}"),
+        # So written, the mask is seen to be the same for whole vectors where k is a multiple of theirs.
+        f"done = k // {s.k} * {s.k}",
+        "if done < k:",
+        *step("done", f"(done + rk < k){rows}"),
         f"acc = tl.sum(sums, {along})[None, :]",
         "ra = tl.zeros([1], tl.int64)",
         "inside = (rb < n)[None, :]",
