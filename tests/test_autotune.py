@@ -3,6 +3,9 @@ database is set aside, and a decision is used, replayed and refused as SPIRAL_TU
 
 import dataclasses
 import sqlite3
+import subprocess
+import sys
+import textwrap
 import time
 from dataclasses import replace
 
@@ -329,6 +332,56 @@ def test_a_search_that_fails_leaves_the_call_alone(device, doubling, monkeypatch
         for _ in range(6):
             call()
     assert torch.equal(out.cpu(), x.cpu() * 2) and used(call) == [f"{SLOW} (built in)"]
+
+
+def test_another_programs_database_is_left_alone(tmp_path):
+    path = tmp_path / "theirs.sqlite"
+    c = sqlite3.connect(path)
+    c.execute("create table bookmarks (url)")
+    c.commit()
+    c.close()
+    with pytest.raises(OSError, match="a database of something else"):
+        db.Database(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs.sqlite"]
+    with pytest.raises(SystemExit, match="a database of something else"):
+        command.main(["merge", "--database", str(path)])
+
+
+def test_processes_share_a_database(tmp_path):
+    path, text = (
+        tmp_path / "t.sqlite",
+        textwrap.dedent(
+            """
+        import importlib.util, sys  # the module alone: it needs no torch
+        spec = importlib.util.spec_from_file_location("database", sys.argv[3])
+        sys.modules["database"] = db = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(db)
+        store = db.Database(sys.argv[1])
+        for i in range(40):
+            store.put(db.Decision("d", "gemm", f"{sys.argv[2]} {i}", "1", "fast", "slow", 1.0, 2.0, 20, 21, 1e-5, "abc", "v", 1.0))
+        """
+        ),
+    )
+    running = [subprocess.Popen([sys.executable, "-c", text, str(path), str(i), db.__file__]) for i in range(3)]
+    assert [p.wait(120) for p in running] == [0, 0, 0]
+    assert len(db.Database(path, readonly=True).decisions()) == 120
+    assert [p.name for p in tmp_path.iterdir()] == ["t.sqlite"]
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--shapes", "12xx3:f32"], "'12xx3:f32' is not understood"),
+        (["--shapes", "64x64x64:f32:zz"], "'zz' are no layouts"),
+        (["--shapes", "softmax/3x4:f99"], "softmax/RxD"),
+        (["--model", "no.such:thing"], "No module named 'no'"),
+        (["merge", "/no/such/file"], "No such file"),
+        (["merge", __file__], "line 1 is no row"),
+    ],
+)
+def test_what_the_command_does_not_understand(arguments, text, tmp_path):
+    with pytest.raises(SystemExit, match=text):
+        command.main([*arguments, "--database", str(tmp_path / "t.sqlite")])
 
 
 def test_merge_takes_what_is_newer(tmp_path):

@@ -54,6 +54,8 @@ def gemm_call(text: str, device: torch.device) -> Callable[[], Any]:
     sizes = [int(n) for n in shape.split("x")]
     batch, m, n, k = sizes if len(sizes) == 4 else (1, *sizes)
     kind = templates.TORCH[dtype]
+    if len(layouts) != 2 or set(layouts) - set("nt"):
+        raise ValueError(f"{layouts!r} are no layouts of a and b")
 
     def operand(rows: int, columns: int, layout: str) -> torch.Tensor:
         if layout == "n":
@@ -70,10 +72,12 @@ def gemm_call(text: str, device: torch.device) -> Callable[[], Any]:
 def attention_call(text: str, device: torch.device) -> Callable[[], Any]:
     """attention/BxHxTxD, then :dtype, then :causal or :full."""
     shape, dtype, causal = (*text.removeprefix("attention/").split(":"), "full")[:3]
-    sizes = [int(n) for n in shape.split("x")]
+    sizes, kind = [int(n) for n in shape.split("x")], templates.TORCH[dtype]
+    if len(sizes) != 4 or causal not in ("causal", "full"):
+        raise ValueError("four sizes are wanted, then causal or full")
 
     def call() -> Any:
-        q, k, v = (torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device) for _ in range(3))
+        q, k, v = (torch.zeros(sizes, dtype=kind, device=device) for _ in range(3))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal == "causal")
 
     return call
@@ -83,10 +87,11 @@ def conv_call(text: str, device: torch.device) -> Callable[[], Any]:
     """conv/NxCxHxW/OxKxS, then :dtype: O channels of K x K taps at stride S, padded to keep the size."""
     shape, dtype = text.split(":")
     sizes, (o, taps, stride) = ([int(n) for n in part.split("x")] for part in shape.split("/")[1:])
+    kind = templates.TORCH[dtype]
 
     def call() -> Any:
-        x = torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device)
-        w = torch.zeros(o, sizes[1], taps, taps, dtype=templates.TORCH[dtype], device=device)
+        x = torch.zeros(sizes, dtype=kind, device=device)
+        w = torch.zeros(o, sizes[1], taps, taps, dtype=kind, device=device)
         return torch.nn.functional.conv2d(x, w, None, stride, taps // 2)
 
     return call
@@ -96,14 +101,18 @@ def rows_call(text: str, device: torch.device) -> Callable[[], Any]:
     """softmax/RxD, log_softmax/RxD or sum/RxD, then :dtype: of R rows of D."""
     what, _, rest = text.partition("/")
     shape, dtype = rest.split(":")
-    sizes = [int(n) for n in shape.split("x")]
-    return lambda: templates.Rows.CALLS[what](torch.zeros(sizes, dtype=templates.TORCH[dtype], device=device))
+    sizes, kind = [int(n) for n in shape.split("x")], templates.TORCH[dtype]
+    return lambda: templates.Rows.CALLS[what](torch.zeros(sizes, dtype=kind, device=device))
 
 
 def model_call(text: str, device: torch.device) -> Callable[[], Any]:
     """ "module:function" with function() -> (model, inputs): one call of the model."""
     module, _, name = text.partition(":")
-    model, inputs = getattr(importlib.import_module(module), name)()
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(f"--model {text}: {error}") from error
+    model, inputs = make()
     model = model.to(device).eval()
     inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
     return lambda: model(*inputs)
@@ -120,7 +129,14 @@ def gather(args: argparse.Namespace, device: int) -> list[Request]:
         "log_softmax": rows_call,
         "sum": rows_call,
     }
-    calls = [kinds.get(t.split("/")[0], gemm_call)(t, where) for t in texts if t]
+    calls = []
+    for t in filter(None, texts):
+        kind = kinds.get(t.split("/")[0], gemm_call)
+        try:
+            calls.append(kind(t, where))
+        except (ValueError, KeyError) as error:
+            wanted = " ".join((kind.__doc__ or "").split())
+            raise SystemExit(f"--shapes: {t!r} is not understood ({error}). It is {wanted}") from error
     calls += [model_call(text, where) for text in args.model]
     found: dict[tuple[str, str], Request] = {}
     with torch.no_grad(), spiral.device(where):
@@ -157,6 +173,11 @@ def tune(args: argparse.Namespace) -> int:
     store = database.Database(args.database or database.default_path())
     row = device_row(device)
     console.print(f"[bold]{row.device}[/] · {len(requests)} keys · {store.path}")
+    if not requests:
+        console.print(
+            "these calls ask for no schedule that can be chosen on this device (docs/tuning.md says what can)"
+        )
+        return 0
     if args.jobs > 1:
         start = time.perf_counter()
         command = [sys.executable, "-m", "torch_spiral.autotune", *args.command_line, "--device", str(device)]
@@ -282,7 +303,10 @@ def main(arguments: list[str]) -> int:
     args.command_line = [a for a in arguments if a != args.command]
     if (args.report or args.command == "report") and importlib.util.find_spec("matplotlib") is None:
         parser.error("a report's plots need matplotlib: pip install 'torch_spiral[report]'")
-    return COMMANDS[args.command](args)
+    try:
+        return COMMANDS[args.command](args)
+    except (OSError, database.DamagedDatabase, database.NotExported) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

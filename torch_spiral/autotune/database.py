@@ -78,7 +78,7 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """verdict: "won", "lost", "no better", "wrong", "failed", "pruned" or "reference"."""
+    """verdict: "won", "lost", "no better", "wrong", "failed", "pruned" or "reference" (the built-in choice)."""
 
     device: str
     template: str
@@ -107,9 +107,13 @@ class DamagedDatabase(RuntimeError):
     """The file is no tuning database of this version."""
 
 
+class NotExported(ValueError):
+    """The text is no exported database."""
+
+
 class Database:
     """A tuning database. Read-only ones are never created or changed; others are made on first use, and a damaged file is set aside
-    (renamed, with a warning) and begun anew."""
+    (renamed, with a warning) and begun anew. OSError for another program's database, which is left alone."""
 
     def __init__(self, path: str | Path, readonly: bool = False):
         self.path, self.readonly = Path(path), readonly
@@ -142,6 +146,9 @@ class Database:
             tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
             if check == "ok" and not tables and version == 0 and not self.readonly:
                 connection.executescript(f"begin immediate; {SCHEMA} pragma user_version = {VERSION}; commit;")
+            elif check == "ok" and tables and not tables & set(TABLES):
+                connection.close()
+                raise OSError(f"{self.path} is a database of something else")
             elif check != "ok" or version != VERSION or not set(TABLES) <= tables:
                 raise DamagedDatabase(f"{self.path} is damaged or of another version")
             for name, row in TABLES.items():
@@ -228,7 +235,7 @@ def export(database: Database) -> str:
 
 
 def parse(text: str) -> tuple[list[DeviceRow], list[Decision]]:
-    """The inverse of export(). ValueError for other text."""
+    """The inverse of export(). NotExported for other text."""
     devices: list[DeviceRow] = []
     decisions: list[Decision] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -240,7 +247,7 @@ def parse(text: str) -> tuple[list[DeviceRow], list[Decision]]:
             else:
                 decisions.append({"decision": Decision}[kind](**given))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:  # noqa: PERF203  (the error names its line)
-            raise ValueError(f"line {number} is no row of a tuning database: {error}") from error
+            raise NotExported(f"line {number} is no row of a tuning database: {error}") from error
     return devices, decisions
 
 
@@ -255,7 +262,7 @@ def read(path: str | Path) -> tuple[list[DeviceRow], list[Decision], list[Trial]
             return database.devices(), database.decisions(), database.trials()
         finally:
             database.close()
-    return *parse(path.read_text()), []
+    return *parse(path.read_text(errors="replace")), []
 
 
 def shipped() -> tuple[list[DeviceRow], list[Decision]]:

@@ -23,7 +23,7 @@ def _roofline(row: db.DeviceRow, decisions: list[db.Decision], path: Path) -> No
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    points = [(d, *work(d)) for d in decisions]
+    points = [(d, f, b, t) for d in decisions for f, b, t in [work(d)] if f]  # those of reductions are not counted
     intensities = [f / b for _, f, b, _ in points]
     ridges = [peak / (row.bandwidth or 1) for peak in row.flops.values()]
     low, high = min([*intensities, *ridges], default=1) / 4, max([*intensities, *ridges], default=100) * 4
@@ -84,8 +84,9 @@ def write(database: db.Database, folder: Path) -> Path:
         better = sum(d.speedup >= 1.1 for d in decisions)
         parts.append(
             f"<h2>{html.escape(row.device)}</h2><p>{len(decisions)} keys, {better} at least 1.10× faster than built in. Candidates: "
-            + ", ".join(f"{n} {v}" for v, n in verdicts.most_common())
-            + f".</p><img src='roofline-{i}.svg'><img src='gains-{i}.svg'><table><tr><th>key<th>sizes<th>chosen<th>built in<th>ms<th>ms, built in"
+            + ", ".join(f"{n} {'built in' if v == 'reference' else v}" for v, n in verdicts.most_common())
+            + ". The roofline has what multiplies; the last column of the table is the share of it, or of the copy rate, that was reached."
+            + f"</p><img src='roofline-{i}.svg'><img src='gains-{i}.svg'><table><tr><th>key<th>sizes<th>chosen<th>built in<th>ms<th>ms, built in"
             "<th>gain<th>rounds won<th>p<th>of the roofline</tr>"
         )
         for d in decisions:

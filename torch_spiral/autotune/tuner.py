@@ -242,7 +242,7 @@ class Tuner:
         winner, c = best if best is not None else (default, replace(last, seconds=last.incumbent_seconds))
         if best is not None:
             note(winner.name, "won", c.seconds, f"{c.gain:.3f}x, {c.wins} of {c.rounds} rounds, p={c.p:.2g}")
-        note(default.name, "won" if best is None else "no better", c.incumbent_seconds, "built in")
+        note(default.name, "reference", c.incumbent_seconds, "built in")
         properties = device_row(request.device)
         decision = db.Decision(
             device=row, template=request.template, key=request.key, sizes="x".join(map(str, request.sizes)), schedule=winner.name,
