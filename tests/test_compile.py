@@ -373,6 +373,28 @@ def test_attention_from_its_decomposed_form_backward(device):
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_masks_of_attention_mean_what_they_say(device, train):
+    """Scores replaced by a number that hides nothing, a mask that is scaled with the scores, and rows that are hidden altogether: the mean of
+    the values, whose queries have no gradient."""
+
+    def f(q, k, v, added, hidden):
+        s = (q @ k.mT) * 0.3
+        scores = s.masked_fill(hidden, 0.0), s.masked_fill(mask=hidden, value=-3e4) / 3, (s + added) * 0.5
+        return tuple(x.softmax(-1) @ v for x in scores)
+
+    added, hidden = torch.randn(2, 1, 12, 12), torch.rand(2, 1, 12, 12) > 0.7
+    hidden[0, 0, 3], hidden[1, 0, 5] = True, False
+    grads = []
+    q, k, v = torch.randn(3, 2, 4, 12, D)
+    for g, where in ((f, "cpu"), (torch.compile(f, backend="spiral", fullgraph=True), device)):
+        there = [x.to(where).requires_grad_(train) for x in (q, k, v)]
+        out = g(*there, added.to(where), hidden.to(where))
+        grads.append(torch.autograd.grad(sum(o.square().sum() for o in out), there) if train else out)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-3)
+
+
 def _repeat_kv(x, n):
     """transformers' repeat_kv."""
     b, h, t, d = x.shape

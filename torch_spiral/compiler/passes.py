@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -208,6 +209,7 @@ _SCALE = {
 _ADD = (operator.add, torch.add, operator.iadd, "add", "add_")
 _CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
 HEAD = 256  # the largest head that the kernels take
+HIDDEN = -1e4  # scores of this or less, as of GPT-2, mean that a key is not seen
 
 
 def _value(n: Any) -> Any:
@@ -372,7 +374,8 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
         return False
     n = _through_casts(n.args[0])
     biases: list[Any] = []  # (what makes a bias, its arguments)
-    scale = 1.0
+    shape = str(_value(n).shape) if isinstance(_value(n), torch.Tensor) else ""
+    scale = after = 1.0  # after: of what follows the bias
     while _alone(n) and n.target not in _MATMUL:
         a, b = (n.args[0], _argument(n, 1, "other")) if n.args else (None, None)
         if n.target in _ADD and not biases and set(n.kwargs) <= {"other"}:
@@ -380,6 +383,7 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
                 return False
             biases.append(("tensor", b if _has_product(a) else a))
             n = _through_casts(a if _has_product(a) else b)
+            after = scale
         elif (
             n.target in (torch.where, "where")
             and not biases
@@ -390,9 +394,11 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
             condition, scores, other = n.args if n.target is torch.where else (n.args[1], n.args[0], n.args[2])
             biases.append(("where", condition, _number(other)))
             n = _through_casts(scores)
-        elif n.target in ("masked_fill", "masked_fill_") and not biases and _number(n.args[2]) is not None:
-            biases.append(("fill", n.args[1], _number(n.args[2])))
+            after = scale
+        elif n.target in ("masked_fill", "masked_fill_") and not biases:
+            biases.append(("fill", _argument(n, 1, "mask"), _number(_argument(n, 2, "value"))))
             n = _through_casts(n.args[0])
+            after = scale
         elif n.target in _SCALE:
             factor, scores = (_number(b), a) if _number(b) is not None else (_number(a), b)
             if not factor or (_SCALE[n.target] < 0 and scores is b) or not isinstance(scores, fx.Node):
@@ -415,6 +421,8 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
         or _value(out).dtype != qv.dtype or not isinstance(qv.shape[-1], int) or max(qv.shape[-1], vv.shape[-1]) > HEAD
     ):  # fmt: skip
         return False
+    if str(_value(n).shape) != shape:  # a mask of more batches than there are scores
+        return False
     flat = qv.ndim == 3
     with graph.inserting_before(out):
         call = graph.call_function
@@ -428,14 +436,24 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
                     or given.device.type != "spiral"
                 ):
                     return False
-                bias = tensor if given.dtype == qv.dtype else graph.call_method("to", (tensor, qv.dtype))
+                bias = tensor if after == 1.0 else call(torch.mul, (tensor, after))
+                bias = bias if given.dtype == qv.dtype else graph.call_method("to", (bias, qv.dtype))
             else:
                 given = _value(tensor)
                 if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.device.type != "spiral":
                     return False
-                low = number[0] if number[0] == float("-inf") else max(number[0], torch.finfo(qv.dtype).min)
-                zero, other = (call(torch.full, ((), x), {"dtype": qv.dtype, "device": qv.device}) for x in (0.0, low))
+                if number[0] is None or after <= 0 or not number[0] * after <= HIDDEN:
+                    return False
+                # Rows that are hidden altogether have equal weights, and their queries no gradients: those are 0 here, or the number
+                # leaves nothing of their scores (but its logsumexp does not tell how many keys there are, as gradients must know).
+                train = qv.requires_grad or kv.requires_grad or vv.requires_grad
+                wide = torch.float32 if qv.dtype == torch.float16 else qv.dtype
+                low = number[0] if math.isinf(number[0]) else HIDDEN if train else torch.finfo(wide).min
+                zero, other = (call(torch.full, ((), x), {"dtype": wide, "device": qv.device}) for x in (0.0, low))
                 bias = call(torch.where, (tensor, zero, other) if kind == "where" else (tensor, other, zero))
+                if train and not math.isinf(low):
+                    hidden = call(torch.logical_not, (tensor,)) if kind == "where" else tensor
+                    q = graph.call_method("masked_fill", (q, call(torch.all, (hidden, -1, True)), 0.0))
             ndim = given.ndim
             if flat and ndim == 3:
                 bias = call(torch.unsqueeze, (bias, 1))
