@@ -120,44 +120,52 @@ def decode(name: str = "gpt2") -> Make:
     return make
 
 
-def _call_time(device: torch.device, backend: Any, calls: int = 5) -> float:
-    """Microseconds until a call of a compiled function of three kernels over a few elements returns: the median of bursts of a few
-    calls, so that kernels which run on the host's own cores seldom interrupt it."""
-    torch._dynamo.reset()
+def _three_kernels(x: Tensor, w: Tensor) -> Tensor:
+    return ((x @ w).relu() @ w).softmax(-1)
+
+
+def _call_time(device: torch.device, *functions: Callable[..., Any], calls: int = 50) -> float:
+    """Microseconds until a call of each function, in turn, with two matrices of a few elements has returned: the median of bursts of calls,
+    without the wait for the device between them. Kernels of one workgroup run inside the call on PoCL: their time is part of it."""
     x, w = randn(device, 8, 8), randn(device, 8, 8)
     times = []
     with torch.no_grad():
-        fn = torch.compile(lambda x, w: ((x @ w).relu() @ w).softmax(-1), backend=backend)
-        for _ in range(5):
-            fn(x, w)
-        for _ in range(300):
-            x[0, 0].item()  # waits for the device
+        for _ in range(150):
+            for f in functions:
+                f(x, w)
+            if device != CPU:
+                torch.accelerator.synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
-                fn(x, w)
+                for f in functions:
+                    f(x, w)
             times.append((time.perf_counter() - start) / calls)
     return 1e6 * sorted(times)[len(times) // 2]
 
 
-def call_overhead(device: torch.device) -> float:
-    """Inference: Dynamo's guards and wrapper included."""
-    return _call_time(device, "spiral")
+def _compile(backend: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(_three_kernels, backend=backend)
 
 
-def dynamo_overhead(device: torch.device) -> float:
-    """The same call with a backend whose compiled function does nothing: what of it is Dynamo's."""
+def _through_dynamo(device: torch.device) -> Callable[..., Any]:
+    """The function compiled by a backend whose graph launches nothing, and is called as the backend's graphs are."""
+    from torch_spiral import _C
+    from torch_spiral.compiler import dynamo, runtime
+
+    dynamo.call_directly(_C.GraphCall)
+    nothing = runtime.Graph("benchmark_nothing", lambda inputs, written, sizes: (), (2, 0, 0), device.index or 0)
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        from torch_spiral.compiler import dynamo
-
         dynamo.forget_stream(gm)
-        return lambda *args: (args[0],)
+        dynamo.forget_saved_tensors_hooks()
+        return nothing.direct(2, [0, 1], [], [], [("argument", 0, (), (), 0)])
 
-    return _call_time(device, backend)
+    return _compile(backend)
 
 
-def graph_overhead(device: torch.device) -> float:
-    """The call of the compiled graph alone, as Dynamo makes it."""
+def _graph(device: torch.device) -> Callable[..., Any]:
+    """The compiled graph alone, as Dynamo calls it."""
     from torch_spiral.compiler import backend
 
     compiled: list[Callable[..., Any]] = []
@@ -166,21 +174,35 @@ def graph_overhead(device: torch.device) -> float:
         compiled.append(backend(gm, inputs))
         return compiled[-1]
 
-    _call_time(device, keep)
-    x, w = randn(device, 8, 8), randn(device, 8, 8)
-    times = []
-    for _ in range(300):
-        torch.accelerator.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            compiled[0](x, w)
-        times.append((time.perf_counter() - start) / 5)
-    return 1e6 * sorted(times)[len(times) // 2]
+    _call_time(device, _compile(keep))
+    return compiled[0]
+
+
+def call_overhead(device: torch.device) -> float:
+    """Inference: Dynamo's guards and wrapper included."""
+    return _call_time(device, _compile("spiral"))
+
+
+def dynamo_overhead(device: torch.device) -> float:
+    """The same call of a graph that does nothing: what is Dynamo's, while its code is all that the processor's caches hold."""
+    return _call_time(device, _through_dynamo(device))
+
+
+def graph_overhead(device: torch.device) -> float:
+    """The call of the compiled graph alone, as Dynamo makes it."""
+    return _call_time(device, _graph(device))
+
+
+def parts_in_turn(device: torch.device) -> float:
+    """The two parts one after the other: they take as long as the whole call, more than their sum, as each evicts the other's code and data
+    from the processor's first caches."""
+    graph = _graph(device)
+    return _call_time(device, _through_dynamo(device), graph)
 
 
 def cpu_overhead(device: torch.device) -> float:
     """The same function compiled by Inductor for the CPU, which also computes in that time."""
-    return _call_time(CPU, "inductor")
+    return _call_time(CPU, _compile("inductor"))
 
 
 # A process that times GPT-2's first call: of a model compiled with backend argv[2], or, where that is a path, of the package there. What
@@ -296,6 +318,7 @@ ROWS: list[Work | Reading] = [
     Reading("compiled call of a 3-kernel graph", call_overhead, "µs", at_most=10),
     Reading("of that, Dynamo's guards and wrapper", dynamo_overhead, "µs"),
     Reading("call of that graph without Dynamo", graph_overhead, "µs", at_most=10),
+    Reading("these two parts in turn", parts_in_turn, "µs"),
     Reading("the same call, torch.compile on the CPU", cpu_overhead, "µs"),
     Reading("warm start of gpt2 from the disk cache", warm_start, "s", at_most=3),
     Reading("the same with kept traces (TORCH_CACHING_PRECOMPILE=1)", traced_start, "s", at_most=3),
