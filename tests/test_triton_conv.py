@@ -37,6 +37,7 @@ else:
     from torch_spiral import autotune, lowering
     from torch_spiral.kernels.block import conv as block
     from torch_spiral.kernels.block import gemm
+    from torch_spiral.kernels.vector.gemm import Epilogue
     from torch_spiral.ops import common, contraction, conv
 
     DTYPES = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
@@ -149,6 +150,39 @@ else:
             close(got, expected)
             assert got.is_contiguous(memory_format=torch.channels_last)
             assert len(names) == 1 and "_last" in names[0], names
+
+    @pytest.mark.parametrize("splits", [1, 3])
+    @pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 3), (1, 2, 1)])
+    def test_weights_through_a_descriptor(splits, stride, dilation, groups):
+        """The kernel itself, two blocks of channels a tap."""
+        channels, n, (height, width) = 32, 20, (9, 8)
+        x, w = last(torch.randn(2, channels * groups, height, width)), torch.randn(groups * n, channels, 3, 3)
+        expected = F.conv2d(x.double(), w.double(), None, stride, dilation, dilation, groups)
+        out, m = expected.shape[2:], expected.shape[0] * expected.shape[2] * expected.shape[3]
+        c = torch.full((splits, m, groups * n), float("nan"))
+        s, span = gemm.Schedule(32, 16, 16, 4, 1), -(-18 // splits)
+        kernel = block.last(TARGET, s, "f32", "f32", 2, False, "ieee", "n", Epilogue(), splits > 1, True)
+        sizes = [
+            m,
+            n,
+            channels,
+            x.stride(2),
+            x.stride(3),
+            *out,
+            3,
+            3,
+            height,
+            width,
+            stride,
+            stride,
+            -dilation,
+            -dilation,
+        ]
+        scalars = [0, groups * n, *([m * groups * n] if splits > 1 else []), x.stride(0), *sizes, dilation, dilation]
+        weights = w.permute(0, 2, 3, 1).contiguous()
+        grid = block.last_groups(s, m, n, 1, groups, splits)
+        run(kernel, [x, weights, c], scalars + ([span] if splits > 1 else []), grid)
+        close(c.sum(0), expected.permute(0, 2, 3, 1).reshape(m, groups * n))
 
     @pytest.mark.parametrize("splits", [1, 3])
     @pytest.mark.parametrize("channels_last", [False, True])

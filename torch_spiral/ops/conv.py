@@ -45,7 +45,7 @@ from ..lowering import (
     structured,
     target,
 )
-from .common import broadcast, contiguous, converted, copy_to
+from .common import broadcast, contiguous, converted, copy_to, described
 from .contraction import _epilogue_strides, _ordered, convolution_precision, matrix
 from .contraction import product as matrix_product
 from .integer_conv import integer_convolution
@@ -714,16 +714,24 @@ def _block_by_channels(
     work = lambda: 2 * images * pixels * n * channels * volume * g.groups  # noqa: E731
     layout = "n" if whole else "t"
     key = (s, dtype, out.dtype, nd, run, precision)
+    known = x.sizes[1] if isinstance(x.sizes[1], int) and g.groups == 1 and not run else 0
+    tiles = known > 0 and known % s.k == 0 and described(weights, known * volume)
     if splits == 1:
         named = [("i64", c.strides[0]), ("i64", co if whole else pixels), ("i64", xs[0]), *(("i32", v) for v in narrow)]
-        kernel = build(block.last, *key, layout, epilogue, False)
+        kernel = build(block.last, *key, layout, epilogue, False, tiles)
         launch(kernel, [x, weights, *operands, out], _ordered(None, [*named, *extra]), groups, work)
         return
     compute, total = DTYPES[dtype].compute, batch * m * co
     partial = empty((splits, batch, m, co), compute)
     span = cdiv(volume * cdiv(channels, s.k), splits)
     named = [*(("i64", v) for v in (m * co, co, total, xs[0])), *(("i32", v) for v in (*narrow, span))]
-    launch(build(block.last, *key, "n", Epilogue(), True), [x, weights, partial], _ordered(None, named), groups, work)
+    launch(
+        build(block.last, *key, "n", Epilogue(), True, tiles),
+        [x, weights, partial],
+        _ordered(None, named),
+        groups,
+        work,
+    )
     finish = build(block_gemm.reduce_splits, compute, out.dtype, "n" if whole else "s", epilogue)
     named = [("i64", v) for v in (c.strides[:2] if whole else c.strides)] + [("i64", total)]
     named += [*(("i32", v) for v in (m, co, splits)), *extra]

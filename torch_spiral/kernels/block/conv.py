@@ -34,6 +34,8 @@ def schedule(dtype: str, m: int, n: int) -> Schedule:
 
 # Of last(): a step is 128 bytes of channels.
 TILES = ((256, 64, 8, 3), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4))
+# ptxas makes the tensor cores wait for each product of 64x128 numbers of tf32 that eight warps share.
+TF32_TILES = ((256, 64, 8, 3), (128, 128, 4, 3), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4))
 PARTS_TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3))  # float32 in parts of bfloat16: they take registers
 RUN_TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))  # rows of taps are not aligned: they take registers too
 # Operations a nanosecond of a compute unit, by what is multiplied, and bytes a nanosecond that it reads from the shared cache. Of the H200;
@@ -47,7 +49,8 @@ def _tiles(dtype: str, precision: str, step: int) -> list[Schedule]:
     """step: 0, or how many channels a row of taps has at most."""
     if dtype == "f64":
         return [Schedule(32, 32, 16, 4, 2)]
-    found = RUN_TILES if step else PARTS_TILES if precision.startswith("bf16") else TILES
+    tiles = PARTS_TILES if precision.startswith("bf16") else TF32_TILES if precision == "tf32" else TILES
+    found = RUN_TILES if step else tiles
     size = DTYPES[dtype].size
     return [Schedule(m, n, min(step, 128 // size) or 128 // size, warps, stages) for m, n, warps, stages in found]
 
@@ -94,17 +97,30 @@ def last_scalars(nd: int, c_layout: str, split: bool) -> list[tuple[str, str]]:
 
 def last(
     target: Target, s: Schedule, dtype: str, out_dtype: str, nd: int, run: bool, precision: str, c_layout: str, epilogue: Epilogue,
-    split: bool,
+    split: bool, described: bool = False,
 ) -> Kernel:  # fmt: skip
     """Buffers: x (unit stride along channels), w [groups * n, taps, channels] contiguous, epilogue operands (indexed [batch, pixel,
     channel]), c. Grid: last_groups(). A batch is one image, or all of them, whose pixels then follow each other in c (m = images * pixels).
 
     c_layout: which of c's strides is 1, "n" along channels, "t" along pixels, "s" none. run: the taps of the filter's last dimension
     are part of `channels`: beside each other they read what lies beside each other in x (no dilation, one group, dense there).
-    split: c is partial sums."""
+    split: c is partial sums. described: weights are read through a tensor descriptor, which needs no registers and half the way of the
+    other operand: w and its rows start at multiples of 16 bytes, channels are a multiple of s.k."""
     acc = TYPES[compute_dtype(dtype)]
     e = EpilogueText(target, epilogue, compute_dtype(dtype), out_dtype)
     dims = range(nd)
+    assert not (described and run)
+    length = f"{' * '.join(f'taps{i}' for i in dims)} * channels"
+    if described:
+        weights = [
+            f"w_tiles = tl.make_tensor_descriptor(w, [tl.num_programs(2) * n, {length}], [{length}, 1], [{s.n}, {s.k}])",
+            f"first_row = group * n + tile % tiles_n * {s.n}",
+        ]
+    else:
+        weights = [
+            "row = (group * n + tl.where(rb < n, rb, 0)).to(tl.int64)",
+            f"pw = w + row[None, :] * ({length}) + rk[:, None]",
+        ]
     lines = [
         f"tiles_n = tl.cdiv(n, {s.n})",
         f"tiles = tl.cdiv(m, {s.m}) * tiles_n",
@@ -122,8 +138,7 @@ def last(
         "first = (z + rest) * x_image",
         *(f"first += at{i} * x_{i}" for i in dims),
         "px = x + group * channels + first[:, None] + rk[None, :]",
-        "row = (group * n + tl.where(rb < n, rb, 0)).to(tl.int64)",
-        f"pw = w + row[None, :] * ({' * '.join(f'taps{i}' for i in dims)} * channels) + rk[:, None]",
+        *weights,
         f"blocks = tl.cdiv(channels, {s.k})",
         f"steps = {' * '.join(f'taps{i}' for i in dims)} * blocks",
         f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
@@ -139,7 +154,8 @@ def last(
     checked = dims[:-1] if run else dims
     # Unsigned: what is below 0 is beyond the end.
     valid = " & ".join(f"((at{i} + tap{i} * tap_mul{i}).to(tl.uint32) < size{i})" for i in checked)
-    body = ["inside = (block + rk < channels)[None, :]" + (f" & ({valid})[:, None]" if valid else "")]
+    whole = "" if described else "(block + rk < channels)[None, :]"
+    body = [f"inside = {' & '.join(t for t in (whole, valid and f'({valid})[:, None]') if t)}"]
     if run:
         body += [
             f"place = (at{nd - 1} * x_{nd - 1})[:, None] + (block + rk)[None, :]",
@@ -149,7 +165,9 @@ def last(
     out_type = f", out_dtype={acc}" if dtype == "f64" else ""
     body += [
         f"a = tl.load(px + (block + {' + '.join(f'tap{i} * tap_mul{i} * x_{i}' for i in dims)}), mask=inside, other=0)",
-        "b = tl.load(pw + (block + row_w), mask=(block + rk < channels)[:, None], other=0)",
+        "b = w_tiles.load([first_row, row_w + block]).T"
+        if described
+        else "b = tl.load(pw + (block + row_w), mask=(block + rk < channels)[:, None], other=0)",
         f"acc = tl.dot(a, b, acc{dot}{out_type})",
         f"block += {s.k}",
         "carry = (block >= channels).to(tl.int32)",
@@ -174,7 +192,7 @@ def last(
         f"pc = c + z * cb + ra[:, None] * {cm} + rb[None, :] * {cn}{part}",
         f"tl.store(pc, acc.to({STORAGE[out_dtype]}), mask=inside)",
     ]
-    name = f"conv{nd}_last{'_run' * run}_{dtype}_{out_dtype}_{c_layout}{precision}{'_split' * split}_{s}_{epilogue}"
+    name = f"conv{nd}_last{'_run' * run}{'_d' * described}_{dtype}_{out_dtype}_{c_layout}{precision}{'_split' * split}_{s}_{epilogue}"
     buffers = [("x", dtype), ("w", dtype), *e.buffers, ("c", out_dtype)]
     scalars = [*last_scalars(nd, c_layout, split), *e.scalars]
     return template(name, buffers, scalars, "\n".join(t for t in lines if t), s.warps, s.stages, e.module)

@@ -56,7 +56,7 @@ BUSY = {
 }
 SINGLE = Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
 # The tensor cores read tf32 along the reduction only: operands of another layout pass through registers, unpipelined.
-TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 32, 8, 3), Schedule(64, 64, 32, 4, 3)
+TF32 = Schedule(128, 256, 32, 8, 3), Schedule(128, 128, 64, 8, 2), Schedule(64, 64, 32, 4, 3)
 DOUBLE = (Schedule(64, 64, 16, 4, 3),)
 WHOLE = (Schedule(32, 64, 1, 4, 1),)  # outer products
 # Sums of float8 go from the tensor cores' registers to others of their own at each step.
