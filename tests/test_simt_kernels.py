@@ -692,3 +692,24 @@ def test_columns_on_gpus(gpu, m):
         built.kernel, [np.zeros(77, np.float32), x], built.scalars([m, 77], [(0, 1), (77, 1)]), built.groups([m, 77])
     )[0]
     np.testing.assert_allclose(got, x.sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("wgsl" not in TARGETS, reason="no Vulkan here")
+@pytest.mark.parametrize("template", ["skinny", "conv", "attention"])
+def test_without_subgroups(template):
+    """What lanes of a subgroup exchange goes through shared memory where the device has none, in kernels of another name. (Attention:
+    test_attention's tiles need more lanes than a subgroup has here; those of tests/test_attention.py do not.)"""
+    bare, names = dataclasses.replace(TARGETS["wgsl"], subgroup=0), []
+    for target in (bare, TARGETS["wgsl"]):
+        if template == "skinny":
+            names.append(G.skinny(target, "f32", "f32", 4, "t", True).name)
+        elif template == "conv":
+            names.append(C.direct_weight(target, "f32", "f32", 2).name)
+        else:
+            names.append(A.forward(target, A.Schedule(32, 16, 4, 16, 1), "f32", 32, 32, "bool", False, True).name)
+    assert "_subgroups" not in names[0]
+    assert ("_subgroups" in names[1]) == (TARGETS["wgsl"].subgroup >= 4)
+    if template == "skinny":
+        test_skinny(bare, "t", True, 0)
+    elif template == "conv":
+        test_conv(bare, "weight", CONVOLUTIONS[0], False)
