@@ -11,6 +11,7 @@ recorded, and nothing costs, otherwise. The roofline is measured once per device
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterable
@@ -67,9 +68,10 @@ def roofline(device: int) -> Any:
     from ..autotune import database, model
 
     if database.default_path().exists():
-        for row in autotune.store().devices(device=autotune.device_row(device).device):
-            if row.bandwidth:
-                return model.Roofline(row.bandwidth, dict(row.flops))
+        with contextlib.suppress(OSError):  # in use, or another program's
+            for row in autotune.store().devices(device=autotune.device_row(device).device):
+                if row.bandwidth:
+                    return model.Roofline(row.bandwidth, dict(row.flops))
     return model.measure(device)
 
 
