@@ -77,24 +77,23 @@ def key(gm: torch.fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any])
 def find(key: str) -> Callable[..., Any] | None:
     """The compiled function that was kept under a key."""
     try:
-        digest, _, text = _path(key).read_text().partition("\n")
+        digest, _, text = _path(key).read_bytes().partition(b"\n")
     except OSError:
         return None
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
+    if hashlib.sha256(text).hexdigest().encode() != digest:
         return None  # damaged
-    return make(text, key)
+    return make(text.decode(), key)
 
 
 def keep(key: str, source: str) -> None:
     """Keeps a compiled function. source: of the module that Inductor generated, which has a `direct`."""
-    text = part(source)
-    path = _path(key)
+    text, path = part(source).encode(), _path(key)
     # A disk that is full or not writable costs the next process its time, not this one its result.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
         os.replace(temporary, path)
 
 
