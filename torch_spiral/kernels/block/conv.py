@@ -32,16 +32,15 @@ def schedule(dtype: str, m: int, n: int) -> Schedule:
     return Schedule(tile_m, tile_n, step, 8 if tile_m * tile_n >= 128 * 128 else 4, 3)
 
 
-# Of last(): a step is 128 bytes of channels.
-TILES = ((256, 64, 8, 3), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4))
-# ptxas makes the tensor cores wait for each product of 64x128 numbers of tf32 that eight warps share.
-TF32_TILES = ((256, 64, 8, 3), (128, 128, 4, 3), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4))
+# Of last(): a step is 128 bytes of channels. Two programs of four warps share a compute unit, where one of eight had it to itself; and ptxas
+# makes the tensor cores wait for each product of 64x128 numbers of tf32 that eight warps share.
+TILES = ((128, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4))
 PARTS_TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3))  # float32 in parts of bfloat16: they take registers
-RUN_TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))  # rows of taps are not aligned: they take registers too
+RUN_TILES = ((64, 64, 4, 1), (64, 32, 4, 2))  # rows of taps are not aligned: they take registers too
 # Operations a nanosecond of a compute unit, by what is multiplied, and bytes a nanosecond that it reads from the shared cache. Of the H200;
 # on others the order of choices is about the same.
 RATES = {"f16": 5000.0, "bf16": 5000.0, "tf32": 2500.0, "f64": 300.0}
-PARTS_RATE, CACHE_RATE = 550.0, 40.0
+PARTS_RATE, CACHE_RATE = 550.0, 60.0
 STEP, REDUCE = 200.0, 3000.0  # nanoseconds: the shortest step, and what summing partial results costs at least
 
 
@@ -49,8 +48,7 @@ def _tiles(dtype: str, precision: str, step: int) -> list[Schedule]:
     """step: 0, or how many channels a row of taps has at most."""
     if dtype == "f64":
         return [Schedule(32, 32, 16, 4, 2)]
-    tiles = PARTS_TILES if precision.startswith("bf16") else TF32_TILES if precision == "tf32" else TILES
-    found = RUN_TILES if step else tiles
+    found = RUN_TILES if step else PARTS_TILES if precision.startswith("bf16") else TILES
     size = DTYPES[dtype].size
     return [Schedule(m, n, min(step, 128 // size) or 128 // size, warps, stages) for m, n, warps, stages in found]
 
