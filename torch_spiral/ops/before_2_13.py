@@ -17,7 +17,7 @@ from .reduce import variance_rows
 functions.define_float8("f8e4m3fn", 4, 3, 7)  # what is too large became NaN
 
 
-def _margin_targets(_: Tensor, target: Tensor) -> tuple[str, list[Any]]:
+def _margin_targets(x: Tensor, target: Tensor) -> tuple[str, list[Any]]:
     return f"inconsistent target size, expected {{}} but got {braces(target.ndim)}", [*target.sizes]
 
 

@@ -60,6 +60,20 @@ def _halves(self: Any, values: Any) -> Any:
 
 interpreter.ReduceOps.generic_reduce = _halves
 
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_of_bfloat16(self: Any, x: Any, dtype: Any) -> Any:
+    """The interpreter keeps bfloat16 as integers, which it takes for the numbers in casts from and to integers."""
+    kinds = {x.dtype.scalar, dtype.scalar}
+    if tl.bfloat16 in kinds and not all(kind.is_floating() for kind in kinds):
+        between = dtype.with_element_ty(tl.float32) if dtype.is_block() else tl.float32
+        x = _cast(self, x, between)
+    return _cast(self, x, dtype)
+
+
+interpreter.InterpreterBuilder.cast_impl = _cast_of_bfloat16
+
 _dot = interpreter.InterpreterBuilder.create_dot
 
 
