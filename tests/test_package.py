@@ -114,6 +114,26 @@ def test_written_inputs_and_shared_constants(device, tmp_path):
         assert z.getinfo("constants.bin").file_size < 2 * 4 * 80
 
 
+def test_sizes_and_strides_of_a_call(device, tmp_path):
+    """What the program was not exported for is refused, or copied to the strides it was exported for."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, w):
+            return x * w + 1
+
+    x, w = torch.randn(4, 8), torch.randn(8)
+    batch = torch.export.Dim("batch", min=2, max=16)
+    package(
+        torch.export.export(Scaled(), (x.to(device), w.to(device)), dynamic_shapes=({0: batch}, None)), tmp_path / "m"
+    )
+    model = load(tmp_path / "m", device)
+    strided = torch.randn(8, 6).t()
+    torch.testing.assert_close(model(strided.to(device), w.to(device)).cpu(), strided * w + 1)
+    for wrong in (torch.randn(4, 9), torch.randn(8), torch.randn(4, 8).half(), torch.randn(17, 8), torch.randn(1, 8)):
+        with pytest.raises(ValueError, match="this package was exported for a tensor of float32 and sizes"):
+            model(wrong.to(device), w.to(device))
+
+
 @pytest.mark.full
 def test_what_is_wrong_with_a_call_is_said(device, tmp_path):
     make(device, tmp_path / "m")

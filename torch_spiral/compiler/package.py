@@ -29,7 +29,7 @@ from .. import __version__
 from ..kernels.kernel import Kernel, Target
 from . import runtime
 
-FORMAT = 1
+FORMAT = 2
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod, "/": operator.truediv,
 }  # fmt: skip
@@ -227,13 +227,14 @@ def package(exported: torch.export.ExportedProgram, path: str | os.PathLike[str]
     lifted = {**decomposed.state_dict, **decomposed.constants}
     inputs: list[Any] = []
     stored: dict[str, torch.Tensor] = {}
-    for i in spec.input_specs:
+    examples = [n.meta["val"] for n in decomposed.graph_module.graph.nodes if n.op == "placeholder"]
+    for i, example in zip(spec.input_specs, examples, strict=True):
         kind = i.kind.name
         if kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
             stored[str(i.target)] = lifted[i.target]
             inputs.append(["constant", i.target])
         elif kind == "USER_INPUT" and type(i.arg).__name__ in ("TensorArgument", "SymIntArgument"):
-            inputs.append(["input"])
+            inputs.append(["input", _layout(example) if isinstance(example, torch.Tensor) else None])
         elif kind == "USER_INPUT" and type(i.arg).__name__ == "ConstantArgument":
             inputs.append(["fixed", i.arg.value])
         else:
@@ -255,6 +256,7 @@ def package(exported: torch.export.ExportedProgram, path: str | os.PathLike[str]
         "inputs": inputs,
         "outputs": outputs,
         "names": sorted(constants),
+        "ranges": {str(s): [_bound(r.lower), _bound(r.upper)] for s, r in decomposed.range_constraints.items()},
         "in": _spec(decomposed.call_spec.in_spec),
         "out": _spec(decomposed.call_spec.out_spec),
     }
@@ -274,6 +276,44 @@ def package(exported: torch.export.ExportedProgram, path: str | os.PathLike[str]
     manifest["digest"] = _digest(manifest)
     files["manifest.json"] = json.dumps(manifest, indent=1).encode()
     _write(Path(path), files)
+
+
+def _layout(example: torch.Tensor) -> dict[str, Any]:
+    """What a call's tensor must have: sizes that vary by the names of their symbols. strides: None for contiguous ones, which the call brings
+    about; else those that are known."""
+    strides = [s if isinstance(s, int) else None for s in example.stride()]
+    return {
+        "dtype": str(example.dtype).removeprefix("torch."),
+        "sizes": [s if isinstance(s, int) else str(s) for s in example.shape],
+        "strides": None if example.is_contiguous() else strides,
+    }
+
+
+def _bound(limit: Any) -> int | None:
+    return int(limit) if getattr(limit, "is_Integer", isinstance(limit, int)) else None
+
+
+def _fitting(
+    x: torch.Tensor, layout: Mapping[str, Any], sizes: dict[str, int], ranges: Mapping[str, Sequence[Any]]
+) -> torch.Tensor:
+    """x as the package takes it, copied where its strides are others. sizes: those of symbols, so far. ValueError where it does not fit."""
+    wanted, known = layout["sizes"], tuple(x.shape)
+    fits = str(x.dtype).removeprefix("torch.") == layout["dtype"] and len(known) == len(wanted)
+    for n, size in zip(known, wanted, strict=False):
+        low, high = ranges.get(size, (None, None))
+        fits = fits and n == (size if isinstance(size, int) else sizes.setdefault(size, n))
+        fits = fits and (low is None or n >= low) and (high is None or n <= high)
+    if not fits:
+        raise ValueError(
+            f"this package was exported for a tensor of {layout['dtype']} and sizes {wanted}, got {x.dtype} and {list(known)}"
+        )
+    if layout["strides"] is None:
+        return x.contiguous()
+    if all(n <= 1 or s is None or s == t for n, s, t in zip(known, layout["strides"], x.stride(), strict=True)):
+        return x
+    if None in layout["strides"]:
+        raise ValueError(f"this package was exported for strides {layout['strides']}, got {list(x.stride())}")
+    return torch.empty_strided(known, layout["strides"], dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _spec(spec: Any) -> str:
@@ -415,6 +455,7 @@ class Package:
         program = self._program
         values: list[Any] = []
         given: list[Any] = []
+        sizes: dict[str, int] = {}
         for kind, *rest in program["inputs"]:
             if kind == "constant":
                 values.append(self.constants[rest[0]])
@@ -431,6 +472,8 @@ class Package:
                 raise ValueError(
                     f'this package runs on {self._device}, got a tensor on {value.device}: move it with .to("spiral")'
                 )
+            elif isinstance(value, torch.Tensor) and rest[0] is not None:
+                values.append(_fitting(value, rest[0], sizes, program["ranges"]))
             else:
                 values.append(value)
         with torch.no_grad(), torch.spiral.device(self._device.index):  # type: ignore[attr-defined]
