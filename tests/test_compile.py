@@ -145,6 +145,7 @@ def test_an_index_out_of_bounds_raises_later(device):
         f(torch.randn(10, 4).to(device), torch.tensor([1, -11, 3]).to(device)).cpu()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="one_hot checks nothing in graphs of torch 2.11")
 def test_assertions_are_raised_later(device):
     f = torch.compile(lambda i: F.one_hot(i, 5) * 2, backend="spiral", fullgraph=True)
     i = torch.tensor([1, 4, 0])
@@ -620,7 +621,11 @@ def test_tensors_on_the_cpu_are_refused():
         (nn.Linear(3, 2), torch.randn(4, 3).to("spiral")),
         (nn.Linear(3, 2).to("spiral"), torch.randn(4, 3)),
     ):
-        with pytest.raises(Exception, match=r'Move what is on the CPU with \.to\("spiral"\)'):
+        said = r'Move what is on the CPU with \.to\("spiral"\)'
+        said = (
+            said if torch.__version__ >= (2, 12) else "found two different devices"
+        )  # which raises by no class of its own
+        with pytest.raises(Exception, match=said):
             torch.compile(module, backend="spiral")(x)
 
 

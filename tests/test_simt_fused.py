@@ -115,7 +115,7 @@ def test_transposed_and_masked(gpu):
 @pytest.mark.parametrize("bad", [False, True])
 def test_checked_rows(gpu, bad):
     """Rows of a table by checked indices."""
-    index = Node("check", "i32", Node("load", "i32", X1, attr="b2"), const(6), attr=0)
+    index = Node("check", "i32", Node("load", "i32", X1, attr="b2"), const(6), attr=(0, False))
     value = load("b1", index * const(36) + X0) * 2.0
     program = Program(
         "fused", [("b0", "f32", "rw"), ("b1", "f32", "r"), ("b2", "i32", "r")], [], sizes(36, 3), [],

@@ -95,7 +95,8 @@ def test_profiler_shows_kernels_with_their_operators(device, tmp_path):
     path = str(tmp_path / "trace.json")
     p.export_chrome_trace(path)
     events = json.loads(Path(path).read_text())["traceEvents"]
-    kernels = [e for e in events if e.get("cat") == "kernel"]
+    # Where torch has CUDA, its profiler shows kernels as the driver sees them as well: all are called main_.
+    kernels = [e for e in events if e.get("cat") == "kernel" and e["name"] != "main_"]
     ops = {e["name"]: e for e in events if e.get("cat") == "cpu_op"}
     assert len(kernels) >= 2 and all("shapes" in e["args"] and e["dur"] >= 0 for e in kernels)
     product = next(e for e in kernels if "gemm" in e["name"])

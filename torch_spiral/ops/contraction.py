@@ -558,7 +558,7 @@ def _block_product(
             key, (m, n, k, batch), block.Choice(s, count), lambda: block.candidates(t, a.dtype, precision, *sizes)
         )
         s, count = choice.schedule, choice.splits
-    tiles = tiles and (is_one(batch) or not s.streamed)
+    tiles = tiles and s.k > 1 and (is_one(batch) or not s.streamed)  # a descriptor reads 16 bytes at least
     if s.persistent and (count > 1 or not is_one(batch) or not block.stores_tiles(t, s, a.dtype, out.dtype)):
         s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
 
