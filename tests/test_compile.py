@@ -709,6 +709,30 @@ def test_an_optimizers_step(device, options):
     torch.testing.assert_close(train(device, True), train(torch.device("cpu"), False), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{"foreach": True, "capturable": True}, {"fused": True}], ids=str)
+def test_kernels_of_an_optimizers_step(device, options):
+    """A hundred parameters of one size: as many at a time as a kernel may have buffers."""
+
+    def step(device, options):
+        torch.manual_seed(0)
+        parameters = [torch.randn(8, 16).to(device).requires_grad_() for _ in range(100)]
+        for p in parameters:
+            p.grad = torch.randn(8, 16).to(device)
+        optimizer = torch.optim.AdamW(parameters, lr=0.01, **options)
+        run = torch.compile(optimizer.step, backend="spiral") if options else optimizer.step
+        for _ in range(3):
+            run()
+        with torch.spiral.telemetry() as t:
+            run()
+            torch.spiral.synchronize()
+        return [p.detach().cpu() for p in parameters], len(t.launches)
+
+    got, launches = step(device, options)
+    torch.testing.assert_close(got, step(torch.device("cpu"), {})[0], rtol=1e-5, atol=1e-6)
+    assert launches <= 15
+
+
 def test_several_streams(device):
     """In a graph, around one, and where they break it."""
     first, second = torch.spiral.Stream(device), torch.Stream(device)

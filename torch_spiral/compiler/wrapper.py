@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from .. import lowering as low
 from ..kernels import ir
 from ..kernels.kernel import Target
@@ -27,7 +28,7 @@ from .report import Step
 from .runtime import OUT_EXTERNS
 
 SMALL = 1 << 14  # results of a pointwise kernel that takes hardly longer than its launch
-BUFFERS = 8  # of a kernel, as many as WebGPU has everywhere
+MOST_BUFFERS = 60  # of a kernel that several became, where the device has so many
 
 SIZE = re.compile(r"^(s|u|ps|z)\d+$")
 
@@ -571,6 +572,8 @@ class _Cutter:
     def _combinations(self) -> None:
         """Small pointwise kernels of equal sizes that have nothing to do with each other become one: the writes of keys and of values to a
         cache, the counters of all layers."""
+        bindings = int(_C.device_properties(self.wrapper.device_index)["max_bindings"])
+        most = min(bindings - 1, MOST_BUFFERS)  # one is for errors
         names: dict[str, str] = {}  # of views: what they are views of
         for s in self.statements:
             if isinstance(s, ast.Assign) and _views(s.value):
@@ -605,7 +608,7 @@ class _Cutter:
                 if writes & touched or written & all_of:
                     break
                 more = buffers | self._buffers(at)
-                if self._small(s) and self._alike(index, at) and len(more) <= BUFFERS:
+                if self._small(s) and self._alike(index, at) and len(more) <= most:
                     together.append(at)
                     touched, written, buffers = touched | all_of, written | writes, more
             if len(together) > 1:

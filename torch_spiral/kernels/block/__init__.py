@@ -155,7 +155,7 @@ class EpilogueText:
         if kind == "gelu" and self.result in ("f16", "bf16"):
             return FAST_GELU
         x = Node("tmp", self.compute, attr="x0")
-        return f"acc = {self.emitter.define(f'{kind}_{self.compute}', [x], [ACTIVATIONS[kind](x)])}(acc)"
+        return f"acc = {self.emitter.define(f'epilogue_{kind}_{self.compute}', [x], [ACTIVATIONS[kind](x)])}(acc)"
 
     @property
     def module(self) -> str:
