@@ -563,8 +563,8 @@ def _block_product(
         s = replace(s, persistent=False)  # which needs room for a tile of the result beside those of the next operands
 
     if count == 1:
-        stored = tiles and c_layout == "n" and _described(out, "n") and block.stores_tiles(t, s, a.dtype, out.dtype)
-        stored = stored and blocks is None
+        stored = tiles and blocks is None and c_layout == "n" and _described(out, "n")
+        stored = stored and block.stores_tiles(t, s, a.dtype, out.dtype)
         kernel = build(
             block.gemm,
             s,

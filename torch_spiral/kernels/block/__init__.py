@@ -19,6 +19,10 @@ STORAGE = {
 }  # fmt: skip
 
 
+# The masks that EpilogueText takes, of the rows ra and columns rb of a matrix [m, n].
+INSIDE = ["rows = ra[:, None] < m", "columns = rb[None, :] < n", "inside = rows & columns"]
+
+
 def cdiv(a: Any, b: Any) -> Any:
     """Ceiling of a / b, for int and Sym."""
     return (a + (b - 1)) // b
@@ -91,7 +95,6 @@ class EpilogueText:
     def __init__(self, target: Target, epilogue: Epilogue, compute: str, result: str) -> None:
         """result: the dtype in which the tile is stored."""
         self.epilogue, self.compute, self.result = epilogue, compute, result
-        self.factor = compute if compute in ("f64", "i64", "i32") else "f32"
         self.emitter = TritonEmitter(TRITON, target)
 
     @property

@@ -16,7 +16,7 @@ from ..kernel import DTYPES, Kernel, Target, compute_dtype
 from ..simt.conv import MODES, scalar_names
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
-from . import STORAGE, EpilogueText, cdiv, template
+from . import INSIDE, STORAGE, EpilogueText, cdiv, template
 from .gemm import Choice, Schedule
 
 WIDE = 16  # from this many channels on their blocks are what `last` steps over; of fewer, a row of taps
@@ -108,7 +108,8 @@ def last(
     e = EpilogueText(target, epilogue, compute_dtype(dtype), out_dtype)
     dims = range(nd)
     assert not (described and run)
-    length = f"{' * '.join(f'taps{i}' for i in dims)} * channels"
+    volume = " * ".join(f"taps{i}" for i in dims)
+    length = f"{volume} * channels"
     if described:
         weights = [
             f"w_tiles = tl.make_tensor_descriptor(w, [tl.num_programs(2) * n, {length}], [{length}, 1], [{s.n}, {s.k}])",
@@ -138,7 +139,7 @@ def last(
         "px = x + group * channels + first[:, None] + rk[None, :]",
         *weights,
         f"blocks = tl.cdiv(channels, {s.k})",
-        f"steps = {' * '.join(f'taps{i}' for i in dims)} * blocks",
+        f"steps = {volume} * blocks",
         f"acc = tl.zeros([{s.m}, {s.n}], {acc})",
     ]
     if split:
@@ -181,9 +182,7 @@ def last(
     lines += [
         "for j in range(start, end):",
         *("    " + t for t in body),
-        "rows = (ra < m)[:, None]",
-        "columns = (rb < n)[None, :]",
-        "inside = rows & columns",
+        *INSIDE,
         "ra = ra.to(tl.int64)",
         "rb = (group * n + rb).to(tl.int64)",
         e.text(),

@@ -14,7 +14,7 @@ from typing import Any
 from ..kernel import DTYPES, FLOAT8, Kernel, Target, compute_dtype
 from ..triton import TYPES
 from ..vector.gemm import Epilogue
-from . import STORAGE, EpilogueText, cdiv, template
+from . import INSIDE, STORAGE, EpilogueText, cdiv, template
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,15 @@ def schedule(
         return WHOLE[0]
     if m < 32:
         return SKINNY[size]
-    choices = (
-        DOUBLE
-        if compute == "f64"
-        else EIGHT_TILES
-        if dtype in FLOAT8
-        else (HALF_TILES if described else HALF)
-        if size <= 2
-        else TF32
-        if precision == "tf32"
-        else SINGLE
-    )
+    choices: tuple[Schedule, ...]
+    if compute == "f64":
+        choices = DOUBLE
+    elif dtype in FLOAT8:
+        choices = EIGHT_TILES
+    elif size <= 2:
+        choices = HALF_TILES if described else HALF
+    else:
+        choices = TF32 if precision == "tf32" else SINGLE
     s = BUSY.get(f"{dtype}{precision}") if described and batch == 1 and along_k and busy else None
     if s and n >= s.n and cdiv(m, s.m) * cdiv(n, s.n) * 2 >= 3 * target.compute_units:
         return s
@@ -272,8 +270,7 @@ def gemm(
         place = [f"column = tl.program_id(0) % tiles_n * {s.n}", f"ra = row + tl.arange(0, {s.m})", *place[-2:]]
     indices = [
         f"rows = ra[:, None] < {rows}",
-        "columns = rb[None, :] < n",
-        "inside = rows & columns",
+        *INSIDE[1:],
         "ra = ra.to(tl.int64)",
         "rb = rb.to(tl.int64)",
     ]
@@ -594,9 +591,7 @@ def stream_reduce(target: Target, s: Schedule, compute: str, c: str, c_layout: s
         f"within_tile = tl.program_id(1) * {rows} + tl.arange(0, {rows})",
         "ra = (row + within_tile).to(tl.int64)",
         f"rb = (column + tl.arange(0, {s.n})).to(tl.int64)",
-        "rows = ra[:, None] < m",
-        "columns = rb[None, :] < n",
-        "inside = rows & columns",
+        *INSIDE,
         f"p = partial + (low * 2 + 1).to(tl.int64) * {s.m * s.n}",
         f"p += within_tile[:, None] * {s.n} + tl.arange(0, {s.n})[None, :]",
         "acc = tl.load(p)",
@@ -642,9 +637,7 @@ def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue:
         "tile = tl.program_id(0) % (tiles_m * tiles_n)",
         f"ra = ((tile // tiles_n) * {rows} + tl.arange(0, {rows})).to(tl.int64)",
         f"rb = ((tile % tiles_n) * {columns} + tl.arange(0, {columns})).to(tl.int64)",
-        "rows = ra[:, None] < m",
-        "columns = rb[None, :] < n",
-        "inside = rows & columns",
+        *INSIDE,
         "p = partial + (z * m + ra[:, None]) * n + rb[None, :]",
         f"acc = tl.zeros([{rows}, {columns}], {TYPES[compute]})",
         "for i in tl.range(0, splits, loop_unroll_factor=4):",  # loads that wait for one another, not for the sum
