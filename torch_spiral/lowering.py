@@ -827,7 +827,7 @@ def _compiled(device: int, kernel: Kernel, divisible: tuple[tuple[int, int], ...
                 "name": kernel.name + "".join(f"_{i}by{n}" for i, n in divisible), "source": binary.image, "entry": binary.entry,
                 "workgroup": [binary.threads, 1, 1],
                 "bindings": sum(kernel.windows) + kernel.errors, "params_size": kernel.params_size, "immediate": True,
-                "trusted": True, "shared_memory": binary.shared, "scratch": binary.scratch,
+                "trusted": True, "shared_memory": binary.shared, "scratch": binary.scratch, "waits": binary.waits,
             },
         )  # fmt: skip
     return _C.compile_kernel(

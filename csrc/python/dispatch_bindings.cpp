@@ -154,6 +154,7 @@ void bind_dispatch(py::module_& m) {
     s.trusted = d["trusted"].cast<bool>();
     if (d.contains("shared_memory")) s.shared_memory = d["shared_memory"].cast<uint32_t>();
     if (d.contains("scratch")) s.scratch = d["scratch"].cast<uint32_t>();
+    if (d.contains("waits")) s.waits = d["waits"].cast<bool>();
     return compile(device, s);
   });
   m.def("error_site", &error_site);

@@ -161,6 +161,7 @@ KernelSource to_source(const py::dict& d) {
     else if (name == "trusted") source.trusted = value.cast<bool>();
     else if (name == "shared_memory") source.shared_memory = value.cast<uint32_t>();
     else if (name == "scratch") source.scratch = value.cast<uint32_t>();
+    else if (name == "waits") source.waits = value.cast<bool>();
     else throw py::key_error("a kernel has no " + name);
   }
   TORCH_CHECK_VALUE(workgroup.size() == 3, "a workgroup has three sizes");

@@ -51,6 +51,12 @@ size_t max_graph_nodes() {
   return text ? std::strtoull(text, nullptr, 10) : kMaxGraphNodes;
 }
 
+// Whether kernels of graphs may start before those ahead of them have ended (programmatic dependent launch); SPIRAL_PDL=0: never.
+bool programmatic_launches() {
+  const char* text = std::getenv("SPIRAL_PDL");
+  return !text || std::strcmp(text, "0") != 0;
+}
+
 std::string describe(const Api& api, Result code) {
   const char *name = nullptr, *text = nullptr;
   if (api.error_name) api.error_name(code, &name);
@@ -156,6 +162,7 @@ struct CudaKernel final : Kernel {
   size_t block;   // bytes of the parameter block
   size_t params;  // bytes of all parameters: the block and Triton's scratch pointers
   size_t scratch;  // bytes a workgroup
+  bool waits;      // KernelSource::waits
 };
 
 // A kernel's parameters, all of them one after the other, as the driver takes them.
@@ -206,6 +213,7 @@ struct Graphs {
   std::mutex mutex;
   std::list<CudaSequence*> kept;
   size_t nodes = 0, most = max_graph_nodes();
+  bool programmatic = programmatic_launches();
 };
 
 // The launches of a plan's replay, one after the other. Stretches without anything between the launches become graphs as soon as two
@@ -278,6 +286,7 @@ class CudaSequence final : public Sequence {
     Graph graph = nullptr;
     GraphExec exec = nullptr;
     std::vector<GraphNode> nodes;
+    std::vector<bool> early;  // whether a node's kernel must wait for the one before by itself
   };
 
   KernelNode node(const Launch& l, Arguments& a) const {
@@ -310,7 +319,7 @@ class CudaSequence final : public Sequence {
       if (known && same(now, params, s.last[i], s.last_params.data())) continue;
       Arguments a(api_, *now.kernel, params);
       const KernelNode n = node(now, a);
-      if (api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
+      if ((s.early[i] && !now.kernel->waits) || api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
         std::lock_guard<std::mutex> lock(graphs_->mutex);
         destroy(s);  // the next replay makes it anew
         return false;
@@ -329,11 +338,13 @@ class CudaSequence final : public Sequence {
     for (const Launch& launch : s.launches) {
       Arguments a(api_, *launch.kernel, s.params.data() + launch.at);
       const KernelNode n = node(launch, a);
+      const GraphNode* before = s.nodes.empty() ? nullptr : &s.nodes.back();
+      const bool early = before && launch.kernel->waits && graphs_->programmatic && api_.graph_add_edges;
       GraphNode added = nullptr;
-      if (api_.graph_add_kernel(&added, s.graph, s.nodes.empty() ? nullptr : &s.nodes.back(), !s.nodes.empty(), &n) != kSuccess) {
-        return false;
-      }
+      if (api_.graph_add_kernel(&added, s.graph, before, before && !early, &n) != kSuccess) return false;
+      if (early && api_.graph_add_edges(s.graph, before, &added, &kProgrammaticEdge, 1) != kSuccess) return false;
       s.nodes.push_back(added);
+      s.early.push_back(early);
     }
     if (api_.graph_instantiate(&s.exec, s.graph, 0) != kSuccess) return false;
     count(s.nodes.size() + kNodesOfGraph);
@@ -356,7 +367,7 @@ class CudaSequence final : public Sequence {
     }
     if (s.graph) api_.graph_destroy(s.graph);
     s.exec = nullptr, s.graph = nullptr;
-    s.nodes.clear();
+    s.nodes.clear(), s.early.clear();
   }
 
   const Api& api_;
@@ -522,6 +533,7 @@ class CudaEngine final : public Engine {
     kernel->shared_memory = source.shared_memory;
     kernel->block = source.params_size;
     kernel->scratch = source.scratch;
+    kernel->waits = source.waits;
     kernel->params = params_of(*kernel);
     kernels_.push_back(std::move(kernel));
     return kernels_.back().get();

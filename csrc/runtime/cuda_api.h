@@ -35,6 +35,13 @@ struct KernelNode {
   Context context;
 };
 
+// CUgraphEdgeData
+struct GraphEdge {
+  unsigned char from_port, to_port, type, reserved[5];
+};
+// The kernel behind the edge starts when every workgroup of the one before has allowed it (griddepcontrol.launch_dependents) or ended.
+constexpr GraphEdge kProgrammaticEdge = {1, 0, 1, {}};
+
 constexpr Result kSuccess = 0, kOutOfMemory = 2, kNoDevice = 100, kNotReady = 600;  // the same in both
 constexpr unsigned kStreamNonBlocking = 1, kEventDefault = 0, kEventDisableTiming = 2;
 constexpr int kFunctionMaxDynamicSharedMemory = 8;
@@ -90,6 +97,8 @@ inline void* const kParamBufferSize = reinterpret_cast<void*>(2);
   X(graph_destroy, (Graph graph), "cuGraphDestroy")                                                                           \
   X(graph_add_kernel, (GraphNode * node, Graph graph, const GraphNode* after, size_t count, const KernelNode* launch),        \
     "cuGraphAddKernelNode_v2")                                                                                                \
+  X(graph_add_edges, (Graph graph, const GraphNode* from, const GraphNode* to, const GraphEdge* edges, size_t count),         \
+    "cuGraphAddDependencies_v2")                                                                                              \
   X(graph_instantiate, (GraphExec * exec, Graph graph, unsigned long long flags), "cuGraphInstantiateWithFlags")              \
   X(graph_exec_destroy, (GraphExec exec), "cuGraphExecDestroy")                                                               \
   X(graph_exec_set_kernel, (GraphExec exec, GraphNode node, const KernelNode* launch), "cuGraphExecKernelNodeSetParams_v2")   \

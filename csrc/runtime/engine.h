@@ -64,6 +64,7 @@ struct KernelSource {
   bool trusted = false;        // WGSL: indices are proven in range, drop bounds checks
   uint32_t shared_memory = 0;  // CUDA/HIP: bytes of dynamic shared memory
   uint32_t scratch = 0;        // CUDA/HIP: bytes of global memory that a workgroup has to itself
+  bool waits = false;          // CUDA: every workgroup waits for the kernels before (griddepcontrol.wait) ahead of its memory accesses
 };
 
 // A window of a Memory as a kernel sees it. offset is a multiple of 256.

@@ -142,6 +142,12 @@ class Target:
         time."""
         return self.compute_units <= 4 or self.vendor.lower() in ("mesa", "llvmpipe")
 
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start before those ahead of it have ended, and waits for them by itself (CUDA's programmatic dependent
+        launch, compute capability 9.0 and later)."""
+        return self.engine == "cuda" and self.capability >= 90
+
     @staticmethod
     def of(device_index: int | None = None) -> Target:
         """The Target of a spiral device (the current one for None)."""

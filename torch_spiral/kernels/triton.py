@@ -53,6 +53,18 @@ HEADER = "# warps: {warps}, stages: {stages}\n"
 IMPORTS = "import triton\nimport triton.language as tl\n"
 
 
+def opening(target: Target, module: str, entry: str, parameters: Sequence[str], ahead: Sequence[str] = ()) -> str:
+    """A kernel's text, after HEADER, up to its first access to memory. Where kernels may start early (Target.dependent_launch), the next
+    one may as soon as all workgroups of this one have, and every workgroup waits until the kernels ahead have ended. ahead: lines that
+    run before: prefetches, for nothing that they read is final."""
+    start = f"\n\n@triton.jit\ndef {entry}({', '.join(parameters)}):\n"
+    if not target.dependent_launch:
+        return IMPORTS + module + start
+    imports = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+    body = "".join(f"    {line}\n" for line in ("gdc_launch_dependents()", *ahead, "gdc_wait()"))
+    return IMPORTS + imports + module + start + body
+
+
 class Triton(Language):
     """Text of types, constants, operations and memory. A masked access names the mask by a token, which the emitter
     resolves at the end (Mask)."""
@@ -199,7 +211,7 @@ class Triton(Language):
         names = [b.name for b in buffers] + ["error_word"] * options.errors
         names += [s.name for s in scalars if s.type in ("i64", "f64")]
         names += [s.name for s in scalars if s.type not in ("i64", "f64")]
-        return IMPORTS + module + f"\n\n@triton.jit\ndef {kernel.entry}({', '.join(names)}):\n"
+        return opening(target, module, kernel.entry, names)
 
 
 TRITON = Triton()

@@ -15,19 +15,20 @@ from typing import Any
 from .kernel import Kernel, Unsupported
 from .triton import signature
 
-FORMAT = 2  # of what is cached
+FORMAT = 3  # of what is cached
 
 
 @dataclass(frozen=True)
 class Binary:
     """image: the cubin or hsaco. shared: bytes of shared memory. threads: of a workgroup. scratch: bytes of global memory for
-    each workgroup (its tensor descriptors)."""
+    each workgroup (its tensor descriptors). waits: for the kernels ahead of it, by itself (triton.opening)."""
 
     image: bytes
     entry: str
     shared: int
     threads: int
     scratch: int = 0
+    waits: bool = False
 
 
 def function(source: str, name: str) -> Any:
@@ -100,7 +101,8 @@ def _compile(kernel: Kernel, target: Any, divisible: tuple[tuple[int, int], ...]
         raise Unsupported(f"{kernel.name} needs memory for a profile, or clusters")
     image = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     scratch = getattr(metadata, "global_scratch_size", 0)  # AMD's has none
-    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, scratch)
+    waits = "griddepcontrol.wait" in compiled.asm.get("ptx", "")
+    return Binary(image, metadata.name, metadata.shared, metadata.num_warps * target.warp_size, scratch, waits)
 
 
 def _keep_failed(kernel: Kernel) -> str:
@@ -141,7 +143,7 @@ def _load(key: str) -> Binary | None:
         return None
     if entry.get("key") != key or entry.get("sha256") != hashlib.sha256(image).hexdigest():
         return None
-    return Binary(image, entry["entry"], entry["shared"], entry["threads"], entry["scratch"])
+    return Binary(image, entry["entry"], entry["shared"], entry["threads"], entry["scratch"], entry["waits"])
 
 
 def _store(key: str, binary: Binary) -> None:
@@ -150,7 +152,7 @@ def _store(key: str, binary: Binary) -> None:
         return
     head = {
         "key": key, "sha256": hashlib.sha256(binary.image).hexdigest(), "entry": binary.entry, "shared": binary.shared,
-        "threads": binary.threads, "scratch": binary.scratch,
+        "threads": binary.threads, "scratch": binary.scratch, "waits": binary.waits,
     }  # fmt: skip
     try:
         descriptor, name = tempfile.mkstemp(dir=folder)

@@ -9,7 +9,7 @@ from typing import Any
 from .. import ir
 from ..ir import Node
 from ..kernel import DTYPES, Kernel, Target, Unsupported
-from ..triton import HEADER, IMPORTS, TRITON, TYPES, TritonEmitter
+from ..triton import HEADER, TRITON, TYPES, TritonEmitter, opening
 from ..vector.gemm import Epilogue, combine, is_constant, number
 
 # Storage dtypes as Triton writes them.
@@ -34,15 +34,17 @@ def power_of_two(n: int) -> int:
 
 
 def template(
-    name: str, buffers: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]], body: str, warps: int, stages: int = 3,
-    module: str = "",
+    target: Target, name: str, buffers: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]], body: str, warps: int,
+    stages: int = 3, module: str = "", ahead: Sequence[str] = (),
 ) -> Kernel:  # fmt: skip
-    """A kernel from the text of its body. buffers: (name, dtype) each; scalars: (name, type) each; 64-bit ones travel first."""
+    """A kernel from the text of its body. buffers: (name, dtype) each; scalars: (name, type) each; 64-bit ones travel first. module,
+    ahead: as for triton.opening()."""
     scalars = [s for s in scalars if s[1] in ("i64", "f64")] + [s for s in scalars if s[1] not in ("i64", "f64")]
-    names = ", ".join([*(n for n, _ in buffers), *(n for n, _ in scalars)])
+    names = [*(n for n, _ in buffers), *(n for n, _ in scalars)]
     body = textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
     return Kernel(
-        name=name, source=HEADER.format(warps=warps, stages=stages) + IMPORTS + module + f"\n\n@triton.jit\ndef main_({names}):\n{body}\n",
+        name=name,
+        source=f"{HEADER.format(warps=warps, stages=stages)}{opening(target, module, 'main_', names, ahead)}{body}\n",
         entry="main_", language="triton", windows=(1,) * len(buffers), scalars=tuple(t for _, t in scalars),
         workgroup=(32 * warps, 1, 1), trusted=True, dtypes=tuple(d for _, d in buffers),
     )  # fmt: skip

@@ -385,6 +385,7 @@ def forward(
     scalars = [("page", "i32"), ("pages", "i32")] * bool(paged)
     scalars += ([("span", "i32")] * (not varlen) + [("rows", "i32")]) * split
     return template(
+        target,
         name + "_dropout" * dropout,
         buffers + SEED * dropout,
         _names("q k v out", mask, varlen, paged) + KEEP * dropout + scalars,
@@ -425,7 +426,7 @@ def merge(target: Target, dtype: str, head_v: int) -> Kernel:
         (n, "i32") for n in ("runs", "rows", "heads", "queries", "head_v")
     ]
     buffers = [("parts", "f32"), ("part_lse", "f32"), ("out", dtype), ("lse", "f32")]
-    return template(f"attention_merge_{dtype}_{head_v}", buffers, scalars, body, 4)
+    return template(target, f"attention_merge_{dtype}_{head_v}", buffers, scalars, body, 4)
 
 
 def delta(target: Target, dtype: str, head_v: int) -> Kernel:
@@ -448,7 +449,7 @@ def delta(target: Target, dtype: str, head_v: int) -> Kernel:
         (n, "i32") for n in ("heads", "queries", "head_v")
     ]
     return template(
-        f"attention_delta_{dtype}_{head_v}", [("g", dtype), ("out", dtype), ("delta", "f32")], scalars, body, 4
+        target, f"attention_delta_{dtype}_{head_v}", [("g", dtype), ("out", dtype), ("delta", "f32")], scalars, body, 4
     )
 
 
@@ -506,7 +507,9 @@ def backward_query(
     more = [("ds_out", "f32")] if scores else []
     buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dq", dtype), *more)
     scalars = _names("q k v g dq", mask, varlen) + KEEP * dropout
-    return template(name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages)
+    return template(
+        target, name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages
+    )
 
 
 def backward_key(
@@ -577,7 +580,9 @@ def backward_key(
     name = f"{_name('_backward_key', dtype, head, head_v, exact, mask, causal, precision, varlen)}_{s}"
     buffers = _buffers(dtype, "q k v g", mask, varlen, ("lse", "f32"), ("delta", "f32"), ("dk", dtype), ("dv", dtype))
     scalars = _names("q k v g dk dv", mask, varlen) + KEEP * dropout
-    return template(name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages)
+    return template(
+        target, name + "_dropout" * dropout, buffers + SEED * dropout, scalars, "\n".join(lines), s.warps, s.stages
+    )
 
 
 def groups(tile: int, length: Any, heads: Any) -> tuple[Any, Any, Any]:

@@ -192,7 +192,7 @@ def last(
     name = f"conv{nd}_last{'_run' * run}{'_d' * described}_{dtype}_{out_dtype}_{c_layout}{precision}{'_split' * split}_{s}_{epilogue}"
     buffers = [("x", dtype), ("w", dtype), *e.buffers, ("c", out_dtype)]
     scalars = [*last_scalars(nd, c_layout, split), *e.scalars]
-    return template(name, buffers, scalars, "\n".join(t for t in lines if t), s.warps, s.stages, e.module)
+    return template(target, name, buffers, scalars, "\n".join(t for t in lines if t), s.warps, s.stages, e.module)
 
 
 def last_groups(s: Schedule, m: Any, n: Any, batch: Any, groups: Any, splits: Any = 1) -> tuple[Any, Any, Any]:
@@ -300,7 +300,7 @@ def conv(
     flags = ("d" if divided else "") + ("t" if taps_last else "c") + ("_split" if split else "")
     name = f"conv{nd}_{mode}_{dtype}_{out_dtype}_{flags}{precision}_{s}_{epilogue}"
     buffers = [("g", dtype), ("w", dtype), *e.buffers, ("c", out_dtype)]
-    return template(name, buffers, scalars, "\n".join(lines), s.warps, s.stages, e.module)
+    return template(target, name, buffers, scalars, "\n".join(lines), s.warps, s.stages, e.module)
 
 
 def groups(s: Schedule, m: Any, n: Any, count: Any, splits: Any = 1) -> tuple[Any, Any, Any]:

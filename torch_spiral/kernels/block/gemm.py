@@ -432,7 +432,7 @@ def gemm(
     extra = [("offs", "i32")] if grouped else [("partial", compute)] if s.streamed else []
     extra += [("fa", "f32"), ("fb", "f32")] * bool(blocks)
     return template(
-        name, [("a", a), ("b", b), *e.buffers, ("c", c), *extra], scalars, body, s.warps, s.stages, e.module
+        target, name, [("a", a), ("b", b), *e.buffers, ("c", c), *extra], scalars, body, s.warps, s.stages, e.module
     )
 
 
@@ -554,7 +554,7 @@ def row_product(
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, False)] + e.scalars
     name = f"gemm_row_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}_{s}_{epilogue}"
     body = "\n".join(t for t in lines if t)
-    return template(name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module)
+    return template(target, name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module)
 
 
 def row_groups(s: RowSchedule, n: Any, batch: Any) -> tuple[Any, Any, Any]:
@@ -606,7 +606,7 @@ def stream_reduce(target: Target, s: Schedule, compute: str, c: str, c_layout: s
     scalars += [*((x, "i32") for x in ("m", "n", "k", "programs", "batch")), *e.scalars]
     name = f"stream_reduce_{compute}_{c}_{c_layout}_{s}_{epilogue}"
     body = "\n".join(t for t in lines if t)
-    return template(name, [("partial", compute), *e.buffers, ("c", c)], scalars, body, 4, 1, e.module)
+    return template(target, name, [("partial", compute), *e.buffers, ("c", c)], scalars, body, 4, 1, e.module)
 
 
 def _stream_rows(s: Schedule) -> int:
@@ -650,7 +650,7 @@ def reduce_splits(target: Target, compute: str, c: str, c_layout: str, epilogue:
     scalars += [("m", "i32"), ("n", "i32"), ("splits", "i32"), *e.scalars]
     name = f"reduce_splits_{compute}_{c}_{c_layout}_{epilogue}"
     return template(
-        name, [("partial", compute), *e.buffers, ("c", c)], scalars, "\n".join(t for t in lines if t), 4, 3, e.module
+        target, name, [("partial", compute), *e.buffers, ("c", c)], scalars, "\n".join(t for t in lines if t), 4, 3, e.module
     )  # fmt: skip
 
 

@@ -75,7 +75,13 @@ def product(target: Target, s: Schedule, dtype: str, bits: int, scale: str, grou
     name = f"quantized_{dtype}_{bits}_{scale}_{group}_{precision}_{s}"
     buffers = [("x", dtype), ("w", "i8" if bits == 8 else "i32"), ("scales", scale), ("out", dtype)]
     return template(
-        name, buffers, [("xm", "i64"), ("m", "i32"), ("n", "i32"), ("k", "i32")], "\n".join(lines), s.warps, s.stages
+        target,
+        name,
+        buffers,
+        [("xm", "i64"), ("m", "i32"), ("n", "i32"), ("k", "i32")],
+        "\n".join(lines),
+        s.warps,
+        s.stages,
     )
 
 
