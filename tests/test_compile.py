@@ -504,6 +504,71 @@ def test_one_kernel_for_all_batch_sizes(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(24, 32), nn.Linear(32, 24), nn.LayerNorm(24)
+
+    def forward(self, x):
+        return self.norm(x + self.second(F.gelu(self.first(x))))
+
+
+class Channels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+
+class Batches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(6, 10))
+
+    def forward(self, x):
+        return F.relu(x @ x.mT * 0.5 + self.bias[:, :6])
+
+
+DYNAMIC = {  # kernels, a module, an input of n batches, what is dynamic
+    "linear, relu": (1, lambda: nn.Sequential(nn.Linear(24, 40), nn.ReLU()), lambda n: torch.randn(n, 24), (0,)),
+    "linear of rows, gelu": (1, lambda: nn.Sequential(nn.Linear(24, 40), nn.GELU()), lambda n: torch.randn(n, 5, 24), (0,)),
+    "linear of rows of any number": (1, lambda: nn.Sequential(nn.Linear(24, 40), nn.SiLU()), lambda n: torch.randn(n, n + 2, 24), (0, 1)),
+    "residual, norm": (3, Residual, lambda n: torch.randn(n, 5, 24), (0,)),
+    "convolution, batch norm, relu": (1, Channels, lambda n: torch.randn(n, 3, 9, 7), (0,)),
+    "batches of products": (1, Batches, lambda n: torch.randn(n, 6, 8), (0,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if i % 3 else []) for i, name in enumerate(DYNAMIC)]
+)
+def test_products_of_all_batch_sizes_have_their_epilogues(device, name):
+    count, make, sample, dims = DYNAMIC[name]
+    model = make().eval()
+    exact = copy.deepcopy(model).double()
+    f = torch.compile(model.to(device), backend="spiral", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for n in (7, 33, 64, 1):
+            x = sample(n)
+            y = x.to(device)
+            for d in dims if n > 1 else ():
+                torch._dynamo.mark_dynamic(y, d)
+            f(y)
+            torch.spiral.synchronize()
+            with torch.spiral.telemetry() as t:
+                got = f(y)
+                torch.spiral.synchronize()
+            names = [x.kernel for x in t.launches if not PACKING.search(x.kernel) and "conv_pad" not in x.kernel]
+            assert len(names) == count, names
+            torch.testing.assert_close(got.cpu().double(), exact(x.double()), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # Dynamo has a graph of its own for 1
+
+
 def test_graph_breaks(device):
     def f(x):
         y = x * 2 + 1

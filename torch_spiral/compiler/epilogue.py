@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,14 +76,31 @@ class Operand:
         return replace(self, strides=(batch, column, row))
 
 
-def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, list[str | Operand]] | None:
+class Extent(NamedTuple):
+    """A size: a number times symbols."""
+
+    number: int
+    symbols: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, n: Node) -> Extent | None:
+        """A size of a program; None for one that is more than a product."""
+        factors = terms("mul", n)
+        if any(f.op not in ("const", "leaf") for f in factors):
+            return None
+        numbers, symbols = [f.attr for f in factors if f.op == "const"], [f.attr for f in factors if f.op == "leaf"]
+        return cls(math.prod(numbers), tuple(sorted(symbols)))
+
+
+def match(program: Program, product: int, shape: Sequence[Extent]) -> tuple[int, list[str | Operand]] | None:
     """(the buffer that the program writes, steps), or None. product: the buffer that holds the product [batch, rows, columns],
-    contiguous; every size must be known."""
+    contiguous. One size may be symbolic: how many batches there are, or how many rows the only one has."""
     names = [name for name, _, _ in program.buffers]
     if program.reduced or len(program.stores) != 1 or program.sites:
         return None
     (store,) = program.stores
-    if store.mode or not all(s.op == "const" for s in program.rows) or program.scalars:
+    extents = [Extent.of(s) for s in program.rows]
+    if store.mode or None in extents:
         return None
     nodes = ir.walk(store.value)
     loads = [n for n in nodes if n.op == "load"]
@@ -91,16 +108,24 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
     if len(accumulators) != 1 or len(accumulators[0].args) != 1 or any(len(n.args) != 1 for n in loads):
         return None
     acc = accumulators[0]
-    sizes = [s.attr for s in program.rows]
-    count = math.prod(sizes)
-    if store.index is not acc.args[0] or count != math.prod(shape) or acc.dtype != "f32":
+    if store.index is not acc.args[0] or acc.dtype != "f32":
         return None
-    outer = 1 if shape[0] == 1 else 0
-    many = shape[outer]
-    if many > 2 and sizes and sizes[-1] % many == 0 and _affine(nodes, f"x{len(sizes) - 1}"):
-        # The other items of the batch, or rows of the only one, follow as the second does.
-        sizes[-1], shape = 2 * (sizes[-1] // many), [*shape[:outer], 2, *shape[outer + 1 :]]
-        count = math.prod(sizes)
+    ranges = [e for e in extents if e is not None]
+    sizes, dims, outer = [e.number for e in ranges], [e.number for e in shape], int(shape[0] == Extent(1))
+    count, many = math.prod(sizes), dims[outer]
+    if count != math.prod(dims):
+        return None
+    # The other items of the batch, or rows of the only one, follow as the second does.
+    follow = bool(sizes) and _affine(nodes, f"x{len(sizes) - 1}")
+    symbolic = [e.symbols for e in (*ranges[:-1], *shape[:outer], *shape[outer + 1 :])]
+    known = ranges[-1].symbols if ranges else ()
+    if any(symbolic) or known != shape[outer].symbols or (known and not follow):
+        return None
+    if known:  # the least number of rows that has a second one in both
+        sizes[-1], dims[outer] = 2 * sizes[-1], 2 * many
+    elif many > 2 and follow and sizes[-1] % many == 0:
+        sizes[-1], dims[outer] = 2 * (sizes[-1] // many), 2
+    count = math.prod(sizes)
     if count > LIMIT:
         return None
     grid = (
@@ -114,6 +139,9 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
         place = np.broadcast_to(_evaluate(acc.args[0], leaves, _INTEGER), (count,))
         if not np.array_equal(place, np.arange(count)) and not np.array_equal(np.sort(place), np.arange(count)):
             return None
+        slabs = place.reshape(sizes[-1], -1) if known else place[:1, None]
+        if np.any(slabs - slabs[0] != slabs.shape[1] * np.arange(len(slabs))[:, None]):
+            return None  # in memory, too
         current = acc
         while current is not store.value:
             found = _next(store.value, current, names)
@@ -126,7 +154,7 @@ def match(program: Program, product: int, shape: Sequence[int]) -> tuple[int, li
             for kind, load in step:
                 index = np.empty(count, np.int64)
                 index[place] = np.broadcast_to(_evaluate(load.args[0], leaves, _INTEGER), (count,))
-                strides = _strides(index.reshape(shape))
+                strides = _strides(index.reshape(dims))
                 if strides is None or load.dtype != "f32":
                     return None
                 steps.append(Operand(kind, names.index(load.attr), strides, int(index[0])))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 
 from .. import _C
@@ -21,7 +22,7 @@ from ..kernels.vector.gemm import constant_step
 from . import attention, compat, prologue
 from .codegen import summary
 from .compat import V
-from .epilogue import Operand, match, split
+from .epilogue import Extent, Operand, match, split
 from .loops import Built, Program, build
 from .ops import dtype_name
 from .report import Step
@@ -465,15 +466,19 @@ class _Cutter:
 
     def _epilogue(self, index: int, kind: str, call: ast.Call, out: str) -> None:
         """Looks for the epilogue of the product or convolution at `index`, whose result is `out`."""
-        shape = _sizes(out)
         convolution = kind == "convolution"
         last = convolution and self._block and _channels_last(out)
-        if shape is None or not (_contiguous(out) or last):
+        if V.graph.try_get_buffer(out) is None or not (_contiguous(out) or last):
             return
+        sizes = V.graph.get_buffer(out).get_size()
         if convolution:
             if any(k.arg == "transposed" and ast.unparse(k.value) != "False" for k in call.keywords):
                 return
-            shape = [shape[0], shape[1], math.prod(shape[2:])]
+            sizes = [sizes[0], sizes[1], sympy.Mul(*sizes[2:])]
+        sizes = [*[sympy.Integer(1)] * (3 - len(sizes)), *sizes]
+        three = [e for e in map(_extent, sizes) if e is not None]
+        if len(three) < 3:
+            return
         names = {out}  # of the product's memory
         for at in range(index + 1, len(self.statements)):
             s = self.statements[at]
@@ -504,7 +509,6 @@ class _Cutter:
             if parts is None:
                 return
             program, rest = parts
-        three = [1] * (3 - len(shape)) + shape
         matched = match(program, products[0], [three[i] for i in (0, 2, 1)] if last else three)
         if matched is None:
             return
@@ -530,7 +534,7 @@ class _Cutter:
             return
         options = "".join(f", {k.arg}={ast.unparse(k.value)}" for k in call.keywords if k.arg != "out")
         args = ", ".join(ast.unparse(a) for a in call.args)
-        fused = f"product({kind!r}, ({args},), {buffers[target]}, {tuple(three)}, ({''.join(t + ', ' for t in text)}){options})"
+        fused = f"product({kind!r}, ({args},), {buffers[target]}, {self.wrapper.codegen_python_shape_tuple(sizes)}, ({''.join(t + ', ' for t in text)}){options})"
         after = [] if rest is None else [self._launch(found[0], rest, found[1])]
         self.statements[at : at + 1] = [ast.parse(fused).body[0], *after]
         self.statements[index] = ast.parse("None").body[0]
@@ -938,11 +942,11 @@ class _Cutter:
         self.out += ast.unparse(s).split("\n")
 
 
-def _of_convolution(operand: Operand, shape: Sequence[int], last: bool) -> bool:
+def _of_convolution(operand: Operand, shape: Sequence[Extent], last: bool) -> bool:
     """Whether the kernels of convolutions take an operand: one value a channel, or laid out as the result. last: channels-last."""
-    _, channels, pixels = shape
+    _, channels, pixels = (e.number for e in shape)
     dense = (channels * pixels, 1, channels) if last else (channels * pixels, pixels, 1)
-    strides = [s if n > 1 else None for s, n in zip(operand.strides, shape, strict=True)]
+    strides = [None if e == Extent(1) else s for s, e in zip(operand.strides, shape, strict=True)]
     return operand.offset == 0 and any(
         all(s in (None, wanted) for s, wanted in zip(strides, layout, strict=True)) for layout in ((0, 1, 0), dense)
     )
@@ -1016,6 +1020,13 @@ def _literal(e: ast.AST) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _extent(size: sympy.Expr) -> Extent | None:
+    """A size of a buffer; None for one that is more than a product."""
+    number, rest = sympy.sympify(size).as_coeff_Mul()
+    symbols = [] if rest == 1 else rest.as_ordered_factors()
+    return Extent(int(number), tuple(sorted(map(str, symbols)))) if all(s.is_Symbol for s in symbols) else None
 
 
 def _sizes(name: str) -> list[int] | None:
