@@ -235,3 +235,36 @@ else:
             for n in (5, 10, 20, 100):
                 run(n), run(n)
         run(100)
+
+    @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
+    def test_launches_are_held_back_in_batches():
+        """Those of a loop become graphs as they come again; whatever reads, copies, fills or replays a plan between sees them done."""
+        start = torch.randn(6, 10)
+
+        def loop(x, steps):
+            y = x
+            for i in range(steps):
+                y = ((y * 1.5 - x).relu() + y.roll(1, 0)).clamp(-3, 3) / 2
+                if i == 7:
+                    y[2] = x[3]  # a copy
+                if i == 11:
+                    y = torch.cat([y[:3], torch.zeros_like(y[3:])])  # a fill
+                if i == 13 and x.device.type == "spiral":
+                    y = y + torch.ops.spiral.stand_in_triangle(x) / 55 - x  # a sequence
+            return y
+
+        want, short = loop(start.double(), 20), loop(start.double(), 5)
+        x = start.to(DEVICE)
+        counts = []
+        for steps in (20, 20, 20, 5, 5, 5):
+            before = [gpu.count(what) for what in ("launches", "graph launches", "graphs made")]
+            assert (loop(x, steps).cpu() - (want if steps == 20 else short)).abs().max() < 1e-4
+            counts.append(
+                [
+                    gpu.count(what) - then
+                    for what, then in zip(("launches", "graph launches", "graphs made"), before, strict=True)
+                ]
+            )
+        (long, none, _), (again, some, _) = counts[:2]
+        assert long == again > 100 and none == 0 < some
+        assert counts[-1][1] >= 1 and counts[-1][2] == 0  # a steady state makes none

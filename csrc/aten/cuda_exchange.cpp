@@ -54,6 +54,7 @@ void order_with_cuda(c10::DeviceIndex index) {
   Device& owner = device(index);
   const c10::Stream stream = current_cuda_stream(*cuda), queue = queue_of(owner, *cuda);
   DeviceLock lock(owner.mutex);
+  owner.engine->flush();
   order(stream, queue);
   order(queue, stream);
 }
@@ -70,6 +71,7 @@ at::Tensor view_of_cuda(const at::Tensor& cuda) {
   if (storage.nbytes() > 0) {
     const c10::Stream queue = queue_of(owner, cuda.device().index());
     DeviceLock lock(owner.mutex);
+    owner.engine->flush();
     order(current_cuda_stream(cuda.device().index()), queue);
     // torch's allocator hands the memory out again only when our queue is done with it.
     c10::impl::VirtualGuardImpl(kCudaType).recordDataPtrOnStream(storage.data_ptr(), queue);

@@ -18,6 +18,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 
 namespace spiral {
@@ -45,6 +46,12 @@ constexpr size_t kLeastInGraph = 8;
 // where a graph counts as some more. A graph that was dropped for others so often is not made again.
 constexpr size_t kMaxGraphNodes = 1 << 15, kNodesOfGraph = 64;
 constexpr int kMaxDrops = 3;
+
+// Launches outside of sequences are held back and reach the driver in batches, which are graphs where they come again with the same
+// kernels: but for the first ones after the device may have run empty. A batch ends behind one kernel in so many, by its name, so that
+// a loop is cut where it was cut the time before.
+constexpr size_t kAtOnce = 8, kMaxBatch = 64, kCut = 16;
+constexpr size_t kMaxBatches = 1024;  // that are remembered
 
 size_t max_graph_nodes() {
   const char* text = std::getenv("SPIRAL_CUDA_GRAPH_NODES");
@@ -162,6 +169,7 @@ struct CudaKernel final : Kernel {
   size_t block;   // bytes of the parameter block
   size_t params;  // bytes of all parameters: the block and Triton's scratch pointers
   size_t scratch;  // bytes a workgroup
+  bool cuts;       // a batch behind it
   bool waits;      // KernelSource::waits
 };
 
@@ -205,6 +213,35 @@ class Current {
   bool pushed_ = false;
 };
 
+// Launches and their parameters, one after the other.
+struct Launches {
+  struct Launch {
+    const CudaKernel* kernel;
+    uint32_t grid[3];
+    size_t at;  // in params
+  };
+  std::vector<Launch> each;
+  std::vector<char> params;
+
+  void add(const CudaKernel& kernel, const uint32_t grid[3], const char* block) {
+    const size_t at = (params.size() + 15) / 16 * 16;
+    each.push_back({&kernel, {grid[0], grid[1], grid[2]}, at});
+    params.resize(at + kernel.params);
+    std::memcpy(params.data() + at, block, kernel.params);
+  }
+  void clear() { each.clear(), params.clear(); }
+  void swap(Launches& other) { each.swap(other.each), params.swap(other.params); }
+};
+
+Result launch_each(const Api& api, Stream stream, Launches& launches) {
+  Result code = kSuccess;
+  for (const auto& launch : launches.each) {
+    const Result result = launch_kernel(api, stream, *launch.kernel, launch.grid, launches.params.data() + launch.at);
+    if (code == kSuccess) code = result;
+  }
+  return code;
+}
+
 class CudaSequence;
 
 // The sequences of a device that have graphs, the one used last at the end. Plans and their sequences may go in any thread; what uses a
@@ -244,43 +281,27 @@ class CudaSequence final : public Sequence {
     }
   }
 
-  void add(const CudaKernel& kernel, const uint32_t grid[3], const char* params) {
+  // The launches of the stretch under way, to add to.
+  Launches& launches() {
     if (current_ == stretches_.size()) stretches_.emplace_back();
-    Stretch& s = stretches_[current_];
-    const size_t at = (s.params.size() + 15) / 16 * 16;
-    s.launches.push_back({&kernel, {grid[0], grid[1], grid[2]}, at});
-    s.params.resize(at + kernel.params);
-    std::memcpy(s.params.data() + at, params, kernel.params);
+    return stretches_[current_].now;
   }
 
   // Queues the launches added since the last call. The first error, if any; `objects` counts what was created.
   Result submit(Stream stream, uint64_t& objects) {
-    if (current_ == stretches_.size() || stretches_[current_].launches.empty()) return kSuccess;
+    if (current_ == stretches_.size() || stretches_[current_].now.each.empty()) return kSuccess;
     Stretch& s = stretches_[current_++];
-    const size_t count = s.launches.size();
-    Result code = kSuccess;
-    if (count >= kLeastInGraph && prepare(s, objects)) {
-      code = api_.graph_launch(s.exec, stream);
-    } else {
-      for (const Launch& launch : s.launches) {
-        const Result result = launch_kernel(api_, stream, *launch.kernel, launch.grid, s.params.data() + launch.at);
-        if (code == kSuccess) code = result;
-      }
-    }
-    s.launches.swap(s.last), s.params.swap(s.last_params);
-    s.launches.clear(), s.params.clear();
+    const bool graph = s.now.each.size() >= kLeastInGraph && prepare(s, objects);
+    const Result code = graph ? api_.graph_launch(s.exec, stream) : launch_each(api_, stream, s.now);
+    s.now.swap(s.last);
+    s.now.clear();
     return code;
   }
 
  private:
-  struct Launch {
-    const CudaKernel* kernel;
-    uint32_t grid[3];
-    size_t at;  // in params
-  };
+  using Launch = Launches::Launch;
   struct Stretch {
-    std::vector<Launch> launches, last;  // of this replay, of the one before
-    std::vector<char> params, last_params;
+    Launches now, last;  // of this replay, of the one before
     bool fails = false;  // the driver makes no graph of it, or it was dropped too often
     int drops = 0;
     Graph graph = nullptr;
@@ -296,9 +317,9 @@ class CudaSequence final : public Sequence {
 
   // Whether the stretch's graph does what this replay wants.
   bool prepare(Stretch& s, uint64_t& objects) {
-    const size_t count = s.launches.size();
+    const size_t count = s.now.each.size();
     if (!s.exec || s.nodes.size() != count) {
-      if (s.last.size() != count || s.fails) return false;
+      if (s.last.each.size() != count || s.fails) return false;
       std::lock_guard<std::mutex> lock(graphs_->mutex);
       destroy(s);
       while (graphs_->nodes + count + kNodesOfGraph > graphs_->most && !graphs_->kept.empty() && graphs_->kept.front() != this) {
@@ -312,11 +333,11 @@ class CudaSequence final : public Sequence {
       objects++;
       return true;
     }
-    const bool known = s.last.size() == count;  // else the last replay was not the graph's
+    const bool known = s.last.each.size() == count;  // else the last replay was not the graph's
     for (size_t i = 0; i < count; ++i) {
-      const Launch& now = s.launches[i];
-      char* params = s.params.data() + now.at;
-      if (known && same(now, params, s.last[i], s.last_params.data())) continue;
+      const Launch& now = s.now.each[i];
+      char* params = s.now.params.data() + now.at;
+      if (known && same(now, params, s.last.each[i], s.last.params.data())) continue;
       Arguments a(api_, *now.kernel, params);
       const KernelNode n = node(now, a);
       if ((s.early[i] && !now.kernel->waits) || api_.graph_exec_set_kernel(s.exec, s.nodes[i], &n) != kSuccess) {
@@ -335,8 +356,8 @@ class CudaSequence final : public Sequence {
 
   bool make(Stretch& s) {
     if (api_.graph_create(&s.graph, 0) != kSuccess) return false;
-    for (const Launch& launch : s.launches) {
-      Arguments a(api_, *launch.kernel, s.params.data() + launch.at);
+    for (const Launch& launch : s.now.each) {
+      Arguments a(api_, *launch.kernel, s.now.params.data() + launch.at);
       const KernelNode n = node(launch, a);
       const GraphNode* before = s.nodes.empty() ? nullptr : &s.nodes.back();
       const bool early = before && launch.kernel->waits && graphs_->programmatic && api_.graph_add_edges;
@@ -379,6 +400,60 @@ class CudaSequence final : public Sequence {
   size_t current_ = 0;
 };
 
+// Batches of launches that no plan's replay holds together, each with its sequence, found by their kernels.
+class Batches {
+ public:
+  Batches(const Api& api, Context context, std::shared_ptr<Graphs> graphs)
+      : api_(api), context_(context), graphs_(std::move(graphs)), possible_(graphs_->most > 0 && api.graph_add_kernel) {}
+
+  // Whether the launch is held back; else it is for the caller to make.
+  bool hold(const CudaKernel& kernel, const uint32_t grid[3], const char* block) {
+    if (!possible_ || made_at_once_ < kAtOnce) {
+      made_at_once_++;
+      return false;
+    }
+    held_.add(kernel, grid, block);
+    kernels_ = (kernels_ ^ reinterpret_cast<uintptr_t>(&kernel)) * 0x9E3779B97F4A7C15u;
+    kernels_ ^= kernels_ >> 32;
+    return true;
+  }
+
+  bool full() const {
+    const size_t count = held_.each.size();
+    return count == kMaxBatch || (count >= kLeastInGraph && held_.each.back().kernel->cuts);
+  }
+  bool empty() const { return held_.each.empty(); }
+  void device_is_idle() { made_at_once_ = 0; }
+
+  // Queues what was held back. The first error, if any; `objects` counts what was created.
+  Result submit(Stream stream, uint64_t& objects) {
+    Result code = kSuccess;
+    if (held_.each.size() < kLeastInGraph) {
+      code = launch_each(api_, stream, held_);
+      held_.clear();
+    } else {
+      if (known_.size() == kMaxBatches && !known_.count(kernels_)) known_.clear();
+      auto& sequence = known_[kernels_];
+      if (!sequence) sequence = std::make_unique<CudaSequence>(api_, context_, graphs_);
+      sequence->begin();
+      sequence->launches().swap(held_);
+      code = sequence->submit(stream, objects);
+    }
+    kernels_ = 0;
+    return code;
+  }
+
+ private:
+  const Api& api_;
+  Context context_;
+  std::shared_ptr<Graphs> graphs_;
+  bool possible_;
+  size_t made_at_once_ = 0;
+  Launches held_;
+  uint64_t kernels_ = 0;  // a hash of the held launches' kernels
+  std::unordered_map<uint64_t, std::unique_ptr<CudaSequence>> known_;
+};
+
 class CudaEngine;
 
 // Goes back to its engine's pool. An engine that closes outlives its events: engines of torch's devices never close, raw ones
@@ -399,6 +474,7 @@ class CudaEngine final : public Engine {
     const Current current(api_, context_);
     CUDA_CHECK(api_.stream_create(&stream_, kStreamNonBlocking), "creating a stream on ", properties_.name);
     objects_ = 2;
+    batches_ = std::make_unique<Batches>(api_, context_, graphs_);
   }
 
   ~CudaEngine() override {
@@ -406,7 +482,9 @@ class CudaEngine final : public Engine {
     {
       Context popped;
       if (api_.context_push(context_) != kSuccess) return;
+      submit();
       api_.stream_synchronize(stream_);
+      batches_.reset();
       for (auto& kernel : kernels_) api_.module_unload(kernel->module);
       for (auto& pool : events_) {
         for (Event event : pool) api_.event_destroy(event);
@@ -455,8 +533,8 @@ class CudaEngine final : public Engine {
   void* native_queue() const override { return stream_; }
 
   void free(Memory* memory) override {
+    if (memory && !is_forked()) submit();  // launches that may use it
     if (memory && !static_cast<CudaMemory*>(memory)->adopted && !is_forked()) {
-      submit();  // launches that may use it
       Context popped;
       if (api_.context_push(context_) == kSuccess) {
         api_.stream_synchronize(stream_);
@@ -533,6 +611,7 @@ class CudaEngine final : public Engine {
     kernel->shared_memory = source.shared_memory;
     kernel->block = source.params_size;
     kernel->scratch = source.scratch;
+    kernel->cuts = std::hash<std::string>()(source.name) % kCut == 0;
     kernel->waits = source.waits;
     kernel->params = params_of(*kernel);
     kernels_.push_back(std::move(kernel));
@@ -553,7 +632,12 @@ class CudaEngine final : public Engine {
       const Address scratch = scratch_of(kernel->scratch * groups[0] * groups[1] * groups[2]);
       std::memcpy(block + kernel->block, &scratch, sizeof scratch);
     }
-    if (sequence_) return sequence_->add(*kernel, groups, block);
+    if (sequence_) return sequence_->launches().add(*kernel, groups, block);
+    check_not_forked();
+    if (batches_->hold(*kernel, groups, block)) {
+      if (batches_->full()) submit();
+      return;
+    }
     const Current current = enter();
     keep(launch_kernel(api_, stream_, *kernel, groups, block), kernel->name.c_str());
   }
@@ -565,6 +649,7 @@ class CudaEngine final : public Engine {
 
   void begin(Sequence& sequence) override {
     check_not_forked();
+    submit();
     sequence_ = static_cast<CudaSequence*>(&sequence);
     sequence_->begin();
   }
@@ -574,11 +659,12 @@ class CudaEngine final : public Engine {
     sequence_ = nullptr;
   }
 
-  void flush() override {}  // the driver hands work on at once
+  void flush() override { submit(); }
 
   void synchronize() override {
     const Current current = enter();
     keep(api_.stream_synchronize(stream_), "queued work");
+    batches_->device_is_idle();
     if (kept_.empty()) return;
     const std::string text = std::exchange(kept_, {});
     TORCH_CHECK(false, text);
@@ -629,12 +715,12 @@ class CudaEngine final : public Engine {
     return Current(api_, context_, device_ == 0);
   }
 
-  // What goes on follows the launches that a sequence holds back.
+  // What goes on follows the launches that are held back.
   void submit() noexcept {
-    if (!sequence_) return;
+    if (!sequence_ && batches_->empty()) return;
     try {
       const Current current(api_, context_, device_ == 0);
-      keep(sequence_->submit(stream_, objects_), "a sequence of kernels");
+      keep(sequence_ ? sequence_->submit(stream_, objects_) : batches_->submit(stream_, objects_), "a sequence of kernels");
     } catch (const std::exception& e) {
       if (kept_.empty()) kept_ = e.what();
     }
@@ -750,6 +836,7 @@ class CudaEngine final : public Engine {
   uint64_t objects_ = 0;
   CudaSequence* sequence_ = nullptr;  // of the replay under way
   std::shared_ptr<Graphs> graphs_ = std::make_shared<Graphs>();
+  std::unique_ptr<Batches> batches_;  // what is not of a replay
 
   std::mutex events_mutex_;  // handles are given back by whoever drops them
   std::vector<Event> events_[2];

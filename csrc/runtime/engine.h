@@ -94,7 +94,7 @@ class Engine {
 
   virtual Memory* allocate(uint64_t size) = 0;  // size > 0; throws c10::OutOfMemoryError
   virtual uint64_t address(Memory*) const { return 0; }  // CUDA/HIP: the device pointer
-  // CUDA/HIP: memory that someone else owns, and the driver's handle of the queue. Null elsewhere.
+  // CUDA/HIP: memory that someone else owns, and the driver's handle of the queue (flush() before giving it work). Null elsewhere.
   virtual Memory* adopt(uint64_t address, uint64_t size) { (void)address, (void)size; return nullptr; }
   virtual void* native_queue() const { return nullptr; }
   virtual void free(Memory*) = 0;               // after the work queued so far; never throws
