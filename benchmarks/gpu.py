@@ -51,6 +51,41 @@ def gemm(n: int, dtype: torch.dtype) -> Make:
     return make
 
 
+def float8(size: int, recipe: str) -> Make:
+    """A product of float8_e4m3fn with scales: of rows and columns, or of the first operand's rows and of the second's tiles, 128 numbers each
+    (DeepSeek-V3)."""
+
+    def make(device: torch.device) -> Step:
+        a, b = (randn(device, size, size, dtype=BF16).to(torch.float8_e4m3fn) for _ in range(2))
+        if recipe == "rows":
+            scales, kinds = ((size, 1), (1, size)), (F.ScalingType.RowWise,) * 2
+            p, q = (randn(device, *shape).abs() + 0.1 for shape in scales)
+        else:
+            blocks, kinds = size // 128, (F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128)
+            p, q = (randn(device, blocks, n).t().abs() + 0.1 for n in (size, blocks))
+        return lambda: F.scaled_mm(a, b.t(), p, kinds[0], q, kinds[1])
+
+    return make
+
+
+def epilogue(m: int, n: int, k: int, fn: Callable[..., Tensor]) -> Callable[[torch.device], dict[str, Contender]]:
+    """fn(x [m, k], weight [n, k], bias [n], residual [m, n]) in bfloat16, compiled by torch for CUDA and by us."""
+
+    def make(device: torch.device, backend: str) -> Step:
+        given = [randn(device, *shape, dtype=BF16) for shape in ((m, k), (n, k), (n,), (m, n))]
+        run = torch.compile(fn, backend=backend)
+        return lambda: run(*given)
+
+    def contenders(device: torch.device) -> dict[str, Contender]:
+        torch._dynamo.reset()
+        return {
+            "torch.compile": Contender(make(CUDA, "inductor"), CUDA),
+            "spiral compiled": Contender(make(device, "spiral"), device),
+        }
+
+    return contenders
+
+
 def attention(dtype: torch.dtype, backward: bool) -> Make:
     def make(device: torch.device) -> Step:
         q, k, v = (randn(device, 8, 16, 2048, 64, dtype=dtype, grad=backward) for _ in range(3))
@@ -192,6 +227,15 @@ def list_rows(engine: str) -> list[Work | Reading]:
         for n in (2048, 4096, 8192):
             name = str(dtype).removeprefix("torch.")
             add(f"gemm {name} {n}", gemm(n, dtype), (0.90 if n == 2048 else 0.95) if triton else None)
+    if triton:
+        for recipe in ("rows", "blocks"):
+            add(f"gemm float8, scales of {recipe}, 4096", float8(4096, recipe))
+        for name, sizes, fn in (
+            ("gelu(linear)", (4096, 3072, 768), lambda x, w, b, r: F.gelu(F.linear(x, w, b))),
+            ("gelu(linear), tanh", (4096, 3072, 768), lambda x, w, b, r: F.gelu(F.linear(x, w, b), approximate="tanh")),
+            ("linear + residual", (4096, 768, 3072), lambda x, w, b, r: F.linear(x, w, b) + r),
+        ):
+            found.append(Work(f"epilogue bf16 {name} {'x'.join(map(str, sizes))}", epilogue(*sizes, fn)))
     add("attention bf16 B8 H16 T2048 D64 causal, forward", attention(BF16, False), 0.9 if triton else None, 1.0)
     add("attention bf16 B8 H16 T2048 D64 causal, backward", attention(BF16, True), 0.75 if triton else None, 1.0)
     add("attention f32 B8 H16 T2048 D64 causal, forward", attention(F32, False), 0.8 if engine == "wgpu" else None, 1.0)
