@@ -56,13 +56,13 @@ IMPORTS = "import triton\nimport triton.language as tl\n"
 def opening(target: Target, module: str, entry: str, parameters: Sequence[str], ahead: Sequence[str] = ()) -> str:
     """A kernel's text, after HEADER, up to its first access to memory. Where kernels may start early (Target.dependent_launch), the next
     one may as soon as all workgroups of this one have, and every workgroup waits until the kernels ahead have ended. ahead: lines that
-    run before: prefetches, for nothing that they read is final."""
-    start = f"\n\n@triton.jit\ndef {entry}({', '.join(parameters)}):\n"
-    if not target.dependent_launch:
-        return IMPORTS + module + start
-    imports = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-    body = "".join(f"    {line}\n" for line in ("gdc_launch_dependents()", *ahead, "gdc_wait()"))
-    return IMPORTS + imports + module + start + body
+    run before, for they read no memory: arithmetic and prefetches."""
+    imports, lines = IMPORTS, ahead
+    if target.dependent_launch:
+        imports += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+        lines = ["gdc_launch_dependents()", *ahead, "gdc_wait()"]
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"{imports}{module}\n\n@triton.jit\ndef {entry}({', '.join(parameters)}):\n{body}"
 
 
 class Triton(Language):

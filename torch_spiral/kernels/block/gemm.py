@@ -500,6 +500,8 @@ class RowSchedule:
 
 
 ROW_UNDER_WAY = 64  # elements of B that an invocation loads together
+# Bytes of B that are on their way into the L2 cache before the kernels ahead have ended, at most, and by one instruction.
+ROW_AHEAD, PREFETCHED = 32 << 20, 64
 
 
 def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batch: int) -> RowSchedule:
@@ -531,10 +533,14 @@ def row_product(
         return [f"    sums += {x} * {y}"]
 
     unrolled = max(ROW_UNDER_WAY * 32 * s.warps // (s.columns * s.k), 1)
-    lines = [
+    ahead = [
         f"tiles = tl.cdiv(n, {s.columns})",
         "z = (tl.program_id(0) // tiles).to(tl.int64)",
         f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
+    ]
+    if target.dependent_launch:
+        ahead += _prefetch(s, DTYPES[b].size, b_layout)
+    lines = [
         f"rk = tl.arange(0, {s.k})",
         f"pa = a + z * ab + {copies} * {ak}",
         f"pb = b + z * bb + rb{columns} * {bn} + rk{rows} * {bk}",
@@ -554,7 +560,29 @@ def row_product(
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, False)] + e.scalars
     name = f"gemm_row_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}_{s}_{epilogue}"
     body = "\n".join(t for t in lines if t)
-    return template(target, name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module)
+    return template(
+        target, name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module, ahead
+    )
+
+
+def _prefetch(s: RowSchedule, size: int, b_layout: str) -> list[str]:
+    """Lines of row_product: the program's columns of B, elements of `size` bytes, go to the L2 cache, where other programs' writes to them
+    are seen as well."""
+    lanes = 32 * s.warps
+    if b_layout == "t":  # a line of the cache holds `each` elements of a column
+        each, at_once = PREFETCHED // size, max(lanes // s.columns, 1)
+        place = "tl.minimum(rb, n - 1)[:, None] * bn + tl.minimum(i + rp, k - 1)[None, :]"
+    else:  # and here a row of all the program's columns
+        each, at_once = 1, lanes
+        place = "rb_first + tl.minimum(i + rp, k - 1) * bk"
+    return [
+        f"if tl.program_id(0) < {ROW_AHEAD // (s.columns * size)} // k:",
+        f"    rp = tl.arange(0, {at_once}) * {each}",
+        *["    rb_first = tl.min(rb, 0)"] * (b_layout == "n"),
+        f"    for i in range(0, k, {at_once * each}):",
+        f"        line = (b + z * bb + {place}).to(tl.int64)",
+        '        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)',
+    ]
 
 
 def row_groups(s: RowSchedule, n: Any, batch: Any) -> tuple[Any, Any, Any]:
