@@ -1122,6 +1122,25 @@ def test_sums_of_everything_are_cut_for_all_cores(device):
         assert len(groups) == 2 and "256u" in groups[0].source
 
 
+@pytest.mark.parametrize("name", ["softmax", "layer norm"])
+def test_rows_to_come_are_fetched_by_the_loop_that_leaves_memory_idle(device, name):
+    """The one that computes exponentials, else the last one, which reads what is in the cache."""
+
+    def f(x, w):
+        y = x.softmax(-1) * w if name == "softmax" else F.layer_norm(x, x.shape[-1:]) * w
+        return y - y.mean(-1, keepdim=True)
+
+    x, w = torch.randn(2, 9, 1024)
+    check(device, f, x, w)
+    check(device, f, x[::2], w[::2])
+    if torch.spiral.get_device_properties(device).schedule_class == "vector":
+        (group,) = explain(f, x.to(device), w.to(device)).groups
+        loops = group.source[group.source.index("__kernel") :].split("for (;;)")
+        fetching = [loop for loop in loops if "PREFETCH(" in loop]
+        assert fetching and all(("exp_f32x16(" in loop) == (name == "softmax") for loop in fetching)
+        assert name == "softmax" or all("0, b0 +" in loop for loop in fetching)  # it stores the result
+
+
 # ---- what only prepares an operand of a product -------------------------------------------------------------------------
 
 
@@ -1444,6 +1463,52 @@ def test_kernel_count(device, name):
     assert len(names) == count, names
     got, want = torch.compile(f, backend="spiral")(*on(device, args)), f(*(x.double() for x in args))
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
+
+
+def norm_over(dim):
+    return lambda x: (x - x.mean(dim, keepdim=True)) * torch.rsqrt(x.var(dim, unbiased=False, keepdim=True) + 1e-5)
+
+
+SLOW = {
+    "softmax": (lambda x: x.softmax(0), (700, 70)),
+    "softmax of few columns": (lambda x: x.softmax(0), (700, 3)),
+    "softmax of one column": (lambda x: x.softmax(0), (700, 1)),
+    "softmax of long columns": (lambda x: x.softmax(0), (9000, 5)),
+    "softmax in the middle": (lambda x: x.softmax(1), (3, 130, 41)),
+    "softmax in the middle of four": (lambda x: x.softmax(1), (2, 66, 3, 11)),
+    "softmax of a transposed row": (lambda x: x.t().softmax(0), (37, 300)),
+    "softmax of a slice": (lambda x: x[3:, 5:].softmax(0), (300, 45)),
+    "log softmax": (lambda x: x.log_softmax(0), (300, 64)),
+    "normalised columns": (norm_over(0), (300, 33)),
+    "normalised channels": (norm_over(1), (2, 70, 30)),
+    "with a value a column": (lambda x: (x.softmax(0), x.amax(0), x.logsumexp(0)), (300, 70)),
+    "bfloat16": (lambda x: x.softmax(0), (300, 70), torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] if i % 4 else []) for i, n in enumerate(SLOW)]
+)
+def test_kernel_count_along_slow_dimensions(device, name):
+    f, shape, *dtype = SLOW[name]
+    x = (3 * torch.randn(shape)).to(*(dtype or [torch.float32]))
+    names = kernels(f, x.to(device))
+    assert len(names) == 1, names
+    tolerance = 1e-2 if dtype else 1e-5
+    for got, want in zip(
+        tree_leaves(torch.compile(f, backend="spiral")(x.to(device))), tree_leaves(f(x.double())), strict=True
+    ):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_kernel_count_of_a_softmaxs_backward_along_a_slow_dimension(device):
+    x = torch.randn(300, 70)
+    y, g = x.softmax(0), torch.randn(300, 70)
+    f = torch.ops.aten._softmax_backward_data
+    names = kernels(lambda g, y: f(g, y, 0, torch.float32), *on(device, (g, y)))
+    assert len(names) == 1, names
+    got = torch.compile(lambda g, y: f(g, y, 0, torch.float32), backend="spiral")(*on(device, (g, y)))
+    torch.testing.assert_close(got.cpu().double(), f(g.double(), y.double(), 0, torch.float64), rtol=1e-5, atol=1e-6)
 
 
 def test_kernel_count_of_a_chains_backward(device):

@@ -27,6 +27,7 @@ KEPT_ELEMENTS = 8192  # of intermediate rows that one loop leaves for the next
 COSTLY = frozenset(
     ("exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "erf", "pow", "sin", "cos", "sqrt", "rsqrt", "div")
 )
+SERIES = COSTLY - {"sqrt", "rsqrt", "div"}  # that take a series instead of an instruction
 TOTALS = 4096  # that stay in the first-level cache
 BLOCK_ROWS = 256  # summed one after the other
 LONG = 400  # nodes of expressions that a GPU computes for one element at a time, for the sake of registers
@@ -475,6 +476,7 @@ class _Reduction(_Evaluation, Rows):
         self.loops = max(max(self.groups.values(), default=-1), top) + 1
         self.rows_kept: dict[Node, Any] = {}
         self.ahead: list[Node] = []
+        self.ahead_in = self.loops - 1
         if self.schedule == "lanes_d" and self.loops > 1:
             self._plan_loops()
 
@@ -487,8 +489,8 @@ class _Reduction(_Evaluation, Rows):
         ]
 
     def _plan_loops(self) -> None:
-        """What the loops of a row keep for later ones in memory that stays in the first-level cache (rows_kept), and which loads the
-        last loop makes for the rows to come (ahead)."""
+        """What the loops of a row keep for later ones in memory that stays in the first-level cache (rows_kept), and which loads one
+        of them (ahead_in) makes for the rows to come (ahead)."""
         loops: dict[Node, list[int]] = {}
         users: dict[Node, set[Node]] = {}
         ends: dict[Node, int] = {}  # the last loop that wants an expression itself
@@ -525,6 +527,12 @@ class _Reduction(_Evaluation, Rows):
             for n in loops:
                 if n.op == "load" and len(n.args) == 1 and n.attr in reads and self._contiguous(n.args[0]):
                     self.ahead.append(n)
+            # The loop that computes most leaves memory idle; the last one works from the cache, but may store.
+            series = [0] * self.loops
+            for n, at in loops.items():
+                series[at[0]] += n.op in SERIES
+            if any(series):
+                self.ahead_in = series.index(max(series))
 
     @staticmethod
     def _contiguous(index: Node) -> bool:
@@ -607,7 +615,7 @@ class _Reduction(_Evaluation, Rows):
                     array[position] = done[n]
                 elif self.loop > first:
                     done[n] = array[position]
-        if self.ahead and self.loop == self.loops - 1 and position.lanes > 1:
+        if self.ahead and self.loop == self.ahead_in and position.lanes > 1:
             later_row = {**leaves, "x0": leaves["x0"] + 2}
             for n in self.ahead:
                 self.buffers[n.attr].prefetch(self._emit([n.args[0]], later_row, {})[0])
