@@ -19,7 +19,8 @@ enum { kInvalid = 1, kOutOfMemory = 2, kNoContext = 201 };
 
 typedef void* P;
 typedef struct { P function; unsigned grid[3], block[3], shared; void **params, **extra; P kernel, context; } KernelNode;
-typedef struct { KernelNode launch; size_t size; char block[4096]; } Node;
+typedef struct { KernelNode launch; size_t size; char block[4096]; int edges, early; } Node;
+typedef struct { unsigned char from_port, to_port, type, reserved[5]; } EdgeData;
 typedef struct { int count; Node* nodes[4096]; } Graph;
 
 // ---- what tests ask for
@@ -28,10 +29,12 @@ static int (*run)(int kernel, const unsigned* grid, const void* params);
 static size_t allowed = (size_t)2 << 30, used;
 static char failing[64];
 static int failing_code, failing_after;
-static long launches, graphs_made, graphs_alive, nodes_alive, graph_launches, mistakes;
+static char waiting[1 << 16];  // kernels that wait for those ahead of them
+static long launches, graphs_made, graphs_alive, nodes_alive, graph_launches, early_edges, mistakes;
 
 void stand_in_run(int (*callback)(int, const unsigned*, const void*)) { run = callback; }
 void stand_in_memory(size_t bytes) { allowed = bytes; }
+void stand_in_waits(int kernel) { waiting[kernel] = 1; }
 void stand_in_fail(const char* function, int code, int after) {  // the call after so many
   strncpy(failing, function, sizeof failing - 1), failing_code = code, failing_after = after;
 }
@@ -42,6 +45,7 @@ long stand_in_count(const char* what) {
   if (!strcmp(what, "graphs alive")) return graphs_alive;
   if (!strcmp(what, "nodes alive")) return nodes_alive;
   if (!strcmp(what, "graph launches")) return graph_launches;
+  if (!strcmp(what, "early edges")) return early_edges;
   return mistakes;
 }
 
@@ -193,6 +197,7 @@ int NAME(cuLaunchKernel, hipModuleLaunchKernel)(P function, unsigned x, unsigned
 static int take(Node* node, const KernelNode* launch) {
   const void* block = block_of(launch->extra, &node->size);
   if (!block || launch->block[1] != 1 || launch->block[2] != 1 || launch->context != (P)1 || launch->kernel) return mistake("a bad node");
+  if (node->early && !waiting[(int)(intptr_t)launch->function - 1]) return mistake("a kernel starts early and does not wait");
   node->launch = *launch;
   memcpy(node->block, block, node->size);
   return 0;
@@ -201,12 +206,29 @@ int cuGraphCreate(P* graph, unsigned flags) { BEGIN; *graph = calloc(1, sizeof(G
 int cuGraphAddKernelNode_v2(P* added, P graph, const P* after, size_t count, const KernelNode* launch) {
   BEGIN;
   Graph* g = graph;
-  if ((count == 0) != (g->count == 0) || (count && *after != g->nodes[g->count - 1])) return mistake("nodes out of order");
-  *added = g->nodes[g->count++] = calloc(1, sizeof(Node));
-  return take(*added, launch);
+  if (count && (!g->count || *after != g->nodes[g->count - 1])) return mistake("nodes out of order");
+  Node* node = g->nodes[g->count++] = calloc(1, sizeof(Node));
+  node->edges = (int)count;
+  *added = node;
+  return take(node, launch);
 }
+#ifndef NO_EDGE_DATA
+int cuGraphAddDependencies_v2(P graph, const P* from, const P* to, const EdgeData* data, size_t count) {
+  BEGIN;
+  Graph* g = graph;
+  if (count != 1 || g->count < 2 || *from != g->nodes[g->count - 2] || *to != g->nodes[g->count - 1]) return mistake("a bad edge");
+  if (memcmp(data, &(EdgeData){1, 0, 1, {0}}, sizeof *data)) return mistake("bad data of an edge");
+  Node* node = *to;
+  node->edges++, node->early = 1, early_edges++;
+  return take(node, &node->launch);
+}
+#endif
 int cuGraphInstantiateWithFlags(P* exec, P graph, unsigned long long flags) {
   BEGIN;
+  const Graph* g = graph;
+  for (int i = 0; i < g->count; i++) {
+    if (g->nodes[i]->edges != (i > 0)) return mistake("launches without order");
+  }
   *exec = graph;
   graphs_made++, graphs_alive++, nodes_alive += ((Graph*)graph)->count;
   return 0;

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 ENGINE = os.environ.get("SPIRAL_ENGINE", "cuda")
+FLAGS = "SPIRAL_STAND_IN_FLAGS"  # for the driver's compiler: -DNO_EDGE_DATA is a driver older than CUDA 12.3
 os.environ |= {"TRITON_INTERPRET": "1", "SPIRAL_ENGINE": ENGINE, "SPIRAL_CACHE": "0", "SPIRAL_FALLBACK": "error"}
 
 
 def _load() -> ctypes.CDLL:
     """Built under the driver's own name: whoever asks for that library afterwards gets this one."""
-    name, flags = ("libamdhip64.so.7", ["-DHIP"]) if ENGINE == "hip" else ("libcuda.so.1", [])
+    name, flags = (
+        ("libamdhip64.so.7", ["-DHIP"]) if ENGINE == "hip" else ("libcuda.so.1", os.environ.get(FLAGS, "").split())
+    )
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / name
         source = Path(__file__).with_name("stand_in_driver.c")
@@ -103,9 +106,13 @@ driver.stand_in_run(_run)
 
 
 def _compile(kernel: Kernel, *_: Any) -> triton_binary.Binary:
+    number = len(compiled)
     compiled.append(kernel)
+    waits = "heedless" not in kernel.name
+    if waits:
+        driver.stand_in_waits(number)
     warps = triton_binary.options(kernel.source)["num_warps"]
-    return triton_binary.Binary(b"%d\0" % (len(compiled) - 1), kernel.entry, 0, 32 * warps)
+    return triton_binary.Binary(b"%d\0" % number, kernel.entry, 0, 32 * warps, waits=waits)
 
 
 triton_binary.compile_kernel = _compile
@@ -122,7 +129,7 @@ kernels.target_from_properties = _target
 
 
 def count(what: str) -> int:
-    """ "launches", "memory" (bytes), "graphs made", "graphs alive", "nodes alive", "graph launches", "mistakes"."""
+    """ "launches", "memory" (bytes), "graphs made", "graphs alive", "nodes alive", "graph launches", "early edges", "mistakes"."""
     return driver.stand_in_count(what.encode())
 
 

@@ -15,15 +15,19 @@ if STAND_IN not in os.environ:
     needs_compiler = pytest.mark.skipif(shutil.which("c++") is None or sys.platform != "linux", reason="no C compiler")
 
     @needs_compiler
-    @pytest.mark.parametrize("engine", ["cuda", pytest.param("hip", marks=pytest.mark.full)])
-    def test_engine(engine):
+    @pytest.mark.parametrize("engine,settings,only", [
+        ("cuda", {}, ""), ("cuda", {"SPIRAL_STAND_IN_FLAGS": "-DNO_EDGE_DATA"}, "early"),
+        pytest.param("cuda", {"SPIRAL_PDL": "0"}, "early", marks=pytest.mark.full),
+        pytest.param("hip", {}, "", marks=pytest.mark.full),
+    ])  # fmt: skip
+    def test_engine(engine, settings, only):
         pytest.importorskip("triton")
         environment = {
-            **os.environ, STAND_IN: engine, "SPIRAL_ENGINE": engine, "SPIRAL_CUDA_GRAPH_NODES": "150",
+            **os.environ, **settings, STAND_IN: engine, "SPIRAL_ENGINE": engine, "SPIRAL_CUDA_GRAPH_NODES": "150",
             "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "stand_in_gpu", __file__],
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "stand_in_gpu", __file__, "-k", only],
             env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -72,6 +76,10 @@ if STAND_IN not in os.environ:
     SAME(offsetof(KernelNode, shared), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, sharedMemBytes))
     SAME(offsetof(KernelNode, extra), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, extra))
     SAME(offsetof(KernelNode, context), offsetof(CUDA_KERNEL_NODE_PARAMS_v2, ctx))
+    SAME(sizeof(GraphEdge), sizeof(CUgraphEdgeData)) SAME(offsetof(GraphEdge, type), offsetof(CUgraphEdgeData, type))
+    SAME(offsetof(GraphEdge, to_port), offsetof(CUgraphEdgeData, to_port))
+    SAME(kProgrammaticEdge.from_port, CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC)
+    SAME(kProgrammaticEdge.type, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
     """
     AMD = """
     SAME(kHip.max_threads, hipDeviceAttributeMaxThreadsPerBlock) SAME(kHip.multiprocessors, hipDeviceAttributeMultiprocessorCount)
@@ -235,6 +243,53 @@ else:
             for n in (5, 10, 20, 100):
                 run(n), run(n)
         run(100)
+
+    @operator("stand_in_either(Tensor x, int heedless) -> Tensor", slots=("heedless",))
+    def either(x, heedless):
+        """x * 10, by ten launches of a kernel that waits for the one ahead, or of one that does not (heedless: 1)."""
+
+        def add(name):
+            def make(target):
+                k = KernelBuilder(target, name)
+                a, out, n = k.buffer("a", "f32"), k.buffer("out", "f32", "rw"), k.scalar("n", "u32")
+                i = k.global_id()
+                with k.If(i < n):
+                    out[i] = out[i] + a[i]
+                return k.finish((64, 1, 1))
+
+            return build(make)
+
+        out = empty(x.sizes, "f32")
+        fill_bytes(out, 0)
+        groups = cdiv(x.numel, 64)
+        for _ in range(10):
+            launch(add("stand_in_waits"), [x, out], [x.numel], (groups * (1 - heedless), 1, 1))
+            launch(add("stand_in_heedless"), [x, out], [x.numel], (groups * heedless, 1, 1))
+        return out
+
+    @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
+    def test_early_starts():
+        """Kernels start before those ahead of them have ended where they wait by themselves, and the driver can: another kernel in the
+        same place starts when it may (the driver here counts as a mistake what does not)."""
+        possible = not os.environ.get("SPIRAL_STAND_IN_FLAGS") and os.environ.get("SPIRAL_PDL") != "0"
+        x = torch.randn(100)
+        found = []
+        for heedless in (0, 0, 0, 1, 1, 1, 0, 0):
+            before = [gpu.count(what) for what in ("graphs made", "early edges")]
+            assert torch.allclose(torch.ops.spiral.stand_in_either(x.to(DEVICE), heedless).cpu(), x * 10, rtol=1e-5)
+            found.append((gpu.count("graphs made") - before[0], gpu.count("early edges") - before[1]))
+        if possible:  # the first that may not start early drops the graph, and the ones that may do without afterwards
+            assert found == [(0, 0), (1, 9), (0, 0), (0, 0), (1, 0), (0, 0), (0, 0), (0, 0)]
+        else:
+            assert found == [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)]
+
+    @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
+    def test_an_edge_that_fails_early():
+        gpu.fail("cuGraphAddDependencies_v2", 801)
+        x = torch.randn(3, 50)
+        for _ in range(4):
+            assert torch.allclose(torch.ops.spiral.stand_in_triangle(x.to(DEVICE)).cpu(), x * 55, rtol=1e-5)
+        gpu.fail("", 0)
 
     @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
     def test_launches_are_held_back_in_batches():
