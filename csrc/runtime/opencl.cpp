@@ -210,6 +210,10 @@ DeviceProperties query_properties(const Api& api, cl_device_id device) {
       p.subgroup_max = int64_t(*std::max_element(sizes, sizes + count));
     }
   }
+  if (has("cl_nv_device_attribute_query")) {  // what its inline PTX may use
+    const auto part = [&](cl_uint name) { return std::to_string(device_value<cl_uint>(api, device, name)); };
+    p.api_version += ", sm_" + part(CL_DEVICE_COMPUTE_CAPABILITY_MAJOR_NV) + part(CL_DEVICE_COMPUTE_CAPABILITY_MINOR_NV);
+  }
   p.timestamps = device_value<cl_bitfield>(api, device, CL_DEVICE_QUEUE_PROPERTIES) & CL_QUEUE_PROFILING_ENABLE;
   return p;
 }

@@ -48,6 +48,17 @@ ushort to_bf16(float x) {
 }""",
 }
 
+_COPY = """
+void copy16(__local float4* to, __global const float* from, bool there) {
+  *to = there ? *(__global const float4*)from : (float4)(0);
+}"""
+# PTX: copies as many of the 16 bytes as the last operand says, and writes zeros for the others.
+_COPY_ASYNCHRONOUS = """
+void copy16(__local float4* to, __global const float* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"((uint)(size_t)to), "l"((ulong)from), "r"(there ? 16u : 0u) : "memory");
+}"""
+
 
 def cdiv(a, b):
     """Ceiling division of ints or Syms."""
@@ -261,6 +272,22 @@ class Text:
 
     def barrier(self) -> None:
         self.add(self.barrier_text)
+
+    # Copies to shared memory past the registers (OpenCL; where the device has none, a plain copy).
+    def copy(self, to: str, source: str, there: str) -> None:
+        """Begins to copy a float4 from `source`, or zeros unless `there`, to `to`; both are pointers."""
+        self.module.setdefault("copy16", _COPY_ASYNCHRONOUS if self.target.asynchronous_copies else _COPY)
+        self.add(f"copy16({to}, {source}, {there});")
+
+    def copies_end(self) -> None:
+        """Ends a group of copies."""
+        if self.target.asynchronous_copies:
+            self.add('asm volatile("cp.async.commit_group;" ::: "memory");')
+
+    def await_copies(self, groups: int) -> None:
+        """Waits until at most so many of this invocation's groups of copies are under way, the last ones."""
+        if self.target.asynchronous_copies:
+            self.add(f'asm volatile("cp.async.wait_group {groups};" ::: "memory");')
 
     # Subgroups
     def subgroup_lanes(self, dtype: str) -> int:

@@ -21,12 +21,13 @@ paged (forward with varlen): k and v are pages [pages, kv_heads, page, head], wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..kernel import Kernel, Target
 from . import COMPONENTS, MAX_GROUPS, Text, cdiv
-from .gemm import Accumulators, TileLoader
+from .gemm import Accumulators, TileLoader, thread_layout
 
 NEVER = "-3.0e38"  # below every score of a visible element, finite: exp(x - x) never sees inf - inf
 LEAST = "-2.9e38"  # the least score of a visible element
@@ -37,8 +38,8 @@ LOWEST = "-3.4028234e38"  # the lowest finite number: a mask of less hides
 class Schedule:
     """A workgroup owns block_q queries and walks over the keys block_k at a time (backward for keys: the reverse).
 
-    thread_q x 4 scores an invocation; chunk: how much of a contraction is in shared memory at a time; resident: so are a tile's
-    queries as long as it walks (forward).
+    thread_q x thread_k scores an invocation (backward: thread_k is 4); chunk: how much of a contraction is in shared memory at a time;
+    resident: so are a tile's queries as long as it walks (forward). paired: as in gemm.Schedule (forward).
     """
 
     block_q: int
@@ -47,10 +48,17 @@ class Schedule:
     chunk: int = 16
     unroll: int = 0
     resident: bool = False
+    thread_k: int = 4
+    paired: bool = False
+
+    @property
+    def lanes_k(self) -> int:
+        """Invocations that share the scores of a query."""
+        return self.block_k // self.thread_k
 
     @property
     def threads(self) -> int:
-        return self.block_q // self.thread_q * (self.block_k // 4)
+        return self.block_q // self.thread_q * self.lanes_k
 
     @property
     def key(self) -> str:
@@ -58,11 +66,13 @@ class Schedule:
             f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}"
             + (f"_u{self.unroll}" if self.unroll else "")
             + ("_r" if self.resident else "")
+            + (f"_k{self.thread_k}" if self.thread_k != 4 else "")
+            + ("_q" if self.paired else "")
         )
 
     def workgroup_memory(self, head: int = 64, head_v: int = 64) -> int:
         """Bytes of the forward kernel, by head_class() of the heads."""
-        lanes = self.block_k // 4
+        lanes = self.lanes_k
         staging = self.chunk * max(self.block_k + 4 + (0 if self.resident else self.block_q + 4), padded(head_v, lanes))
         queries = head * (self.block_q + 4) if self.resident else 0
         return 4 * (self.block_k * (self.block_q + 4) + staging + queries + self.block_q * (lanes + 1))
@@ -133,7 +143,7 @@ class _Scores:
 
     def __init__(self, t: Text, s: Schedule, vec: bool):
         self.t, self.s, self.vec = t, s, vec
-        self.lanes_k, self.lanes_q = s.block_k // 4, s.block_q // s.thread_q
+        self.lanes_k, self.lanes_q = s.lanes_k, s.block_q // s.thread_q
 
     def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
                 rows_end: str = "queries", cols_end: str = "keys", paged: bool = False) -> None:  # fmt: skip
@@ -149,7 +159,7 @@ class _Scores:
         pa = kind(self.loader(a, s.block_q), f"{name}a", "0u")
         pb = (_Paged if paged else kind)(lb, f"{name}b", f"{offset}u")
         loaders = [pb] if s.resident else [pa, pb]
-        acc = Accumulators(t, name, s.thread_q, 4, "f32")
+        acc = Accumulators(t, name, s.thread_q, s.thread_k, "f32")
         acc.declare()
         t.open()
         if not s.resident:
@@ -231,7 +241,7 @@ class _Prefixed(TileLoader):
         self.shared = self.prefix
         super().load(k0, k_end)
 
-    def store(self) -> None:
+    def store(self, start: str = "") -> None:
         t = self.t
         for step in range(self.loads):
             row, k = self.place(step)
@@ -295,7 +305,7 @@ class _Turned(_Prefixed):
             t.end()
             t.add(*(f"{p}_i{step}_{j} += {self.tile_k}u;" for j in range(4)))
 
-    def store(self) -> None:
+    def store(self, start: str = "") -> None:
         t = self.t
         for step in self.steps:
             row, k = self._place(step)
@@ -586,11 +596,11 @@ def forward(
         t.scalar("table_row", "page", "pages")
     if dropout:
         _declare_dropout(t)
-    lanes_k, lanes_q = s.block_k // 4, s.block_q // s.thread_q
+    lanes_k, lanes_q = s.lanes_k, s.block_q // s.thread_q
     columns = padded(head_v, lanes_k)
     pitch_p = s.block_q // 4 + 1
     scores = _Scores(t, s, vec)
-    near = t.subgroup_lanes("f32") >= lanes_k  # those of a row exchange maxima and sums
+    near = t.subgroup_lanes("f32") >= lanes_k << s.paired  # those of a row exchange maxima and sums
     stage = s.chunk * max(s.block_k // 4 + 1 + (0 if s.resident else s.block_q // 4 + 1), columns // 4)
     t.shared("stage", "f32", stage)
     t.shared("weights", "f32", s.block_k * pitch_p)  # [key][query]
@@ -603,8 +613,12 @@ def forward(
         t.shared("partial", "f32", s.block_q * lanes_k, 1)  # [lane][query]: row maxima, then row sums
         t.shared("row_max", "f32", s.block_q // 4)
 
-    t.let("tx", f"{'lane' if near else 'lid'} % {lanes_k}u")
-    t.let("ty", f"{'lane' if near else 'lid'} / {lanes_k}u")
+    if s.paired:
+        thread_layout(t, lanes_k, lanes_q, lanes_k, True, "lane" if near else "lid")
+    else:
+        t.let("tx", f"{'lane' if near else 'lid'} % {lanes_k}u")
+        t.let("ty", f"{'lane' if near else 'lid'} / {lanes_k}u")
+    exchanges = [step << s.paired for step in _halvings(lanes_k)]
     t.let("blocks", f"({'longest' if varlen else 'queries'} + {s.block_q - 1}u) / {s.block_q}u")
     t.loop("tile", t.group, "blocks * heads * batch" + (" * splits" if split else ""), t.groups)
     if split:
@@ -643,6 +657,8 @@ def forward(
     o.declare()
     quads, rows = s.thread_q // 4, range(s.thread_q)
     row = [f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)" for i in rows]
+    vectors = range(s.thread_k // 4)
+    key = [f"(tx + {v * lanes_k}u) * 4u" for v in vectors]
     never, zero = t_float(t, NEVER), t_float(t, "0.0")
     for i in rows:
         t.var(f"max{i}", never, "f32")
@@ -660,24 +676,31 @@ def forward(
     )
     if not mask:  # most blocks have no score that does not count
         t.open(_all_count(t, s, causal, varlen, end))
-        for i in rows:
-            t.add(f"s{i}_0 = s{i}_0 * {t.splat('scale')};")
+        for i, v in itertools.product(rows, vectors):
+            t.add(f"s{i}_{v} = s{i}_{v} * {t.splat('scale')};")
         t.add("} else {")
-    for i in rows:
+    for i, v in itertools.product(rows, vectors):
         t.open()
         t.let("query", f"q0 + {row[i]}")
-        t.let("key", "k0 + tx * 4u")
+        t.let("key", f"k0 + {key[v]}")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
-        t.add(f"s{i}_0 = {t.vector([f'e{j}' for j in range(4)])};")
+            _score(t, mask, causal, f"s{i}_{v}.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
+        t.add(f"s{i}_{v} = {t.vector([f'e{j}' for j in range(4)])};")
         t.end()
     if not mask:
         t.end()
-    highest = [f"max(max(s{i}_0.x, s{i}_0.y), max(s{i}_0.z, s{i}_0.w))" for i in rows]
+    highest = []
+    for i in rows:
+        four = f"s{i}_0"
+        for v in vectors[1:]:
+            four = f"max({four}, s{i}_{v})"
+        if len(vectors) > 1:
+            four = t.let(t.fresh(), four, "f32", 4)
+        highest.append(f"max(max({four}.x, {four}.y), max({four}.z, {four}.w))")
     if near:
         for i in rows:
             t.var(f"new{i}", f"max(max{i}, {highest[i]})", "f32")
-            for step in _halvings(lanes_k):
+            for step in exchanges:
                 t.add(f"new{i} = max(new{i}, {t.shuffle_xor(f'new{i}', step)});")
     else:
         for i in rows:
@@ -697,19 +720,23 @@ def forward(
             t.let(f"m{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
         for i in rows:
             t.let(f"new{i}", f"m{i // 4}.{COMPONENTS[i % 4]}", "f32")
-    for i in range(quads):
+    for i, v in itertools.product(range(quads), vectors):
         if dropout:
-            _kept(t, i, f"q0 + (ty + {i * lanes_q}u) * 4u", "k0 + tx * 4u")
+            _kept(t, i * len(vectors) + v, f"q0 + (ty + {i * lanes_q}u) * 4u", f"k0 + {key[v]}")
     for i in rows:
         t.open()
         t.let("factor", f"exp(max{i} - new{i})", "f32")
-        t.add(f"max{i} = new{i};")
-        for j, c in enumerate(COMPONENTS):
-            v = f"s{i}_0.{c}"
-            t.let(f"e{j}", t.select(f"exp({v} - new{i})", zero, f"{v} <= {never}"), "f32")
-        t.add(f"sum{i} = sum{i} * factor + ((e0 + e1) + (e2 + e3));")
-        parts = [_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}" for j in range(4)]
-        t.add(f"s{i}_0 = {t.vector(parts)};")
+        t.add(f"max{i} = new{i};", f"sum{i} = sum{i} * factor;")
+        for v in vectors:
+            t.open()
+            for j, c in enumerate(COMPONENTS):
+                score = f"s{i}_{v}.{c}"
+                t.let(f"e{j}", t.select(f"exp({score} - new{i})", zero, f"{score} <= {never}"), "f32")
+            t.add(f"sum{i} = sum{i} + ((e0 + e1) + (e2 + e3));")
+            kept = i // 4 * len(vectors) + v
+            parts = [_dropped(t, f"e{j}", kept, i % 4, j) if dropout else f"e{j}" for j in range(4)]
+            t.add(f"s{i}_{v} = {t.vector(parts)};")
+            t.end()
         for column in range(o.v):
             t.add(f"o{i}_{column} = o{i}_{column} * {t.splat('factor')};")
         t.end()
@@ -748,7 +775,7 @@ def forward(
         t.barrier()
     for i in rows:
         if near:
-            for step in _halvings(lanes_k):
+            for step in exchanges:
                 t.add(f"sum{i} = sum{i} + {t.shuffle_xor(f'sum{i}', step)};")
         else:
             t.add(f"sum{i} = {' + '.join(f'partial[{j * s.block_q}u + {row[i]}]' for j in range(lanes_k))};")
@@ -917,10 +944,10 @@ def _tile_sizes(t: Text, s: Schedule, columns: int) -> tuple[int, int, int]:
 
 def _share(t: Text, s: Schedule, name: str, lanes_m: int, pitch: int) -> None:
     """The registers name[row][column] to weights[column][row]."""
-    for i in range(s.thread_q // 4):
+    for i, v in itertools.product(range(s.thread_q // 4), range(s.thread_k // 4)):
         for j, c in enumerate(COMPONENTS):
-            parts = t.vector([f"{name}{i * 4 + step}_0.{c}" for step in range(4)])
-            t.add(f"weights[(tx * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
+            parts = t.vector([f"{name}{i * 4 + step}_{v}.{c}" for step in range(4)])
+            t.add(f"weights[((tx + {v * s.lanes_k}u) * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
 
 
 def _probability(t: Text, score: str, lse: str, mask: str) -> str:
