@@ -71,6 +71,28 @@ def test_forward_and_gradients(device, case):
         close(x, y, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_negative_scale(device, causal, compiled):
+    if compiled and torch.spiral.get_device_properties(device).engine != "opencl":
+        pytest.skip("the same graph")
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, h, t, 8, dtype=torch.float64, requires_grad=True) for h, t in ((4, 9), (2, 11), (2, 11))]
+    gradient = torch.randn(1, 4, 9, 8)
+    q, k, v = (x if x is leaves[0] else x.repeat_interleave(2, 1) for x in leaves)
+    hidden = ~torch.ones(9, 11, dtype=torch.bool).tril() if causal else torch.zeros(9, 11, dtype=torch.bool)
+    out = (q @ k.mT * -0.7).masked_fill(hidden, -torch.inf).softmax(-1) @ v  # torch's math path takes the scale's root
+    want = [out, *torch.autograd.grad(out, leaves, gradient.double())]
+    leaves = [x.detach().float().to(device).requires_grad_() for x in leaves]
+    attend = F.scaled_dot_product_attention
+    out = (torch.compile(attend, backend="spiral") if compiled else attend)(
+        *leaves, is_causal=causal, scale=-0.7, enable_gqa=True
+    )
+    got = [out, *torch.autograd.grad(out, leaves, gradient.to(device))]
+    for x, y in zip(got, want, strict=True):
+        close(x.detach(), y.detach(), TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,)], ids=["query", "key and value", "value"])
 def test_some_gradients(device, wanted):
     torch.manual_seed(2)

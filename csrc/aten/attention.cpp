@@ -137,6 +137,10 @@ forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const MaybeTensor& attn_bias, double dropout_p,
     bool is_causal, bool /*return_debug_mask*/, std::optional<double> scale) {
   Problem p(query, key, value, attn_bias, dropout_p, is_causal, scale);
+  if (p.scale < 0) {  // kernels take the largest product of a row for its largest score
+    p.q = p.q.neg();
+    p.scale = -p.scale;
+  }
   const at::Tensor out = make_output(query, value.size(3));
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
   const at::Tensor lse = at::empty({batch, heads, queries}, query.options().dtype(at::kFloat));

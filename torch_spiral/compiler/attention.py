@@ -67,6 +67,8 @@ def plan(
         scale = argument(16 if backward else 99, "scale", None)
     except ValueError:
         return None
+    if not backward and scale is not None and scale < 0:
+        return None
     # One query of each head: the query heads that share keys become queries of one head.
     fold = queries == 1 and kv_heads != heads and not dropout
     if wanted[3] or (bias_of(backward, node) is not None and bias is None) or (fold and (backward or causal)):

@@ -94,10 +94,18 @@ def _names(tensors: str, mask: str, varlen: str = "", paged: str = "") -> list[t
 
 
 def _score(
-    mask: str, causal: bool, q: str, k: str, transposed: bool = False, edge: bool = True, varlen: str = ""
+    mask: str,
+    causal: bool,
+    q: str,
+    k: str,
+    transposed: bool = False,
+    edge: bool = True,
+    varlen: str = "",
+    limit: str = "",
 ) -> list[str]:
     """Lines that turn `s`, the product of queries `q` and keys `k` (vectors of indices), into masked scores (times _unit()).
-    edge: some keys of the tile are out of range or after a query."""
+    edge: some keys of the tile are out of range or after a query. limit: the vector of the last keys that queries see, where there
+    is one: one comparison in place of two."""
     qi, ki = (f"{q}[None, :]", f"{k}[:, None]") if transposed else (f"{q}[:, None]", f"{k}[None, :]")
     lines = ["s = s * scale2"]
     if mask:
@@ -109,7 +117,9 @@ def _score(
             lines.append(f"s = tl.where(tl.load({at}, mask={inside}, other=0) != 0, s, float('-inf'))")
         else:
             lines.append(f"s += tl.load({at}, mask={inside}, other=0).to(tl.float32)")
-    if edge:
+    if edge and limit:
+        lines.append(f"s = tl.where({ki} <= {limit}[:, None], s, float('-inf'))")
+    elif edge:
         seen = f" & ({ki} <= {qi}{' + diagonal + right' if varlen else ''})" if causal else ""
         seen += f" & ({ki} >= {qi} + diagonal - left)" if varlen == "window" else ""
         lines.append(f"s = tl.where(({ki} < keys){seen}, s, float('-inf'))")
@@ -289,8 +299,9 @@ def forward(
     grouped: bool = False,
 ) -> Kernel:
     """head, head_v: the dimensions' upper bounds; exact: the dimensions themselves. Buffers: q, k, v, (mask), (spans), (table), out,
-    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"), with paged also page (keys of one) and pages. Grid: groups().
-    varlen goes with causal, without mask. The grid of grouped is that of longest * share queries of H / share heads.
+    lse [B, H, Tq] (natural logarithm). Scalars: _names("q k v out"), with paged also page (keys of one) and pages; without mask
+    and varlen the scale is not negative. Grid: groups(). varlen goes with causal, without mask. The grid of grouped is that of longest * share queries of H / share
+    heads.
 
     split (few queries, many keys; not causal but varlen): program_id(1) is one of several runs of `span` keys, a multiple of the
     tile's. out [runs, B, H, Tq, Dv] (float32) and lse [runs, B, H, Tq] are contiguous; merge() finishes. Further scalars: span, rows
@@ -304,8 +315,9 @@ def forward(
     in_d = "" if exact and head == d else "(rd[{}] < head)"
     in_v = "" if exact and head_v == dv else "(rv[None, :] < head_v)"
 
-    # Where nothing is added to the scores, their scale is part of the exponential; it is made positive for that, and no row's
-    # largest score is -infinity: tiles without a key that the row sees are left out, or come after others.
+    # Where nothing is added to the scores, their scale is part of the exponential; it is positive for that, and no row's largest score
+    # is -infinity: tiles without a key that the row sees are left out, or come after others. The queries are multiplied as they lie in
+    # shared memory: with anything done to them, they would take registers throughout the loop.
     fold = not mask and not varlen  # where a row may see nothing
 
     def body(edge: bool) -> list[str]:
@@ -317,7 +329,7 @@ def forward(
             *(_page(paged, s.keys) if paged else []),
             f"kt = tl.load(k_base + k_at{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
-            *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen)[fold:],
+            *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen, limit="limit" if causal and not varlen else "")[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
             *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
             f"p = {_exp(mask, 's' + ' * scale2' * fold + (' - m_new' if fold else ' - m_safe') + '[:, None]')}",
@@ -361,7 +373,8 @@ def forward(
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         f"q_tile = tl.load(q + b * q_b + {head_of} * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :]"
         f"{_mask('(rq[:, None] < queries)', in_d.format('None, :'))})",
-        *(["q_tile = tl.where(scale < 0, -q_tile, q_tile)", "scale2 = tl.maximum(tl.abs(scale2), 1e-30)"] if fold else []),
+        *(["scale2 = tl.maximum(scale2, 1e-30)"] if fold else []),
+        *(["limit = tl.minimum(rq, keys - 1)"] if causal and not varlen else []),
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
         f"l_i = tl.zeros([{s.queries}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
