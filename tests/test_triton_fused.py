@@ -90,7 +90,7 @@ else:
             values = dict(zip(names, (x.clone() for x in inputs)))
             values.update({n: torch.zeros_like(e, device="cpu") for n, e in zip(outputs, expected) if n not in values})
             built = loops.build(program, TARGET)
-            grid = runtime.Fused(built.kernel, built.schedule)._groups(
+            grid = runtime.Fused(built.kernel, built.schedule, built.lanes)._groups(
                 [int(s) for s in launch["rows"]], [int(s) for s in launch["reduced"]]
             )
             scalars = [7 + i for i in range(program.sites)]  # the numbers of the checks
@@ -192,6 +192,20 @@ else:
         """The reduced dimension is the slow one: rows lie beside each other."""
         x = torch.randn(shape)
         same(fused(lambda x: (x * x).sum(0), x), (x * x).sum(0))
+
+    @pytest.mark.parametrize(
+        ("shape", "dim"), [((300, 40), 0), ((70, 3), 0), ((100, 33), 0), ((20, 50), 0), ((2, 90, 21), 1)]
+    )
+    def test_columns_that_are_read_again(fused, shape, dim):
+        """A workgroup takes several columns, of which the last one's may be fewer; the kernel stores elements and a number a column."""
+
+        def fn(x):
+            y = x.log_softmax(dim)
+            return y, (x - x.mean(dim, keepdim=True)) * y, x.amax(dim)
+
+        x = torch.randn(shape)
+        for got, want in zip(fused(fn, x), fn(x)):
+            same(got, want, rtol=1e-5, atol=1e-5)
 
     def test_several_reductions(fused):
         def fn(x):

@@ -12,11 +12,13 @@ import torch
 
 from ..kernels import ir, nest
 from ..kernels.kernel import Target, Unsupported, compute_dtype
+from ..kernels.nest.operands import cdiv, lanes_for
 from . import compat, indices
 from .compat import V
-from .loops import Built, Program, Store, build
+from .loops import Built, Program, Store, build, columns_beside
 from .ops import TORCH, Overrides, Value, dtype_name, index_node, node
 
+READ_AGAIN = 1 << 16  # elements that one workgroup reads several times in no more than several launches take
 MIN_RUN = 16  # neighbours for which a dimension of their own pays
 
 
@@ -428,11 +430,15 @@ def _dimensions(
     return dims, {str(e.symbol()): affine(e) for e in entries}
 
 
-def pieces(device: torch.device, reduced: int, results: int, inner: bool) -> int:
+def pieces(device: torch.device, reduced: int, results: int, inner: bool, again: bool) -> int:
     """Into how many partial reductions one of `reduced` elements is cut where `results` of them leave units of the device idle;
-    a divisor of `reduced` where there is one of about that size, so that no piece needs a mask. inner: along the fast dimension."""
+    a divisor of `reduced` where there is one of about that size, so that no piece needs a mask. inner: along the fast dimension.
+    again: what is reduced is read once more with the results, as by a softmax, which is one kernel instead of five."""
     target = Target.of(device.index)
     vector = target.schedule_class == "vector"
+    beside = 1 if inner else lanes_for(["f32"]) if vector else max(columns_beside(target, results, results), 1)
+    if again and (reduced * min(beside, results) <= READ_AGAIN or cdiv(results, beside) >= target.compute_units):
+        return 1
     if vector:
         tasks, busy, least = results if inner else results // 1024, 4 * target.compute_units, nest.TASK_ELEMENTS
     else:

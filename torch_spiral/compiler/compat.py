@@ -113,9 +113,11 @@ def _shared_storage(inputs: Any) -> str:
     return f"shared {shared}" if shared else ""
 
 
-def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> None:
-    """Has Inductor cut reductions on spiral into pieces(device, reduced elements, results, along the fast dimension) partial ones, once:
-    upstream asks again for the partial ones."""
+def split_reductions(
+    pieces: Callable[[torch.device, int, int, bool, bool], int], reads_again: Callable[[torch.fx.Node], bool]
+) -> None:
+    """Has Inductor cut reductions on spiral into pieces(device, reduced elements, results, along the fast dimension, reads_again of
+    the graph's node) partial ones, once: upstream asks again for the partial ones."""
     upstream = InductorChoices.reduction_split_factor
 
     def once(owner: type) -> None:
@@ -131,10 +133,47 @@ def split_reductions(pieces: Callable[[torch.device, int, int, bool], int]) -> N
     once(WelfordReduction)
 
     def factor(device: torch.device, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
-        choose = pieces if device.type == "spiral" else upstream
-        return choose(device, reduction_numel_hint, numel_hint, inner_reduction)
+        if device.type != "spiral":
+            return upstream(device, reduction_numel_hint, numel_hint, inner_reduction)
+        node = V.graph.current_node
+        return pieces(device, reduction_numel_hint, numel_hint, inner_reduction, node is not None and reads_again(node))
 
     InductorChoices.reduction_split_factor = staticmethod(factor)
+
+
+def align_loops() -> None:
+    """Has the scheduler put the loops of a pointwise node on spiral in the order of a reduction that reads the same tensor, between whose
+    rows there are others ([4, 300, 70] over 300), so that they become one kernel. Upstream does so where the reduction is of the first dimensions alone."""
+    upstream = scheduler.Scheduler.shared_data_after_reordering_loop
+
+    @functools.wraps(upstream)
+    def shared_data_after_reordering_loop(self: Any, node1: Any, node2: Any) -> int:
+        score = upstream(self, node1, node2)
+        reductions = [n for n in (node1, node2) if n.is_reduction()]
+        if score >= 0 or len(reductions) != 1 or node1.is_template() or node2.is_template():
+            return score
+        (pointwise,) = (n for n in (node1, node2) if not n.is_reduction())
+        if pointwise.get_device() is None or pointwise.get_device().type != "spiral":
+            return score
+        reads, others = ({d.name: d for d in n.read_writes.reads} for n in (pointwise, reductions[0]))
+        shared = [
+            (mine, others[name])
+            for name, mine in reads.items()
+            if name in others and all(isinstance(d, scheduler.MemoryDep) for d in (mine, others[name]))
+        ]
+        shared = [
+            (mine, theirs)
+            for mine, theirs in shared
+            if mine.num_vars == theirs.num_vars
+            and mine.normalize_with_stride_order() == theirs.normalize_with_stride_order()
+        ]
+        if not shared:
+            return score
+        mine, theirs = max(shared, key=lambda pair: hint(pair[0].get_numel()))
+        reordered = pointwise.reorder_loops_by_dep_pair(mine, theirs)
+        return self.score_fusion_memory(node1, node2) if reordered else score
+
+    scheduler.Scheduler.shared_data_after_reordering_loop = shared_data_after_reordering_loop
 
 
 def save_random_results() -> None:
@@ -464,6 +503,7 @@ __all__ = [
     "V",
     "ValueRanges",
     "Where",
+    "align_loops",
     "compile_as_for_gpus",
     "compile_exported",
     "compile_with",

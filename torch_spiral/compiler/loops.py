@@ -21,6 +21,7 @@ from ..kernels.nest.columns import for_columns, for_rows
 from ..kernels.nest.elementwise import a_workgroup_apart, four_neighbours, whole_blocks
 from ..kernels.nest.operands import BLOCK_LANES, product, unravel
 
+MANY_ROWS = 512  # a compute unit of a GPU, of which each invocation takes one
 SHORT = 32  # reduced elements whose totals fit registers anyway
 MIN_COLUMNS = 128  # of a task of "columns"
 KEPT_ELEMENTS = 8192  # of intermediate rows that one loop leaves for the next
@@ -71,7 +72,7 @@ class Built:
     an invocation)."""
 
     kernel: Kernel
-    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "invocation"
+    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "beside" | "invocation"
     lanes: int
 
 
@@ -344,6 +345,17 @@ class _Pointwise(_Evaluation):
                     j.set(j + width)
 
 
+def columns_beside(target: Target, rows: int | None, first: int | None) -> int:
+    """Of how many rows beside each other a workgroup of a GPU computes all: as many as fill accesses to memory, fewer where units would be
+    left idle. 1 where there are enough rows for an invocation each. rows: of all dimensions; first: along the fastest; None if not known."""
+    if rows is not None and rows >= MANY_ROWS * target.compute_units:
+        return 1
+    columns = 32 if first is None else min(32, 1 << (first - 1).bit_length())
+    while columns > 8 and rows is not None and rows < columns * target.compute_units:
+        columns //= 2
+    return columns
+
+
 class _Reduction(_Evaluation, Rows):
     """Row loops of nest.rows over a Program: levels, accumulators and trees are those of nest.rows."""
 
@@ -357,13 +369,16 @@ class _Reduction(_Evaluation, Rows):
         vector = target.schedule_class == "vector"
         along = program.along_rows and bool(program.rows)
         self.schedule = ("lanes_r" if along else "lanes_d") if vector else "invocation" if along else "workgroup"
-        if self._on_gpu() and self.reduced == 1:
+        if along and not vector:
+            self.columns = self._beside()
+            self.schedule = "workgroup" if self.columns > 1 else "invocation"
+        if self._on_gpu() and self.reduced == 1 and self.columns == 1:
             self._by_four("r0", anywhere=True)
         self._begin(program, target)
         k = self.k
         self.bufs = self.buffers
         self.lanes = self._lanes("x0" if along else "r") if vector else 1
-        self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block
+        self.subgroups = self.schedule == "workgroup" and target.subgroup > 0 and not self.block and self.columns == 1
         self.sizes = [self._size(n) for n in (*program.reduced, *program.rows)]
         self.results = [e for s in program.stores for e in (s.index, s.value)]
         self._analyse()
@@ -372,11 +387,24 @@ class _Reduction(_Evaluation, Rows):
             self.built = Built(k.finish((1, 1, 1)), "columns", width)
             return
         self._emit_schedule(k.scalar("rows_per_task", "u32") if vector else None)
-        self.built = Built(k.finish((self.workgroup, 1, 1)), self.schedule, self.lanes)
+        kernel = k.finish((self.workgroup, 1, 1))
+        self.built = (
+            Built(kernel, "beside", self.columns) if self.columns > 1 else Built(kernel, self.schedule, self.lanes)
+        )
+
+    def _beside(self) -> int:
+        """How many rows beside each other a workgroup takes where all of a row is computed in one kernel; 1 for an invocation a row, where rows are
+        short or enough for the whole device."""
+        program, target = self.program, self.target
+        known = [[size_of(n) for n in part] for part in (program.rows, program.reduced)]
+        rows, length = (None if None in part else product(part) for part in known)
+        if not any(s.per_element for s in program.stores) or (length is not None and length < 2 * SHORT):
+            return 1
+        return columns_beside(target, rows, known[0][0])
 
     def _by_columns(self) -> bool:
         """Whether the rows' totals are kept in memory, so that what is reduced over a slow dimension is read in order."""
-        if self.schedule != "lanes_r" or self.loops != 1 or self.elementwise or self.lanes == 1:
+        if self.schedule != "lanes_r" or self.lanes == 1:
             return False
         known = [size_of(n) for n in self.program.reduced]
         columns = size_of(self.program.rows[0])
@@ -384,11 +412,12 @@ class _Reduction(_Evaluation, Rows):
 
     def _columns(self) -> int:
         """Every task reduces some columns; how many."""
-        k, groups = self.k, list(self.groups)
-        arrays = 2 * sum(len(m.dtypes) for m, _ in groups)
+        k = self.k
+        arrays = 2 * sum(len(m.dtypes) for m, _ in self.groups)
         work = product([size_of(n) or 1 for n in self.program.rows])
-        width = min(work // (4 * self.target.compute_units), TOTALS // arrays)
-        width = max(width // self.lanes * self.lanes, MIN_COLUMNS)
+        tasks = 1 if self.elementwise else 4  # a unit; several reads of all rows gain more from wide pieces of them
+        width = min(work // (tasks * self.target.compute_units), TOTALS // arrays)
+        width = max(width // self.lanes * self.lanes, 2 * self.lanes if self.elementwise else MIN_COLUMNS)
         columns = self.sizes[self.reduced]
         blocks = k.let(ir.idiv(columns + (width - 1), width))
         outer = k.let(ir.idiv(k.group_index(), blocks))
@@ -396,15 +425,66 @@ class _Reduction(_Evaluation, Rows):
         right = k.let(ir.minimum(left + width, ir.cast(columns, "i32")))
         others = unravel(k, self.sizes[self.reduced + 1 :], outer)
         count = k.let(ir.cast(product(self.sizes[: self.reduced]), "i32"))
-        # Long sums are sums of blocks' sums, as everywhere.
-        totals, parts = ([[k.shared(t, width) for t in m.dtypes] for m, _ in groups] for _ in range(2))
+        arrays_of = {g: [k.shared(t, width) for t in g[0].dtypes] for g in self.groups}  # of totals
+        stores = self.program.stores
 
         def leaves(column: Node) -> dict[str, Any]:
             return {f"x{d}": ir.cast(c, "i32") for d, c in enumerate([column, *others])}
 
+        def finished(loop: int, column: Node) -> dict[Node, Any]:
+            """The totals that loops before this one found."""
+            return {
+                Node("red", t, *xs, attr=(m, i)): array[column - left]
+                for ((m, xs), at), arrays in zip(self.groups.items(), arrays_of.values(), strict=True)
+                for i, (t, array) in enumerate(zip(m.dtypes, arrays, strict=True))
+                if at < loop
+            }
+
+        for loop in range(self.loops):
+            now = [g for g, at in self.groups.items() if at == loop]
+            here = [stores[i] for i in self.elementwise] if loop == self.loops - 1 else []
+
+            def each(rows: Sequence[Node], column: Node, now: list = now, here: list = here, loop: int = loop) -> list:
+                """Stores the elements of a few rows; per reduction, what its total takes in."""
+                elements: list[list[Sequence[Any]]] = [[] for _ in now]
+                done = finished(loop, column)
+                for row in rows:
+                    at = dict(enumerate(unravel(k, self.sizes[: self.reduced], ir.cast(row, "u32"))))
+                    place = self._leaves_at(leaves(column), at, row)
+                    values = self._emit([x for _, xs in now for x in xs], place, done)
+                    for (_, xs), taken in zip(now, elements, strict=True):
+                        taken.append(values[: len(xs)])
+                        values = values[len(xs) :]
+                    if here:
+                        self._stores(here, place, done)
+                return elements
+
+            if now:
+                self._column_totals(now, [arrays_of[g] for g in now], width, left, right, count, each)
+            else:
+                for_rows(k, ir.const(0, "i32"), count, left, right, self.lanes, each)
+        rest = [s for s in stores if not s.per_element]
+        if rest:
+            for_columns(
+                k,
+                left,
+                right,
+                self.lanes,
+                lambda column: self._stores(rest, leaves(column), finished(self.loops, column)),
+            )
+        return width
+
+    def _column_totals(
+        self, now: list, totals: list[list[Any]], width: int, left: Node, right: Node, count: Node,
+        each: Callable[[Sequence[Node], Node], list],
+    ) -> None:  # fmt: skip
+        """Adds up columns left .. right of all rows. Long sums are sums of blocks' sums, as everywhere."""
+        k = self.k
+        parts = [[k.shared(t, width) for t in m.dtypes] for m, _ in now]
+
         def clear(arrays: list) -> None:
             def body(column: Node) -> None:
-                for (m, _), components in zip(groups, arrays, strict=True):
+                for (m, _), components in zip(now, arrays, strict=True):
                     for array, start, t in zip(components, m.init, m.dtypes, strict=True):
                         array[column - left] = ir.const(start, t)
 
@@ -412,44 +492,25 @@ class _Reduction(_Evaluation, Rows):
 
         def combine(arrays: list, column: Node, elements: Sequence[Sequence[Sequence[Any]]]) -> None:
             """elements: per reduction, those that its total takes in."""
-            for (m, _), components, values in zip(groups, arrays, elements, strict=True):
+            for (m, _), components, values in zip(now, arrays, elements, strict=True):
                 total = tuple(array[column - left] for array in components)
                 for v in values:
                     total = tuple(k.let(x) for x in m.combine(total, tuple(v)))
                 for array, x in zip(components, total, strict=True):
                     array[column - left] = x
 
-        def add(rows: Sequence[Node], column: Node) -> None:
-            elements: list[list[Sequence[Any]]] = [[] for _ in groups]
-            for row in rows:
-                at = dict(enumerate(unravel(k, self.sizes[: self.reduced], ir.cast(row, "u32"))))
-                place = self._leaves_at(leaves(column), at, row)
-                values = self._emit([x for _, xs in groups for x in xs], place, {})
-                for (_, xs), taken in zip(groups, elements, strict=True):
-                    taken.append(values[: len(xs)])
-                    values = values[len(xs) :]
-            combine(parts, column, elements)
-
-        def finish(column: Node) -> None:
-            done = {
-                Node("red", t, *xs, attr=(m, i)): array[column - left]
-                for (m, xs), components in zip(groups, totals, strict=True)
-                for i, (t, array) in enumerate(zip(m.dtypes, components, strict=True))
-            }
-            self._stores(self.program.stores, leaves(column), done)
-
         clear(totals)
         with k.For(ir.const(0, "i32"), count, BLOCK_ROWS) as start:
             clear(parts)
             stop = k.let(ir.minimum(start + BLOCK_ROWS, count))
-            for_rows(k, start, stop, left, right, self.lanes, add)
+            for_rows(
+                k, start, stop, left, right, self.lanes, lambda rows, column: combine(parts, column, each(rows, column))
+            )
 
             def whole(column: Node) -> None:
                 combine(totals, column, [[[array[column - left] for array in components]] for components in parts])
 
             for_columns(k, left, right, self.lanes, whole)
-        for_columns(k, left, right, self.lanes, finish)
-        return width
 
     def _workgroup(self) -> int:
         known = [size_of(n) for n in self.program.reduced]
@@ -596,7 +657,9 @@ class _Reduction(_Evaluation, Rows):
         if not rest:
             return
         if self.schedule == "workgroup":
-            with self.k.If(ir.eq(self.k.local_id(), 0)):
+            lid = self.k.local_id()
+            once = ir.eq(lid, 0) if self.columns == 1 else ir.and_(lid < self.columns, self.inside)
+            with self.k.If(once):
                 self._stores(rest, self.row_leaves, self.done)
         else:
             self._stores(rest, self.row_leaves, self.done)

@@ -178,6 +178,60 @@ def keep_masks(graph: fx.Graph) -> None:
             compat.store(mask)
 
 
+_SAME = (
+    *_RESHAPES,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.permute.default,
+)
+
+
+def reads_again(n: fx.Node) -> bool:
+    """Whether what a reduction gives is combined with rows as long as those it was made of, as in softmax and norms; or what is reduced with it is:
+    the same rows, or rows combined with its results."""
+    given, results = (_elements(x) for x in (next(iter(n.all_input_nodes), None), n))
+    if given is None or results is None or given == results:
+        return False
+    rows: set[fx.Node] = set()
+    todo, together = [*n.all_input_nodes], [n]
+    while todo:
+        x = todo.pop()
+        if x in rows or _elements(x) not in (given, results):
+            continue
+        rows.add(x)
+        together += [r for r in x.users if _elements(x) == given and _elements(r) == results]
+        todo += x.all_input_nodes if _elementwise(x) or _elements(x) == results else []
+    return any(_combined(r, given) for r in together)
+
+
+def _combined(n: fx.Node, count: str) -> bool:
+    """Whether elementwise nodes of so many elements are made of n without another reduction between."""
+    todo, seen = list(n.users), set()
+    while todo:
+        user = todo.pop()
+        if user not in seen and _elementwise(user):
+            seen.add(user)
+            if _elements(user) == count and user.target not in _SAME:
+                return True
+            todo += user.users
+    return False
+
+
+def _elementwise(n: fx.Node) -> bool:
+    """Whether a node is computed element by element, or is a part or another view of what it is made of."""
+    pointwise = torch.Tag.pointwise in getattr(n.target, "tags", ()) or n.target is convert
+    return pointwise or n.target is operator.getitem or n.target in _SAME
+
+
+def _elements(n: Any) -> str | None:
+    """How many elements a node's first tensor has; a text, as sizes may be symbols."""
+    value = n.meta.get("val") if isinstance(n, fx.Node) else None
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return str(value.numel()) if isinstance(value, torch.Tensor) else None
+
+
 def reads_by_channels(gm: fx.GraphModule) -> bool:
     """Whether the convolutions of a graph gain from channels-last tensors: on devices of the schedule class `block`, where most of
     their work is in convolutions with wide channels, rather than in grouped ones with narrow groups. Sizes must be known."""
@@ -483,4 +537,4 @@ def _has_product(n: Any) -> bool:
     return False
 
 
-__all__ = ["Passes", "fuse_attention", "reads_by_channels", "share_keys", "skip_empty_caches"]
+__all__ = ["Passes", "fuse_attention", "reads_again", "reads_by_channels", "share_keys", "skip_empty_caches"]

@@ -617,16 +617,22 @@ class TritonBuilder(KernelBuilder):
         return safe if self.wide else self.index(safe)
 
     def reduce(
-        self, name: str, combine: Callable[[tuple, tuple], tuple], dtypes: Sequence[str], values: Sequence[Any]
+        self,
+        name: str,
+        combine: Callable[[tuple, tuple], tuple],
+        dtypes: Sequence[str],
+        values: Sequence[Any],
+        columns: int = 1,
     ) -> list[Node]:
         """All lanes' tuples of values combined; every lane gets the result. combine is associative and commutative; name and
-        dtypes say which it is."""
+        dtypes say which it is. columns: only lanes that are so many apart are combined, each with its like."""
         e = self.emitter
         nodes = [self.let(ir.as_node(v)) for v in values]
         texts = []
         for n, t in zip(nodes, dtypes, strict=True):
             text = e.value(n) if e.varies(n) else self._full(e.value(n), t)
-            texts.append(f"{text}.to(tl.int32)" if t == "bool" else text)
+            text = f"{text}.to(tl.int32)" if t == "bool" else text
+            texts.append(f"tl.reshape({text}, [LANES // {columns}, {columns}])" if columns > 1 else text)
         carried = ["i32" if t == "bool" else t for t in dtypes]
         params = [Node("tmp", t, attr=f"{side}{i}") for side in "ab" for i, t in enumerate(carried)]
         given = [ir.ne(p, 0) if t == "bool" else p for p, t in zip(params, [*dtypes, *dtypes], strict=True)]
@@ -639,6 +645,11 @@ class TritonBuilder(KernelBuilder):
             e.line(f"{names[0]} = tl.reduce({texts[0]}, 0, {function})")
         else:
             e.line(f"{', '.join(names)} = tl.reduce(({', '.join(texts)}), 0, {function})")
+        if columns > 1:
+            for n in names:
+                every = f"tl.broadcast_to({n}[None, :], [LANES // {columns}, {columns}])"
+                e.line(f"{n} = tl.reshape({every}, [LANES])")
+            e.varying.update(names)
         out = [Node("tmp", t, attr=n) for t, n in zip(carried, names, strict=True)]
         return [self.let(ir.ne(n, 0)) if t == "bool" else n for n, t in zip(out, dtypes, strict=True)]
 

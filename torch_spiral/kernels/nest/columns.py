@@ -26,7 +26,7 @@ def for_rows(
     left: Node,
     right: Node,
     lanes: int,
-    body: Callable[[Sequence[Node], Node], None],
+    body: Callable[[Sequence[Node], Node], object],
 ) -> None:
     """body(rows, column) for a few of the rows start .. stop (i32) at a time, and all columns."""
     row = k.var("i32", start)

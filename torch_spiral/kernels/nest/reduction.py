@@ -138,6 +138,8 @@ class RowNest:
 
 
 class Rows(Declarations):
+    columns = 1  # rows beside each other that a workgroup takes; the invocations l, l + columns, … share row l
+
     def __init__(
         self,
         target: Target,
@@ -246,6 +248,11 @@ class Rows(Declarations):
         if self.schedule == "invocation":
             return 128 if self.block else min(64, self.target.max_workgroup_size)
         return 1
+
+    @property
+    def _sharing(self) -> int:
+        """Invocations of a workgroup that share a row."""
+        return self.workgroup // self.columns
 
     # ---- what is computed when --------------------------------------------------------------------------------------
 
@@ -493,7 +500,7 @@ class Rows(Declarations):
         j = k.var("u32", first)
         with k.While(lambda: j < end):
             accs = self._accumulators(now, 1)
-            block(j, k.let(ir.minimum(end, j + steps * self.workgroup)), accs)
+            block(j, k.let(ir.minimum(end, j + steps * self._sharing)), accs)
             for (m, _), a, b in zip(now, totals, accs, strict=True):
                 self._combine(m, a, [x.as_node() for x in b])
 
@@ -501,7 +508,7 @@ class Rows(Declarations):
         with self.k.While(lambda: j < stop):
             t = j.as_node()
             add(t, accs)
-            j.set(t + self.workgroup)
+            j.set(t + self._sharing)
 
     def _read_again(self) -> list[Operand]:
         """The operands that several loops read, element by element."""
@@ -714,8 +721,8 @@ class Rows(Declarations):
                 self._combine(m, a, [x.as_node() for x in b])
 
     def _loop_workgroup(self, now: list, stores: Sequence[int], split: Any) -> list[list[Node]]:
-        """Elements dealt to the invocations of a workgroup, then a tree."""
-        k, size = self.k, self.workgroup
+        """Elements dealt to the invocations of a workgroup, or to those that share a row, then a tree."""
+        k, size = self.k, self._sharing
         inner: Any = ir.const(1, "u32")
         for s in self.sizes[: self.reduced - 1]:
             inner = inner * s
@@ -723,12 +730,20 @@ class Rows(Declarations):
         first, end = k.let(first * inner), k.let(end * inner)
         totals = self._accumulators(now, 1)
         lid = k.local_id()
+        if self.columns > 1:
+            lid = k.let(ir.idiv(lid, self.columns))
+            if not self.block:
+                end = k.let(ir.where(self.inside, end, first))
 
         each = 1 if self.block or self.target.software else SIMT_ELEMENTS
 
         def body(t: Any, accs: list, later: list | None = None, kept: dict[str, Any] | None = None) -> None:
             at = dict(enumerate(unravel(k, self.sizes[: self.reduced], t)))
-            self._element(now, accs, stores, at, t, later, kept)
+            if self.columns > 1 and self.block:
+                with k.If(self.inside):
+                    self._element(now, accs, stores, at, t, later, kept)
+            else:
+                self._element(now, accs, stores, at, t, later, kept)
 
         def from_registers() -> None:
             for j in range(0, SIMT_KEPT, SIMT_ELEMENTS):
@@ -761,7 +776,7 @@ class Rows(Declarations):
                 span = k.let(ir.where(ir.lt(first, end), end - first, ir.const(0, "u32")))
                 whole = k.let(first + span - ir.irem(span, size))
                 start = first
-                if not stores and any(m.together for m, _ in now):
+                if self.columns == 1 and not stores and any(m.together for m, _ in now):
                     start = k.let(first + span - ir.irem(span, 4 * size))
                     with k.For(first, start, 4 * size) as t:
                         taken: list[list[Any]] = [[] for _ in now]
@@ -812,7 +827,7 @@ class Rows(Declarations):
         """Combines the invocations' accumulators; every invocation gets the result."""
         k, size = self.k, self.workgroup
         if self.block:
-            return k.reduce(monoid.name, monoid.combine, monoid.dtypes, acc)  # type: ignore[attr-defined]
+            return k.reduce(monoid.name, monoid.combine, monoid.dtypes, acc, self.columns)  # type: ignore[attr-defined]
         if self.subgroups:
             # Butterflies of the guaranteed subgroup size, then one slot for each group of that many lanes.
             step = 1
@@ -837,7 +852,7 @@ class Rows(Declarations):
             s[lid] = a
         k.barrier()
         step = size // 2
-        while step:
+        while step >= self.columns:
             with k.If(lid < step):
                 new = monoid.combine(tuple(s[lid] for s in shared), tuple(s[lid + step] for s in shared))
                 new = tuple(k.let(n) for n in new)
@@ -845,7 +860,7 @@ class Rows(Declarations):
                     s[lid] = n
             k.barrier()
             step //= 2
-        out = [s[0] for s in shared]
+        out = [s[ir.irem(lid, self.columns) if self.columns > 1 else 0] for s in shared]
         k.barrier()
         return out
 
@@ -955,8 +970,25 @@ class Rows(Declarations):
     def _workgroup_row(self) -> None:
         k = self.k
         row = k.group_index()
+        if self.columns > 1:
+            self._workgroup_rows(row)
+            return
         with k.If(row < self._rows_total()):
             self._one(row)
+
+    def _workgroup_rows(self, group: Node) -> None:
+        """Rows beside each other along the first dimension of the rows, of which a workgroup takes `columns`."""
+        k, size = self.k, self.sizes[self.reduced]
+        blocks = k.let(ir.idiv(size + (self.columns - 1), self.columns))
+        groups: Any = blocks
+        for s in self.sizes[self.reduced + 1 :]:
+            groups = groups * s
+        with k.If(group < groups):
+            outer = k.let(ir.idiv(group, blocks))
+            row = k.let((group - outer * blocks) * self.columns + ir.irem(k.local_id(), self.columns))
+            self.inside = k.let(row < size)
+            others = unravel(k, self.sizes[self.reduced + 1 :], outer)
+            self.row([k.let(ir.minimum(row, size - 1)), *others], 1, None, row)
 
 
 def _storage(dtype: str) -> str:
