@@ -10,7 +10,7 @@ from ..ir import Node
 ROWS_TOGETHER = 4  # of which a total is loaded and stored once
 
 
-def for_columns(k: KernelBuilder, left: Node, right: Node, lanes: int, body: Callable[[Node], None]) -> None:
+def for_columns(k: KernelBuilder, left: Node, right: Node, lanes: int, body: Callable[[Node], object]) -> None:
     """body(column) for the columns left .. right (i32), `lanes` beside each other, then one by one."""
     column = k.var("i32", left)
     for width in (lanes, 1):
