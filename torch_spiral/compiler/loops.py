@@ -415,9 +415,9 @@ class _Reduction(_Evaluation, Rows):
         k = self.k
         arrays = 2 * sum(len(m.dtypes) for m, _ in self.groups)
         work = product([size_of(n) or 1 for n in self.program.rows])
-        tasks = 1 if self.elementwise else 4  # a unit; several reads of all rows gain more from wide pieces of them
+        tasks = 2 if self.elementwise else 4  # a unit; several reads of all rows gain more from wide pieces of them
         width = min(work // (tasks * self.target.compute_units), TOTALS // arrays)
-        width = max(width // self.lanes * self.lanes, 2 * self.lanes if self.elementwise else MIN_COLUMNS)
+        width = max(width // self.lanes * self.lanes, MIN_COLUMNS // 2 if self.elementwise else MIN_COLUMNS)
         columns = self.sizes[self.reduced]
         blocks = k.let(ir.idiv(columns + (width - 1), width))
         outer = k.let(ir.idiv(k.group_index(), blocks))
