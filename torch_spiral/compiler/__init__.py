@@ -53,7 +53,8 @@ def backend(
     config = {**list_mode_options(mode or "default"), **(options or {})}
     dynamo.forget_stream(gm)
     try:
-        key = None if dynamo.keeps_traces() else direct.key(gm, example_inputs, config)
+        saved = dynamo.keeps_traces() or dynamo.compiles_ahead()
+        key = None if saved else direct.key(gm, example_inputs, config)
         if key is not None and (found := direct.find(key)) is not None:
             dynamo.forget_saved_tensors_hooks()
             return found
@@ -79,6 +80,10 @@ def backend(
             from . import precompile
 
             precompile.record(gm, source)
+        elif saved:
+            from . import ahead
+
+            return ahead.Compiled.of(whole if source is not None else compiled, source)
         return whole or compiled
     except (RestartAnalysis, SkipFrame):  # Dynamo's own, to trace once more or not at all
         raise

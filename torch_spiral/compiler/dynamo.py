@@ -62,6 +62,11 @@ def keeps_traces() -> bool:
     return known and bool(torch._dynamo.config.caching_precompile)
 
 
+def compiles_ahead() -> bool:
+    """Whether the graph that is being compiled is one of torch.compile(...).aot_compile."""
+    return bool(getattr(torch._functorch.config, "bundled_autograd_cache", False)) and not keeps_traces()
+
+
 @functools.cache
 def complete_traces() -> None:
     """Mends what upstream (2.13) leaves out of the traces that it keeps, without which GPT-2 of transformers is not found again:
@@ -110,4 +115,4 @@ def complete_traces() -> None:
         module.unique_id = functools.partial(unique_id, with_uuid=True)
 
 
-__all__ = ["call_directly", "complete_traces", "forget_saved_tensors_hooks", "forget_stream", "keeps_traces"]
+__all__ = ["call_directly", "compiles_ahead", "complete_traces", "forget_saved_tensors_hooks", "forget_stream", "keeps_traces"]
