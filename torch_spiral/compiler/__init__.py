@@ -83,7 +83,8 @@ def backend(
         elif saved:
             from . import ahead
 
-            return ahead.Compiled.of(whole if source is not None else compiled, source)
+            call: Any = compiled if source is None else whole
+            return ahead.Compiled.of(call, source)
         return whole or compiled
     except (RestartAnalysis, SkipFrame):  # Dynamo's own, to trace once more or not at all
         raise
