@@ -48,16 +48,11 @@ ushort to_bf16(float x) {
 }""",
 }
 
-_COPY = """
-void copy16(__local float4* to, __global const float* from, bool there) {
-  *to = there ? *(__global const float4*)from : (float4)(0);
-}"""
-# PTX: copies as many of the 16 bytes as the last operand says, and writes zeros for the others.
+# PTX: copies as many of the bytes as the last operand says, and writes zeros for the others.
 _COPY_ASYNCHRONOUS = """
-void copy16(__local float4* to, __global const float* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"((uint)(size_t)to), "l"((ulong)from), "r"(there ? 16u : 0u) : "memory");
-}"""
+  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {bytes}, %2;"
+               :: "r"((uint)(size_t)to), "l"((ulong)from), "r"(there ? {bytes}u : 0u) : "memory");
+"""
 
 
 def cdiv(a, b):
@@ -221,6 +216,14 @@ class Text:
         else:
             self.shared_lines.append(f"__local {self.type(dtype, vector)} {name}[{count}];")
 
+    def shared_base(self, name: str, array: str, index: str) -> tuple[str, str]:
+        """Declares a place in a shared array of vec4 of f32: (array, index) to add constants to. In OpenCL a pointer, as what is added to
+        an index that may wrap around can be no part of an instruction."""
+        if self.wgsl:
+            return array, self.let(name, index)
+        self.add(f"__local float4* {name} = {array} + {index};")
+        return name, "0u"
+
     def function(self, name: str) -> None:
         text = (_WGSL_FUNCTIONS if self.wgsl else _CL_FUNCTIONS).get(name)
         if text:
@@ -274,10 +277,19 @@ class Text:
         self.add(self.barrier_text)
 
     # Copies to shared memory past the registers (OpenCL; where the device has none, a plain copy).
-    def copy(self, to: str, source: str, there: str) -> None:
-        """Begins to copy a float4 from `source`, or zeros unless `there`, to `to`; both are pointers."""
-        self.module.setdefault("copy16", _COPY_ASYNCHRONOUS if self.target.asynchronous_copies else _COPY)
-        self.add(f"copy16({to}, {source}, {there});")
+    def copy(self, to: str, source: str, there: str, width: int) -> None:
+        """Begins to copy a float or a float4 from `source`, or zeros unless `there`, to `to`; both are pointers."""
+        name = f"copy{width}"
+        type_ = self.type("f32", width)
+        body = _COPY_ASYNCHRONOUS if self.target.asynchronous_copies else "*to = there ? *from : ({type})(0);"
+        body = (
+            body.replace("{type}", type_)
+            .replace("{bytes}", str(4 * width))
+            .replace("{cache}", "cg" if width == 4 else "ca")
+        )
+        head = f"void {name}(__local {type_}* to, __global const {type_}* from, bool there)"
+        self.module.setdefault(name, f"{head} {{ {body} }}")
+        self.add(f"{name}({to}, (__global const {type_}*)({source}), {there});")
 
     def copies_end(self) -> None:
         """Ends a group of copies."""

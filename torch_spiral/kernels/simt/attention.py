@@ -167,12 +167,20 @@ class _Scores:
         pb.begin(b_base, col0, cols_end, f"{b}_row", "1u", "0u")
 
         def multiply() -> None:
-            t.let("a_stage", f"d0 * {pitch}u + ty" if s.resident else "ty")
+            held = t.shared_base("held_at", "held", f"d0 * {pitch}u + ty") if s.resident else ("stage", "ty")
             t.let("b_stage", f"{offset}u + tx")
             acc.multiply(
-                "held" if s.resident else "stage", pitch, self.lanes_q, "stage", lb.pitch, self.lanes_k, s.chunk, ty="a_stage",
-                tx="b_stage", unroll=s.unroll,
-            )  # fmt: skip
+                held[0],
+                pitch,
+                self.lanes_q,
+                "stage",
+                lb.pitch,
+                self.lanes_k,
+                s.chunk,
+                ty=held[1],
+                tx="b_stage",
+                unroll=s.unroll,
+            )
 
         _in_chunks(t, "d0", size, s.chunk, loaders, lambda d: (d, size), multiply)
         t.end()
@@ -241,7 +249,7 @@ class _Prefixed(TileLoader):
         self.shared = self.prefix
         super().load(k0, k_end)
 
-    def store(self, start: str = "") -> None:
+    def store(self, tile: tuple[str, str] | None = None) -> None:
         t = self.t
         for step in range(self.loads):
             row, k = self.place(step)
@@ -305,7 +313,7 @@ class _Turned(_Prefixed):
             t.end()
             t.add(*(f"{p}_i{step}_{j} += {self.tile_k}u;" for j in range(4)))
 
-    def store(self, start: str = "") -> None:
+    def store(self, tile: tuple[str, str] | None = None) -> None:
         t = self.t
         for step in self.steps:
             row, k = self._place(step)
@@ -377,8 +385,8 @@ def _weighted(
     p.begin(base, "0u", size, "1u", f"{buffer}_row", row0)
 
     def multiply() -> None:
-        t.let("w0", f"r0 * {pitch}u + ty")
-        acc.multiply(weights, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty="w0", unroll=unroll)
+        array, at = t.shared_base("weights_at", weights, f"r0 * {pitch}u + ty")
+        acc.multiply(array, pitch, lanes_m, "stage", columns // 4, lanes_n, chunk, ty=at, unroll=unroll)
 
     _in_chunks(t, "r0", f"{block}u", chunk, [p], lambda r: (f"{row0} + {r}", rows_end), multiply)
     t.end()

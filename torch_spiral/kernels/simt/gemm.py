@@ -39,7 +39,6 @@ class Schedule:
     paired: neighbours of a workgroup's invocations alternate along m, then along n, so that both operands' fragments are shared by
     neighbours: NVIDIA's shared memory then serves 16 invocations at a time where it served 8.
     stages: tiles in shared memory at a time. From two on there is one barrier a step, not two.
-    straight: of an operand whose unit stride is along k, rows lie in shared memory as they are, and fragments are vec4 along k.
     asynchronous: tiles are copied to shared memory past the registers, stages - 1 tiles ahead (Target.asynchronous_copies).
     slices: invocations are dealt to as many slices of each tile along k, whose sums are added at the end.
     raster: tiles are taken in bands of as many rows of tiles (0: row by row), whose operands stay in the cache.
@@ -57,7 +56,6 @@ class Schedule:
     unroll: int = 0
     paired: bool = False
     stages: int = 1
-    straight: bool = False
     asynchronous: bool = False
     slices: int = 1
     raster: int = 0
@@ -83,7 +81,6 @@ class Schedule:
             + (f"_u{self.unroll}" if self.unroll else "")
             + ("_q" if self.paired else "")
             + (f"_s{self.stages}" if self.stages > 1 else "")
-            + ("_k" if self.straight else "")
             + ("_a" if self.asynchronous else "")
             + (f"_x{self.slices}" if self.slices > 1 else "")
             + (f"_r{self.raster}" if self.raster else "")
@@ -92,10 +89,7 @@ class Schedule:
 
     def workgroup_memory(self, itemsize: int = 4) -> int:
         """Bytes, at most: a vector of padding to each row of a tile."""
-        elements = self.tile_k * (self.tile_m + 4 + self.tile_n + 4)
-        if self.straight:
-            elements += 4 * self.tile_m
-        return itemsize * elements * self.stages
+        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4) * self.stages
 
     def fits(self, target: Target, itemsize: int = 4) -> bool:
         return (
@@ -234,7 +228,6 @@ class TileLoader:
         unit_stride: bool,
         full_k: bool,
         pitch: int = 0,
-        straight: bool = False,
     ):
         self.t, self.buffer, self.shared, self.rows, self.tile_k = t, buffer, shared, rows, tile_k
         self.unit, self.vec, self.unit_stride, self.full_k = unit, vec, unit_stride, full_k
@@ -246,12 +239,7 @@ class TileLoader:
         self.count = count
         self.pitch = pitch or rows // 4 + (1 if unit == "k" else 0)
         self.width = width
-        # Straight tiles: row r is the (r / 4)th of the (r % 4)th quarter, so that rows of neighbours, and rows that are stored
-        # together, lie in different banks.
-        self.straight = straight and vec and unit == "k"
-        self.row_pitch = tile_k // 4 + 1
-        self.quarter = rows // 4 * self.row_pitch + tile_k // 4
-        self.size = 4 * self.quarter if self.straight else tile_k * self.pitch
+        self.size = tile_k * self.pitch
 
     def declare(self, stages: int = 1) -> None:
         self.t.shared(self.shared, self.dtype, self.size * stages)
@@ -304,26 +292,25 @@ class TileLoader:
             t.add(f"{p}_i{step} += {advance};")
 
     def vector_place(self, step: int) -> str:
-        """Of vec4 that lie in shared memory as they do in the buffer: the vector's index, within the tile."""
+        """Of vec4 along rows: the index within the tile."""
         row, k = self.place(step)
-        if self.straight:
-            return f"({row} % 4u) * {self.quarter}u + {row} / 4u * {self.row_pitch}u + {k} / 4u"
         return f"{k} * {self.pitch}u + {row} / 4u"
 
-    def store(self, start: str = "") -> None:
-        """Registers to shared memory, whose tile begins at `start` ("" or an index and " + ")."""
+    def store(self, tile: tuple[str, str] | None = None) -> None:
+        """Registers to shared memory. tile: an array and where in it the tile begins (None: the beginning of the loader's own)."""
         t, p = self.t, self.shared
+        array, start = (tile[0], f"{tile[1]} + ") if tile else (p, "")
         for step in range(self.loads):
             row, k = self.place(step)
             guarded = self.partial and step == self.loads - 1
             if guarded:
                 t.open(f"lid < {self.count - step * t.threads}u")
-            if self.vec and (self.unit == "r" or self.straight):
-                t.add(f"{p}[{start}{self.vector_place(step)}] = {p}_v{step};")
+            if self.vec and self.unit == "r":
+                t.add(f"{array}[{start}{self.vector_place(step)}] = {p}_v{step};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
                     t.put_component(
-                        p,
+                        array,
                         f"{start}({k} + {j}u) * {self.pitch}u + {row} / 4u",
                         f"({row} % 4u)",
                         f"{p}_v{step}.{c}",
@@ -331,26 +318,28 @@ class TileLoader:
                     )
             else:
                 t.put_component(
-                    p, f"{start}{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype
+                    array, f"{start}{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype
                 )
             if guarded:
                 t.end()
 
-    @property
-    def asynchronous(self) -> bool:
-        """Whether copy() does."""
-        return self.vec and (self.unit == "r" or self.straight) and self.t.decl(self.buffer).dtype == "f32"
-
-    def copy(self, k0: str, k_end: str, start: str) -> None:
-        """Begins to copy this invocation's share of the tile at k0 to shared memory, from `start` on, and moves on by a tile."""
+    def copy(self, k0: str, k_end: str, array: str, start: str) -> None:
+        """Begins to copy this invocation's share of the tile at k0 to `array`, from `start` on, and moves on by a tile (OpenCL, float32;
+        vec4 along rows, or elements)."""
         t, p = self.t, self.shared
+        assert self.unit == "r" or not self.vec
         advance = f"{self.tile_k}u" if self.unit_stride and self.unit == "k" else f"{self.tile_k}u * {self.stride_k}"
         for step in range(self.loads):
-            if self.partial and step == self.loads - 1:
+            row, _ = self.place(step)
+            guarded = self.partial and step == self.loads - 1
+            if guarded:
                 t.open(f"lid < {self.count - step * t.threads}u")
             there = f"{k0} < {k_end}" if self.full_k else f"{k0} + {p}_k{step} < {k_end}"
-            t.copy(f"{p} + {start} + {self.vector_place(step)}", f"{self.base} + {p}_i{step}", there)
-            if self.partial and step == self.loads - 1:
+            to = f"{array} + {start} + {self.vector_place(step)}"
+            if not self.vec:
+                to = f"(__local float*)({to}) + {row} % 4u"
+            t.copy(to, f"{self.base} + {p}_i{step}", there, self.width)
+            if guarded:
                 t.end()
             t.add(f"{p}_i{step} += {advance};")
 
@@ -410,48 +399,6 @@ class Accumulators:
             for m, v in self.each():
                 c = f"{self.name}{m}_{v}"
                 t.add(f"{c} = {t.fma(t.splat(f'a{m // 4}.{COMPONENTS[m % 4]}', self.dtype), f'b{v}', c, self.dtype)};")
-            t.end()
-        if looped:
-            t.end()
-
-    def multiply_tiles(
-        self, la: TileLoader, a_at: str, lanes_m: int, lb: TileLoader, b_at: str, lanes_n: int, steps: int, unroll: int
-    ) -> None:
-        """self += a^T b over `steps` of k, a multiple of 4, of the tiles that la and lb have stored, either of which may be straight. a_at,
-        b_at: where this invocation's fragments begin."""
-        t = self.t
-        looped = 0 < unroll < steps
-        if looped:
-            t.loop("kk", "0u", f"{steps}u", "4u")
-
-        def index(tile: TileLoader, at: str, group: int, j: int, k: int, lanes: int) -> str:
-            """Of the vec4 along k of row j of a group of four rows (straight), or of the vec4 of the group's rows."""
-            if tile.straight:
-                place = j * tile.quarter + group * lanes * tile.row_pitch + k // 4
-                return f"{tile.shared}[{at} + {place}u" + (" + kk / 4u]" if looped else "]")
-            return f"{tile.shared}[{at} + {k * tile.pitch + group * lanes}u" + (
-                f" + kk * {tile.pitch}u]" if looped else "]"
-            )
-
-        for k in range(0, 4 if looped else steps, 4):
-            t.open()
-            for tile, at, x, groups, lanes in ((la, a_at, "a", self.m // 4, lanes_m), (lb, b_at, "b", self.v, lanes_n)):
-                for i in range(4 * groups if tile.straight else 0):
-                    t.let(f"{x}r{i}", index(tile, at, i // 4, i % 4, k, lanes), self.dtype, 4)
-            for j, c in enumerate(COMPONENTS):
-                t.open()
-                for tile, at, x, groups, lanes in (
-                    (la, a_at, "a", self.m // 4, lanes_m),
-                    (lb, b_at, "b", self.v, lanes_n),
-                ):
-                    for i in range(groups):
-                        rows = t.vector([f"{x}r{4 * i + r}.{c}" for r in range(4)], self.dtype)
-                        t.let(f"{x}{i}", rows if tile.straight else index(tile, at, i, 0, k + j, lanes), self.dtype, 4)
-                for m, v in self.each():
-                    acc = f"{self.name}{m}_{v}"
-                    a = t.splat(f"a{m // 4}.{COMPONENTS[m % 4]}", self.dtype)
-                    t.add(f"{acc} = {t.fma(a, f'b{v}', acc, self.dtype)};")
-                t.end()
             t.end()
         if looped:
             t.end()
@@ -653,13 +600,14 @@ def gemm(
         out.declare_scalars()
 
     lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
+    asynchronous = s.asynchronous and dtype == b_dtype == "f32" and not t.wgsl
+    unit_a, unit_b = "r" if a == "t" else "k", "k" if b == "t" else "r"
     la = TileLoader(
-        t, "a", "ta", s.tile_m, s.tile_k, "r" if a == "t" else "k", vec_a, a != "s", full_k, straight=s.straight
+        t, "a", "ta", s.tile_m, s.tile_k, unit_a, vec_a and not (asynchronous and unit_a == "k"), a != "s", full_k
     )
     lb = TileLoader(
-        t, "b", "tb", s.tile_n, s.tile_k, "k" if b == "t" else "r", vec_b, b != "s", full_k, straight=s.straight
+        t, "b", "tb", s.tile_n, s.tile_k, unit_b, vec_b and not (asynchronous and unit_b == "k"), b != "s", full_k
     )
-    asynchronous = s.asynchronous and la.asynchronous and lb.asynchronous and not t.wgsl
     assert s.prefetch or s.stages == 1
     la.declare(s.stages)
     lb.declare(s.stages)
@@ -737,17 +685,17 @@ def _multiply(t: Text, s: Schedule, acc: Accumulators, la: TileLoader, lb: TileL
     """Adds the products of a step. With several stages, those of stage `stage`."""
     lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
     steps = s.tile_k // s.slices
-    if s.slices == s.stages == 1 and not (la.straight or lb.straight):
-        acc.multiply("ta", la.pitch, lanes_m, "tb", lb.pitch, lanes_n, s.tile_k, unroll=s.unroll)
-    else:
-        for loader, lane in ((la, "ty"), (lb, "tx")):
-            at = f"{lane} * {loader.row_pitch}u" if loader.straight else lane
-            if s.slices > 1:
-                at += f" + slice_k * {steps // 4 if loader.straight else steps * loader.pitch}u"
-            if s.stages > 1:
-                at += f" + stage * {loader.size}u"
-            t.let(f"{loader.shared}_at", at)
-        acc.multiply_tiles(la, "ta_at", lanes_m, lb, "tb_at", lanes_n, steps, s.unroll)
+    places = []
+    for loader, lane in ((la, "ty"), (lb, "tx")):
+        at = lane
+        if s.slices > 1:
+            at += f" + slice_k * {steps * loader.pitch}u"
+        if s.stages > 1:
+            at += f" + stage * {loader.size}u"
+        plain = s.slices == s.stages == 1
+        places.append((loader.shared, lane) if plain else t.shared_base(f"{loader.shared}_at", loader.shared, at))
+    (ta, ty), (tb, tx) = places
+    acc.multiply(ta, la.pitch, lanes_m, tb, lb.pitch, lanes_n, steps, ty, tx, s.unroll)
     if chunked:
         runs = s.chunk // s.tile_k
         if runs > 1:
@@ -795,8 +743,8 @@ def _steps(t: Text, s: Schedule, la: TileLoader, lb: TileLoader, multiply: Calla
     if several:
         t.add("stage = (stage + 1u) % 2u;")
         t.open("k1 < k_end")
-        la.store(f"stage * {la.size}u + ")
-        lb.store(f"stage * {lb.size}u + ")
+        for loader in (la, lb):
+            loader.store(t.shared_base(f"{loader.shared}_free", loader.shared, f"stage * {loader.size}u"))
         t.end()
     else:
         t.barrier()
@@ -811,7 +759,7 @@ def _steps_asynchronous(t: Text, s: Schedule, la: TileLoader, lb: TileLoader, mu
     for i in range(ahead):
         t.let(f"k_ahead{i}", f"k_begin + {i * s.tile_k}u")
         for loader in (la, lb):
-            loader.copy(f"k_ahead{i}", "k_end", f"{i * loader.size}u")
+            loader.copy(f"k_ahead{i}", "k_end", loader.shared, f"{i * loader.size}u")
         t.copies_end()
     t.var("stage", "0u")
     t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
@@ -820,7 +768,7 @@ def _steps_asynchronous(t: Text, s: Schedule, la: TileLoader, lb: TileLoader, mu
     t.let("k1", f"k0 + {ahead * s.tile_k}u")
     t.let("free", f"(stage + {ahead}u) % {s.stages}u")
     for loader in (la, lb):
-        loader.copy("k1", "k_end", f"free * {loader.size}u")
+        loader.copy("k1", "k_end", *t.shared_base(f"{loader.shared}_free", loader.shared, f"free * {loader.size}u"))
     t.copies_end()
     multiply()
     t.add(f"stage = (stage + 1u) % {s.stages}u;")
