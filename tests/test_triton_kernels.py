@@ -22,6 +22,22 @@ NORM = (
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
+    def resources(binary, folder):
+        """What the disassembler says that a kernel takes: REG, STACK and others."""
+        import re
+        from pathlib import Path
+
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if not tool.exists():
+            pytest.skip("Triton without its disassembler")
+        (folder / "k.cubin").write_bytes(binary.image)
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", folder / "k.cubin"], capture_output=True, text=True, check=True
+        ).stdout
+        return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", text)}
+
     def test_by_the_interpreter():
         run_by_the_interpreter(__file__)
 
@@ -185,10 +201,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     ])  # fmt: skip
     def test_products_and_their_epilogues_spill_nothing(monkeypatch, tmp_path, steps, result, precision):
         """With the schedules that large products get (40 to 2300 bytes a thread were, and products took up to twelve times as long)."""
-        import re
-        from pathlib import Path
-
-        import triton
         from triton.backends.compiler import GPUTarget
 
         from torch_spiral.kernels.block import gemm
@@ -215,14 +227,34 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         divisible = tuple((i, 16) for i, t in enumerate(types) if t.startswith("*") or t in ("i64", "i32"))
         binary = compile_kernel(kernel, GPUTarget("cuda", 90, 32), divisible, memory)
         assert s.persistent and stored and binary.scratch > 0 and binary.shared <= memory
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if not tool.exists():
-            pytest.skip("Triton without its disassembler")
-        (tmp_path / "k.cubin").write_bytes(binary.image)
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", tmp_path / "k.cubin"], capture_output=True, text=True
-        ).stdout
-        assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0
+        assert resources(binary, tmp_path)["STACK"] == 0
+
+    @pytest.mark.parametrize("dtype,causal", [("bf16", True), ("f16", False)])
+    def test_four_programs_of_attention_fit_on_a_unit(monkeypatch, tmp_path, dtype, causal):
+        from triton.backends.compiler import GPUTarget
+
+        from torch_spiral.kernels.block import attention
+        from torch_spiral.kernels.kernel import Target
+        from torch_spiral.kernels.triton import signature
+        from torch_spiral.kernels.triton_binary import compile_kernel
+
+        monkeypatch.setenv("SPIRAL_CACHE", "0")
+        target = Target(
+            language="triton",
+            schedule_class="block",
+            engine="cuda",
+            compute_units=132,
+            capability=90,
+            max_workgroup_memory=227 << 10,
+        )
+        s = attention.forward_schedule(dtype, 64, 6, True)
+        kernel = attention.forward(target, s, dtype, 64, 64, True, "", causal, "")
+        types = signature(kernel)
+        divisible = tuple((i, 16) for i, t in enumerate(types) if t.startswith("*") or t == "i64")
+        binary = compile_kernel(kernel, GPUTarget("cuda", 90, 32), divisible, target.max_workgroup_memory)
+        assert 4 * (binary.shared + 1024) <= 228 << 10
+        usage = resources(binary, tmp_path)
+        assert usage["STACK"] == 0 and usage["REG"] * binary.threads * 4 <= 1 << 16
 
 else:
     from torch_spiral.testing.triton_interpreter import TARGET, run  # isort: skip
@@ -843,6 +875,21 @@ else:
         run(attention.backward_key(TARGET, *key), [*buffers, dk, dv], bht(q, k, v, g, dk, dv) + tail, over_keys)
         for got, want in zip((dq, dk, dv), wanted):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    def test_attention_by_groups_of_heads(monkeypatch):
+        monkeypatch.setattr(attention, "TOGETHER", 2)  # pairs of heads of keys: four of queries, then two
+        heads, kv, queries, keys, head = 6, 3, 37, 53, 16
+        q, k, v = (torch.randn(1, h, t, head) for h, t in ((heads, queries), (kv, keys), (kv, keys)))
+        scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.3
+        scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -torch.inf)
+        s, out, lse = attention.Schedule(16, 16, 4, 1), torch.full_like(q, 9.0), torch.zeros(1, heads, queries)
+        strides = [n for x in (q, k, v, out) for n in x.stride()[:3]]
+        kernel = attention.forward(TARGET, s, "f32", 32, 32, False, "", True, "ieee")
+        scalars = [*strides, heads, 2, queries, keys, head, head, 0.3]
+        run(kernel, [q, k, v, out, lse], scalars, attention.groups(16, queries, heads))
+        torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-5, atol=1e-5)
+        want = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+        torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("causal,keys_of_a_tile", [(True, 16), (False, 32)])
     def test_attention_with_dropout(causal, keys_of_a_tile):

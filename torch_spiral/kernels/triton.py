@@ -6,8 +6,8 @@ below it; one that they agree about stays an `if`. A loop runs as often as its l
 is refused: the schedule class `block` reduces by k.reduce and has templates of its own (kernels/block).
 
 The source of a kernel is a Python module with one function, `main_`, whose arguments are the parameter block in order
-(docs/interfaces.md, section 2); its first line says how many warps and pipeline stages it takes. triton_binary.py turns it
-into a binary.
+(docs/interfaces.md, section 2); its first line says how many warps, pipeline stages and, where they are limited, registers it
+takes. triton_binary.py turns it into a binary.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ INFIX = {
 LIBDEVICE = ELEMENTARY | {
     "rsqrt", "trunc", "rint", "atan2", "pow", "fmod", "hypot", "copysign", "nextafter", "erf", "erfc", "erfinv", "lgamma",
 }  # fmt: skip
-HEADER = "# warps: {warps}, stages: {stages}\n"
+HEADER = "# warps: {warps}, stages: {stages}{limit}\n"
 IMPORTS = "import triton\nimport triton.language as tl\n"
 
 
@@ -699,7 +699,7 @@ class TritonBuilder(KernelBuilder):
             module="\n\n".join(sorted(e.module.values(), key=lambda t: not t.startswith("from "))),
         )  # fmt: skip
         warps = self.num_warps or min(max(lanes // 64, 1), 8)
-        text = HEADER.format(warps=warps, stages=self.num_stages) + prefix
+        text = HEADER.format(warps=warps, stages=self.num_stages, limit="") + prefix
         text += "".join(f"    {s}\n" for s in start) + body + "\n"
         return dataclasses.replace(kernel, source=text)
 

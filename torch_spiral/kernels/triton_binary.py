@@ -41,9 +41,10 @@ def function(source: str, name: str) -> Any:
 
 
 def options(source: str) -> dict[str, int]:
-    """num_warps and num_stages, from the first line."""
+    """num_warps, num_stages and, where they are limited, the registers (maxnreg), from the first line."""
     words = source[: source.index("\n")].replace(",", "").split()
-    return {"num_warps": int(words[2]), "num_stages": int(words[4])}
+    found = {"num_warps": int(words[2]), "num_stages": int(words[4])}
+    return found | {"maxnreg": int(words[6])} if len(words) > 6 else found
 
 
 def gpu_target(properties: Any) -> Any:

@@ -287,7 +287,8 @@ def _block_forward(
     rows: int, splits: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
-    s = block.forward_schedule(q.dtype, max(head, head_v), rows)
+    plain = mask is None and not drop[0] and (splits == 1 or causal)
+    s = block.forward_schedule(q.dtype, max(head, head_v), rows, plain)
     if splits > 1 and not causal:
         keys, head_v_size, total = k.sizes[2], v.sizes[3], batch * heads * queries
         span = maximum(cdiv(cdiv(keys, splits), s.keys), 2) * s.keys

@@ -35,16 +35,17 @@ def power_of_two(n: int) -> int:
 
 def template(
     target: Target, name: str, buffers: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]], body: str, warps: int,
-    stages: int = 3, module: str = "", ahead: Sequence[str] = (),
+    stages: int = 3, module: str = "", ahead: Sequence[str] = (), registers: int = 0,
 ) -> Kernel:  # fmt: skip
     """A kernel from the text of its body. buffers: (name, dtype) each; scalars: (name, type) each; 64-bit ones travel first. module,
-    ahead: as for triton.opening()."""
+    ahead: as for triton.opening(). registers: of an invocation at most (CUDA only; 0: any)."""
     scalars = [s for s in scalars if s[1] in ("i64", "f64")] + [s for s in scalars if s[1] not in ("i64", "f64")]
     names = [*(n for n, _ in buffers), *(n for n, _ in scalars)]
+    limit = f", registers: {registers}" if registers else ""
     body = textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
     return Kernel(
         name=name,
-        source=f"{HEADER.format(warps=warps, stages=stages)}{opening(target, module, 'main_', names, ahead)}{body}\n",
+        source=f"{HEADER.format(warps=warps, stages=stages, limit=limit)}{opening(target, module, 'main_', names, ahead)}{body}\n",
         entry="main_", language="triton", windows=(1,) * len(buffers), scalars=tuple(t for _, t in scalars),
         workgroup=(32 * warps, 1, 1), trusted=True, dtypes=tuple(d for _, d in buffers),
     )  # fmt: skip

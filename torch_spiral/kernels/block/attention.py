@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..kernel import Kernel, Target
+from ..kernel import DTYPES, Kernel, Target
 from . import STORAGE, cdiv, power_of_two, template
 
 LOG2E = 1.4426950408889634
@@ -31,22 +31,28 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tiles of queries x keys."""
+    """Tiles of queries x keys. registers: of an invocation at most, so that more programs run on a unit at a time (0: any,
+    as it is where the compute capability is not 9.0)."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
 
     def __str__(self) -> str:
-        return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}"
+        limit = f"r{self.registers}" if self.registers else ""
+        return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}{limit}"
 
 
-def forward_schedule(dtype: str, head: int, rows: int) -> Schedule:
-    """head: the larger head dimension; rows: of queries a workgroup, as csrc/aten/attention.cpp has it."""
+def forward_schedule(dtype: str, head: int, rows: int, plain: bool = False) -> Schedule:
+    """head: the larger head dimension; rows: of queries a workgroup, as csrc/aten/attention.cpp has it. plain: without mask, dropout,
+    splits or varlen."""
     queries = min(max(2 << rows, 16), 128)
     if dtype == "f32":
         return Schedule(min(queries, 64), 32 if head > 64 else 64, 4, 2)
+    if head <= 64 and plain:
+        return Schedule(min(queries, 64), 64, 4, 3, 128)
     if head <= 64:
         return Schedule(queries, 64, 4, 3)
     if head <= 128:
@@ -150,22 +156,38 @@ def _mask(*conditions: str) -> str:
 
 
 # Where a program is: a tile of the sequence, and a head of a batch.
-PLACE = [
-    "tiles = tl.cdiv({length}, {tile})",
-    "bh = tl.program_id(0) // tiles",
-    "b = (bh // {heads}).to(tl.int64)",
-    "h = (bh % {heads}).to(tl.int64)",
+PLACE = ["tiles = tl.cdiv({length}, {tile})", "bh = tl.program_id(0) // tiles"]
+PLACE_HEAD = ["b = (bh // {heads}).to(tl.int64)", "h = (bh % {heads}).to(tl.int64)"]
+# Causal: of as many heads as have their keys and values in the L2 cache together, the last tiles, which see most keys, go first.
+NEAR, TOGETHER = 16 << 20, 128  # bytes; heads at most
+PLACE_HEAVY = [
+    "tiles = tl.cdiv(queries, {tile})",
+    "together = tl.minimum(tl.maximum({near} // (head + head_v) // keys, 1), {together}) * share",
+    "first = tl.program_id(0) // (together * tiles) * together",
+    "members = tl.minimum(tl.num_programs(0) // tiles - first, together)",
+    "within = tl.program_id(0) - first * tiles",
+    "bh = first + within % members",
 ]
 
 
 def _place(
-    length: str, tile: int, heads: str = "heads", reverse: bool = False, varlen: str = "", grouped: bool = False
+    length: str,
+    tile: int,
+    heads: str = "heads",
+    reverse: bool = False,
+    varlen: str = "",
+    grouped: bool = False,
+    size: int = 0,
 ) -> list[str]:
     """reverse: the last tiles, which see most keys, go first. varlen: from here on queries and keys are the ends of the sequence.
-    grouped: start is the first query of the tile."""
+    grouped: start is the first query of the tile. size: bytes of an element, with reverse."""
     start = f"(tiles - 1 - tl.program_id(0) % tiles) * {tile}" if reverse else f"tl.program_id(0) % tiles * {tile}"
     whole = ("longest * share" if grouped else "longest") if varlen else length
-    lines = [*(t.format(length=whole, tile=tile, heads=heads) for t in PLACE), f"start = {start}"]
+    place = PLACE
+    if reverse and not varlen:
+        place, start = PLACE_HEAVY, f"(tiles - 1 - within // members) * {tile}"
+    values = {"length": whole, "tile": tile, "heads": heads, "near": NEAR // max(size, 1), "together": TOGETHER}
+    lines = [*(t.format(**values) for t in (*place, *PLACE_HEAD)), f"start = {start}"]
     if not varlen:
         return lines
     return [
@@ -217,7 +239,15 @@ def _dims(d: int, dv: int, mask: str) -> list[str]:
 
 
 def _queries(
-    s: Schedule, d: int, dv: int, mask: str, causal: bool, varlen: str, paged: str = "", grouped: bool = False
+    s: Schedule,
+    dtype: str,
+    d: int,
+    dv: int,
+    mask: str,
+    causal: bool,
+    varlen: str,
+    paged: str = "",
+    grouped: bool = False,
 ) -> list[str]:
     """A tile of queries, where its keys and values begin, its rows of [B, H, Tq], and the keys `begin` to `last` that it sees."""
     if not causal:
@@ -232,7 +262,15 @@ def _queries(
     if grouped:
         heads = ["hk = h", "h = hk * share + packed % share"]
     return [
-        *_place("queries", s.queries, "(heads // share)" if grouped else "heads", causal, varlen, grouped),
+        *_place(
+            "queries",
+            s.queries,
+            "(heads // share)" if grouped else "heads",
+            causal,
+            varlen,
+            grouped,
+            DTYPES[dtype].size,
+        ),
         *heads,
         f"last = {last}",
         f"begin = {begin}" + (f" // {s.keys} * {s.keys}" if paged and varlen == "window" else ""),
@@ -364,7 +402,7 @@ def forward(
             "last = tl.minimum(begin + span, last)",
         ]
     lines = [
-        *_queries(s, d, dv, mask, causal, varlen, paged, grouped),
+        *_queries(s, dtype, d, dv, mask, causal, varlen, paged, grouped),
         *(run if split else []),
         *(["row += tl.program_id(1).to(tl.int64) * rows"] if split else []),
         # Tensor descriptors, which products gain from, were slower here: 0.63 of torch's rate where this has 0.80 (H200, D 64).
@@ -405,6 +443,7 @@ def forward(
         "\n".join(lines),
         s.warps,
         s.stages,
+        registers=s.registers if target.capability == 90 else 0,
     )
 
 
@@ -488,7 +527,7 @@ def backward_query(
     in_v = "" if exact and head_v == dv else " & (rv[None, :] < head_v)"
     low = f".to({STORAGE[dtype]})" if dtype != "f32" else ""
     lines = [
-        *_queries(s, d, dv, mask, causal, varlen),
+        *_queries(s, dtype, d, dv, mask, causal, varlen),
         *(["mask_base = mask + b * mask_b + h * mask_h"] if mask else []),
         "in_q = rq[:, None] < queries",
         f"q_tile = tl.load(q + b * q_b + h * q_h + rq[:, None].to(tl.int64) * q_t + rd[None, :], mask=in_q{in_d}, other=0)",
