@@ -640,6 +640,51 @@ def test_autocast(device):
 
 
 @pytest.mark.skipif(torch.spiral.device_count() < 2, reason="one device")
+@pytest.mark.parametrize(
+    ("k", "groups", "dtype"), [(3, 1, torch.bfloat16), (1, 1, torch.float16), (3, 8, torch.bfloat16)]
+)
+def test_autocast_converts_no_weights_and_biases_of_convolutions(device, k, groups, dtype):
+    """Only the input; products add biases in float32, and their packed forms are made of the weights themselves."""
+    m = nn.Sequential(
+        nn.Conv2d(8, 8, k, groups=groups), nn.ReLU(), nn.Conv2d(8, 16, k, stride=2, groups=groups), nn.SiLU()
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        want = copy.deepcopy(m).double()(x.double())
+    m = m.to(device)
+    with torch.autocast("spiral", dtype=dtype), torch.no_grad():
+        f = torch.compile(m, backend="spiral")
+        for _ in range(2):  # what is made of weights is kept
+            f(x.to(device))
+        torch.spiral.synchronize()
+        with torch.spiral.telemetry() as t:
+            got = f(x.to(device))
+            torch.spiral.synchronize()
+        m[0].bias.add_(1.0)
+        again = f(x.to(device))
+    names = [x.kernel for x in t.launches if "conv_pad" not in x.kernel and not PACKING.search(x.kernel)]
+    assert len(names) == 3, names
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu().double(), want, rtol=3e-2, atol=3e-2)
+    assert (again - got).abs().max() > 0.05
+
+
+def test_a_bias_that_the_graph_writes_is_added_as_it_was_read(device):
+    conv, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 9, 9)
+
+    def f(x, w, b):
+        y = F.conv2d(x, w, b)
+        b.mul_(3.0)
+        return y, F.conv2d(x, w, b)
+
+    w, b = conv.weight.detach(), conv.bias.detach()
+    first, third = F.conv2d(x, w, b), F.conv2d(x, w, 3 * b)
+    with torch.autocast("spiral", dtype=torch.bfloat16), torch.no_grad():
+        got = torch.compile(f, backend="spiral", fullgraph=True)(*on(device, (x, w, b.clone())))
+    for a, e in zip(got, (first, third), strict=True):
+        torch.testing.assert_close(a.float().cpu(), e, rtol=3e-2, atol=3e-2)
+
+
 def test_graphs_without_inputs_run_on_their_device_and_several_devices_are_refused():
     make = torch.compile(lambda d: torch.full((3,), 2.0, device=d) * 3, backend="spiral")
     for i in (0, 1, 0):

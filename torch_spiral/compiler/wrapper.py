@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sympy
@@ -217,6 +217,7 @@ class _Cutter:
     def cut(self) -> list[str]:
         self._prologues()
         self._epilogues()
+        self._added_casts()
         self._combinations()
         index = 0
         while index < len(self.statements):
@@ -347,17 +348,12 @@ class _Cutter:
                     call.keywords.append(earlier)
                 earlier.value.elts += [ast.parse(b, mode="eval").body for b in before]  # type: ignore[attr-defined]
         deleted = []
-        done = ast.parse("None").body[0]
-        for at, s in enumerate(self.statements):
-            if at == index or (isinstance(s, ast.Assign) and targets.keys() & set(_stored(s))):
-                self.statements[at] = done
-            elif isinstance(s, ast.Delete):
-                names = [t.id for t in s.targets if isinstance(t, ast.Name)]
-                early = kept & set(names) if index < at < last else set()
-                deleted += [n for n in names if n in early]
-                s.targets = [ast.Name(n, ast.Del()) for n in names if n not in early and n not in targets]
-                if not s.targets:
-                    self.statements[at] = done
+        for s in self.statements[index + 1 : last]:
+            if isinstance(s, ast.Delete):
+                early = [t for t in s.targets if isinstance(t, ast.Name) and t.id in kept]
+                deleted += [t.id for t in early]
+                s.targets = [t for t in s.targets if t not in early]
+        self._leave_out(index, targets)
         if deleted:
             self.statements.insert(last + 1, ast.Delete([ast.Name(n, ast.Del()) for n in deleted]))
 
@@ -369,6 +365,8 @@ class _Cutter:
         found = _call(getattr(s, "value", None))
         if found is not None and attention.NAME in found[0]:
             return self._in_place(found[1], 4 if "_backward" in found[0] else 3, targets, read)
+        if found is not None and found[0] == "extern_kernels.convolution":
+            return self._weight_of_convolution(found[1], targets, read)
         if found is None or found[0].removeprefix("extern_kernels.") not in OUT_EXTERNS:
             return None
         if any(targets[n].moved for n in targets.keys() & set(_loaded(s))):
@@ -447,6 +445,97 @@ class _Cutter:
             text = repr(attention.layouts(count == 4, shapes))
             call.keywords.append(ast.keyword("strides", ast.parse(text, mode="eval").body))
         return call, operands, []
+
+    def _weight_of_convolution(
+        self, call: ast.Call, targets: dict[str, prologue.Prologue], read: dict[int, ast.expr]
+    ) -> tuple[ast.Call, list[tuple[int, ast.expr]], list[str]] | None:
+        """As _prepared, for a convolution whose weight or bias autocast converts."""
+        transposed = any(k.arg == "transposed" and ast.unparse(k.value) != "False" for k in call.keywords)
+        if transposed or _root(call.args[0]) in targets:
+            return None
+        operands: list[tuple[int, ast.expr]] = []
+        for i, e in enumerate(call.args[1:], 1):
+            if not targets.keys() & set(_loaded(e)):
+                continue
+            p, shape = targets[_root(e)], _shape(e)
+            pair = _dtype(read[p.source]), _dtype(e)
+            if shape is None or _offset(e) != 0 or pair not in prologue.WEIGHTS or not self._only_casts([p], read):
+                return None
+            text = f"reinterpret_tensor({ast.unparse(read[p.source])}, {tuple(shape[0])}, {tuple(shape[1])}, 0)"
+            operands.append((i, ast.parse(text, mode="eval").body))
+        return call, operands, []
+
+    @staticmethod
+    def _only_casts(stores: Sequence[prologue.Prologue], read: dict[int, ast.expr]) -> bool:
+        """Whether inputs of the graph are converted, and nothing else is done to them."""
+        return all(
+            not p.factors
+            and p.constant == 1.0
+            and p.moved is None
+            and _root(read[p.source]) in V.graph.graph_input_names
+            for p in stores
+        )
+
+    def _added_casts(self) -> None:
+        """Inputs of the graph that products add, as biases of convolutions, are read as they are: they are added in float32."""
+        for index, s in enumerate(self.statements):
+            found = _call(getattr(s, "value", None))
+            stores = (
+                prologue.match(self.wrapper.programs[found[0]]) if found and found[0] in self.wrapper.programs else []
+            )
+            if not stores:
+                continue
+            assert found is not None
+            buffers: list[ast.expr] = found[1].args[0].elts  # type: ignore[attr-defined]
+            read = {p.source: buffers[p.source] for p in stores}
+            names = {b.id: read[p.source] for p in stores if isinstance(b := buffers[p.target], ast.Name)}
+            floats = all(_dtype(e) in ("f32", "f16", "bf16") for e in read.values())
+            if (
+                len(names) == len(stores)
+                and floats
+                and self._only_casts(stores, read)
+                and not names.keys() & self.outer
+            ):
+                self._added_cast(index, names)
+
+    def _added_cast(self, index: int, names: dict[str, ast.expr]) -> None:
+        """Lets products add what the kernel at `index` converts, where nothing else reads its results. names: its results, and what of."""
+        sources = set(map(_root, names.values()))
+        steps: list[ast.Tuple] = []
+        for at, s in enumerate(self.statements):
+            if at == index or isinstance(s, ast.Delete) or not (names.keys() | sources) & {*_loaded(s), *_stored(s)}:
+                continue
+            found = _call(getattr(s, "value", None))
+            if found and found[0] == "empty":
+                continue
+            read = names.keys() & set(_loaded(s))
+            if not read and isinstance(s, ast.Expr) and not sources & set(self._written(s)):
+                continue  # another reader of what is converted
+            added = [
+                e
+                for e in (getattr(found[1].args[4], "elts", ()) if found and found[0] == "product" else ())
+                if isinstance(e, ast.Tuple) and _literal(e.elts[0]) and ast.literal_eval(e.elts[0]) == "add"
+            ]
+            here = [e for e in added if isinstance(e.elts[1], ast.Name) and e.elts[1].id in names]
+            if not read or len(here) != sum(n in names for n in _loaded(s)) or sources & set(self._written(s)):
+                return
+            steps += here
+        for e in steps:
+            e.elts[1] = names[e.elts[1].id]  # type: ignore[attr-defined]
+        self._leave_out(index, names)
+
+    def _leave_out(self, index: int, names: Collection[str]) -> None:
+        """Drops the kernel at `index` and the buffers that it wrote."""
+        done = ast.parse("None").body[0]
+        for at, s in enumerate(self.statements):
+            if isinstance(s, ast.Delete):
+                s.targets = [t for t in s.targets if not (isinstance(t, ast.Name) and t.id in names)]
+            if (
+                at == index
+                or (isinstance(s, ast.Delete) and not s.targets)
+                or (isinstance(s, ast.Assign) and set(names) & set(_stored(s)))
+            ):
+                self.statements[at] = done
 
     # ---- epilogues ------------------------------------------------------------------------------------------------------
 

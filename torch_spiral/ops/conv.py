@@ -142,7 +142,7 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, g: Geometry
     elif target().schedule_class == "vector":
         _vector(x, w, bias, out, g, False, terms)
     else:
-        _simt("forward", x, w, out, g, bias, terms)
+        _simt("forward", x, w if target().schedule_class == "block" else converted(w, x.dtype), out, g, bias, terms)
 
 
 def _epilogue(bias: Tensor | None, terms: Terms) -> tuple[Epilogue, list[Tensor], list[Any]]:
@@ -429,7 +429,7 @@ def _depthwise(
         extents = [i + 2 * p for i, p in zip(_spatial(x), g.padding)]
         padded, step = _pad(x, extents, (1, 1, 1), g.padding), g.stride
     epilogue, operands, operand_strides = _epilogue(bias, terms)
-    w = contiguous(w)
+    w = contiguous(converted(w, x.dtype))
     first, step_h, step_w = (g.volume - 1, -kw, -1) if flip else (0, kw, 1)
     kernel = build(vector.depthwise, w.dtype, (kh, kw), epilogue)
     launch(
