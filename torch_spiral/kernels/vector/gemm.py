@@ -261,8 +261,10 @@ def module(compute: str, w: int, dtypes: tuple[str, ...], epilogue: Epilogue | N
     return prelude(compute, w, (*dtypes, *extra)) + (math_functions(w) if epilogue and epilogue.needs_math() else "")
 
 
-def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int, folded: bool = False) -> str:
-    """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]. folded: as `apply` takes it."""
+def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int, folded: bool = False, panel: int = 0) -> str:
+    """Macro STORE_ROW(p, row, col, n): n sums at the private pointer p through the epilogue to C[row, col...]. folded: as `apply` takes it.
+    panel: vectors of a whole row, whose epilogues are computed side by side: each by itself is a chain in which every operation waits for
+    the one before it."""
     at = "C + (long)(row_) * cm + col_" if c_layout == "n" else "C + (long)(row_) * cm + (long)(col_) * cn"
     vec = (
         ""
@@ -272,6 +274,14 @@ def store_rows(ep: Epilogue, out_dtype: str, c_layout: str, w: int, folded: bool
             f"STV_{out_dtype}({at}, x_); }} "
         )
     )
+    if panel and c_layout == "n":
+        columns = [f"((col0) + {v * w}u)" for v in range(panel)]
+        whole = " ".join(
+            [f"V x{v}_ = load{w}(0, (p) + {v * w});" for v in range(panel)]
+            + [f"{{ {ep.apply(f'x{v}_', 'row_', c, w, folded)} }}" for v, c in enumerate(columns)]
+            + [f"STV_{out_dtype}(C + (long)(row_) * cm + {c}, x{v}_);" for v, c in enumerate(columns)]
+        )
+        vec = f"if (n_ == {panel * w}u) {{ {whole} j_ = n_; }} {vec}"
     text = (
         f"{{ const uint row_ = (row0), n_ = (n0); uint j_ = 0; {vec}for (; j_ < n_; j_++) {{ const uint col_ = (col0) + j_; T x_ = (p)[j_]; "
         f"{ep.apply('x_', 'row_', 'col_', 1, folded)} ST_{out_dtype}({at}, x_); }} }}"
@@ -534,7 +544,7 @@ def gemm(
     )
     to_tile = " ".join(f"store{w}(c{r}_{v}, {v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
     from_tile = " ".join(f"c{r}_{v} += load{w}({v}, t_ + {r} * {nr});" for r in range(mr) for v in range(nv))
-    # An epilogue with polynomials is inlined once, behind the tile in memory: twelve copies take seconds to compile.
+    # An epilogue with polynomials is inlined for one row, behind the tile in memory: twelve copies take seconds to compile.
     full = f"if (n == {nr}u) {{ {vec_store} }} else" if c_layout == "n" and not ep.needs_math() else ""
     if split:
         tasks = f"""
@@ -631,7 +641,10 @@ def gemm(
         name,
         [("A", a_dtype, "r"), ("B", compute if packed else b_dtype, "r"), ("C", out, "rw"), *ep.buffers, *offs],
         [*scalars, ("ALL_M" if grouped == "rows" else "M", "u32"), ("N", "u32"), ("K", "u32")],
-        module(compute, w, (a_dtype, b_dtype, out), ep) + macros + BALANCED + store_rows(ep, out, c_layout, w, True),
+        module(compute, w, (a_dtype, b_dtype, out), ep)
+        + macros
+        + BALANCED
+        + store_rows(ep, out, c_layout, w, True, nv if ep.needs_math() else 0),
         body,
     )
 
