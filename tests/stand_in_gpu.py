@@ -74,6 +74,8 @@ interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
 
 compiled: list[Kernel] = []
 failures: list[str] = []  # what kernels raised
+SCRATCH = 1 << 16  # bytes a workgroup of kernels named for it
+scratches: list[int] = []  # addresses of what their launches had
 
 
 @cache
@@ -91,6 +93,8 @@ def _run(index: int, grid: Any, params: int) -> int:
     try:
         function, layout, pointees = _function(index)
         values = layout.unpack(ctypes.string_at(params, layout.size))
+        if "scratch" in compiled[index].name:
+            scratches.append(struct.unpack("Q", ctypes.string_at(params + (layout.size + 7) // 8 * 8, 8))[0])
         args = [v if dtype is None else Address(v, dtype) for v, dtype in zip(values, pointees, strict=True)]
         function[tuple(grid[:3])](*args)
         return 0
@@ -112,7 +116,8 @@ def _compile(kernel: Kernel, *_: Any) -> triton_binary.Binary:
     if waits:
         driver.stand_in_waits(number)
     warps = triton_binary.options(kernel.source)["num_warps"]
-    return triton_binary.Binary(b"%d\0" % number, kernel.entry, 0, 32 * warps, waits=waits)
+    scratch = SCRATCH if "scratch" in kernel.name else 0
+    return triton_binary.Binary(b"%d\0" % number, kernel.entry, 0, 32 * warps, scratch, waits)
 
 
 triton_binary.compile_kernel = _compile

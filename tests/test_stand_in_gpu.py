@@ -1,6 +1,7 @@
 """The CUDA and HIP engine without a GPU: its C++ code on a stand-in for the driver, kernels run by Triton's interpreter
 (stand_in_gpu.py). In processes of their own, one for each vendor."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -282,6 +283,36 @@ else:
             assert found == [(0, 0), (1, 9), (0, 0), (0, 0), (1, 0), (0, 0), (0, 0), (0, 0)]
         else:
             assert found == [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)]
+
+    @operator("stand_in_scratch(Tensor x) -> Tensor")
+    def scratch(x):
+        """x * 10, by ten launches of a kernel with scratch memory."""
+
+        def add(target):
+            k = KernelBuilder(target, "stand_in_scratch")
+            a, out, n = k.buffer("a", "f32"), k.buffer("out", "f32", "rw"), k.scalar("n", "u32")
+            i = k.global_id()
+            with k.If(i < n):
+                out[i] = out[i] + a[i]
+            return k.finish((64, 1, 1))
+
+        out = empty(x.sizes, "f32")
+        fill_bytes(out, 0)
+        for _ in range(10):
+            launch(build(add), [x, out], [x.numel], (cdiv(x.numel, 64), 1, 1))
+        return out
+
+    @pytest.mark.skipif(HIP, reason="HIP's kernels have no scratch memory")
+    def test_launches_of_a_graph_share_no_scratch_memory():
+        """They may write to it before those ahead of them have ended. As it grows, and beyond its limit, launches are handed over first."""
+        for workgroups, shared in ((1, 0), (7, 0), (1, 0), (150, 4)):  # 150: 96 MB in all, of 64
+            size, x = gpu.SCRATCH * workgroups, torch.randn(64 * workgroups)
+            for _ in range(3):
+                gpu.scratches.clear()
+                assert torch.allclose(torch.ops.spiral.stand_in_scratch(x.to(DEVICE)).cpu(), x * 10, rtol=1e-5)
+            places = sorted(gpu.scratches)
+            apart = [b - a for a, b in itertools.pairwise(places)]
+            assert len(places) == 10 and apart.count(0) == shared and sum(d >= size for d in apart) == 9 - shared
 
     @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
     def test_an_edge_that_fails_early():

@@ -42,6 +42,9 @@ constexpr uint32_t kMaxGridYZ = 65535;
 // its parameters change and the device 1 us from one kernel to the next (H200).
 constexpr size_t kLeastInGraph = 8;
 
+// Of scratch memory, in bytes. What launches that are handed over together take ends a stretch or a batch at the most.
+constexpr size_t kLeastScratch = 1 << 20, kMaxScratch = 64 << 20, kScratchAlignment = 256;
+
 // Graphs hold memory of the device for as long as they are kept: at most so many nodes in all (SPIRAL_CUDA_GRAPH_NODES; 0: no graphs),
 // where a graph counts as some more. A graph that was dropped for others so often is not made again.
 constexpr size_t kMaxGraphNodes = 1 << 15, kNodesOfGraph = 64;
@@ -717,6 +720,7 @@ class CudaEngine final : public Engine {
 
   // What goes on follows the launches that are held back.
   void submit() noexcept {
+    scratch_used_ = 0;
     if (!sequence_ && batches_->empty()) return;
     try {
       const Current current(api_, context_, device_ == 0);
@@ -789,20 +793,25 @@ class CudaEngine final : public Engine {
     return event;
   }
 
-  // Scratch memory of a launch. Launches follow each other, so they share it.
+  // Scratch memory of a launch, not shared with the launches that are handed over with it: a kernel of a graph may make its tensor
+  // descriptors before those ahead of it have ended.
   Address scratch_of(size_t size) {
-    if (size > scratch_size_) {
+    size = (size + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+    if (scratch_used_ + size > kMaxScratch) submit();
+    if (scratch_used_ + size > scratch_size_) {
+      const size_t more = std::max({scratch_used_ + size, std::min(2 * scratch_size_, kMaxScratch), kLeastScratch});
       const Current current = enter();
       if (scratch_) {
         api_.stream_synchronize(stream_);
         api_.free(scratch_);
         scratch_ = scratch_size_ = 0;
       }
-      size = std::max<size_t>(size, 1 << 20);
-      scratch_ = take(size);
-      scratch_size_ = size;
+      scratch_ = take(more);
+      scratch_size_ = more;
     }
-    return scratch_;
+    const Address address = scratch_ + scratch_used_;
+    scratch_used_ += size;
+    return address;
   }
 
   // Pinned memory for a write, free again when the stream has passed the work that is queued until its segment is full.
@@ -842,7 +851,7 @@ class CudaEngine final : public Engine {
   std::vector<Event> events_[2];
 
   Address scratch_ = 0;
-  size_t scratch_size_ = 0;
+  size_t scratch_size_ = 0, scratch_used_ = 0;  // used: by what is held back
 
   uint8_t* staging_ = nullptr;
   Event segment_events_[kStagingSegments] = {};
