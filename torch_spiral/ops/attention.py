@@ -288,10 +288,10 @@ def _block_forward(
 ) -> None:  # fmt: skip
     batch, heads, queries, _ = q.sizes
     plain = mask is None and not drop[0] and (splits == 1 or causal)
-    s = block.forward_schedule(q.dtype, max(head, head_v), rows, plain)
+    s = block.forward_schedule(q.dtype, max(head, head_v), rows, mask is not None, plain)
     if splits > 1 and not causal:
         keys, head_v_size, total = k.sizes[2], v.sizes[3], batch * heads * queries
-        span = maximum(cdiv(cdiv(keys, splits), s.keys), 2) * s.keys
+        span = cdiv(cdiv(keys, splits), s.keys) * s.keys
         runs = cdiv(keys, span)
         parts, part_lse = empty((runs, total, head_v_size), "f32"), empty((runs, total), "f32")
         kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), "", True)
@@ -301,7 +301,7 @@ def _block_forward(
         launch(kernel, [q, k, v, *masks, parts, part_lse], scalars, groups, _work(q, k, v, causal))
         scalars = [*out.strides[:3], runs, total, heads, queries, head_v_size]
         kernel = build(block.merge, q.dtype, head_v)
-        launch(kernel, [parts, part_lse, out, lse], scalars, (cdiv(total, block.MERGED), 1, 1))
+        launch(kernel, [parts, part_lse, out, lse], scalars, (total, 1, 1))
         return
     flags = "rows" + ("-exact" if vec == 2 else "")
     if not drop[0]:

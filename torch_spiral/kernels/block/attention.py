@@ -45,16 +45,16 @@ class Schedule:
         return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}{limit}"
 
 
-def forward_schedule(dtype: str, head: int, rows: int, plain: bool = False) -> Schedule:
+def forward_schedule(dtype: str, head: int, rows: int, mask: bool = False, plain: bool = False) -> Schedule:
     """head: the larger head dimension; rows: of queries a workgroup, as csrc/aten/attention.cpp has it. plain: without mask, dropout,
     splits or varlen."""
     queries = min(max(2 << rows, 16), 128)
     if dtype == "f32":
         return Schedule(min(queries, 64), 32 if head > 64 else 64, 4, 2)
-    if head <= 64 and plain:
-        return Schedule(min(queries, 64), 64, 4, 3, 128)
+    if head <= 64 and plain:  # tiles of 64 queries are the least that the tensor cores of sm_90 take at their full rate
+        return Schedule(64 if rows >= 4 else queries, 64, 4, 3, 128)
     if head <= 64:
-        return Schedule(queries, 64, 4, 3)
+        return Schedule(min(queries, 64) if mask else queries, 64, 4, 3)
     if head <= 128:
         return Schedule(min(queries, 64), 64, 4, 3)
     return Schedule(queries, 64, 8 if queries == 128 else 4, 2)
@@ -357,6 +357,8 @@ def forward(
     # is -infinity: tiles without a key that the row sees are left out, or come after others. The queries are multiplied as they lie in
     # shared memory: with anything done to them, they would take registers throughout the loop.
     fold = not mask and not varlen  # where a row may see nothing
+    # An invocation of NVIDIA's has two columns of eight: it adds up its own, and what others have is added once, at the end.
+    apart = fold and dtype != "f32" and target.engine != "hip" and s.queries >= 16 * s.warps
 
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
@@ -372,7 +374,9 @@ def forward(
             *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
             f"p = {_exp(mask, 's' + ' * scale2' * fold + (' - m_new' if fold else ' - m_safe') + '[:, None]')}",
             f"alpha = {_exp(mask, 'm_i - m_new' if fold else 'm_i - m_safe')}",
-            "l_i = l_i * alpha + tl.sum(p, 1)",
+            f"l_i = l_i * alpha[:, None] + tl.sum(tl.reshape(p, [{s.queries}, {s.keys // 8}, 8]), 1)"
+            if apart
+            else "l_i = l_i * alpha + tl.sum(p, 1)",
             *([*_kept(s, "start", "x", "bh"), "p = tl.where(kept, p, 0.0)"] if dropout else []),
             "acc = acc * alpha[:, None]",
             f"vt = tl.load(v_base + v_at{in_x})",
@@ -414,7 +418,7 @@ def forward(
         *(["scale2 = tl.maximum(scale2, 1e-30)"] if fold else []),
         *(["limit = tl.minimum(rq, keys - 1)"] if causal and not varlen else []),
         f"m_i = tl.full([{s.queries}], float('-inf'), tl.float32)",
-        f"l_i = tl.zeros([{s.queries}], tl.float32)",
+        f"l_i = tl.zeros([{s.queries}{', 8' * apart}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
         *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if (varlen or split) and not paged else []),
         f"full = {full}",
@@ -422,6 +426,7 @@ def forward(
         *body(False),
         f"for j in range(full, last, {s.keys}):",
         *body(True),
+        *(["l_i = tl.sum(l_i, 1)"] if apart else []),
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         *(["acc = acc * drop_scale"] if dropout else []),
         "acc = acc / l_safe[:, None]",
@@ -447,32 +452,35 @@ def forward(
     )
 
 
-MERGED = 16  # rows of a program of merge
+MERGED = 16  # runs that a program of merge loads together
 
 
 def merge(target: Target, dtype: str, head_v: int) -> Kernel:
     """Combines the runs of forward(split=True). Buffers: parts, part_lse, out, lse [B, H, Tq]. Scalars: strides of out, runs, rows
-    (B * H * Tq), heads, queries, head_v. Grid: (cdiv(rows, MERGED), 1, 1)."""
+    (B * H * Tq), heads, queries, head_v. Grid: (rows, 1, 1)."""
     dv = power_of_two(head_v)
     body = f"""
-        row = tl.program_id(0).to(tl.int64) * {MERGED} + tl.arange(0, {MERGED})
+        row = tl.program_id(0).to(tl.int64)
         rv = tl.arange(0, {dv})
-        inside = row < rows
-        high = tl.full([{MERGED}], float("-inf"), tl.float32)
-        for i in range(0, runs):
-            high = tl.maximum(high, tl.load(part_lse + i * rows + row, mask=inside, other=float("-inf")))
-        safe = tl.where(high == float("-inf"), 0.0, high)
-        total = tl.zeros([{MERGED}], tl.float32)
-        acc = tl.zeros([{MERGED}, {dv}], tl.float32)
-        for i in range(0, runs):
-            weight = tl.exp(tl.load(part_lse + i * rows + row, mask=inside, other=float("-inf")) - safe)
-            total += weight
-            at = parts + (i * rows + row)[:, None] * head_v + rv[None, :]
-            acc += weight[:, None] * tl.load(at, mask=(weight > 0)[:, None] & (rv[None, :] < head_v), other=0)
+        high = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        acc = tl.zeros([{dv}], tl.float32)
+        for i in range(0, runs, {MERGED}):
+            run = i + tl.arange(0, {MERGED})
+            part = tl.load(part_lse + run * rows + row, mask=run < runs, other=float("-inf"))
+            at = parts + (run * rows + row)[:, None] * head_v + rv[None, :]
+            values = tl.load(at, mask=(run < runs)[:, None] & (rv[None, :] < head_v), other=0)
+            new = tl.maximum(high, tl.max(part, 0))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            weight = tl.exp(part - safe)
+            before = tl.exp(high - safe)
+            total = total * before + tl.sum(weight, 0)
+            acc = acc * before + tl.sum(tl.where((weight > 0)[:, None], weight[:, None] * values, 0.0), 0)
+            high = new
         whole = tl.where(total == 0.0, 1.0, total)
-        tl.store(lse + row, high + tl.log(whole), mask=inside)
+        tl.store(lse + row, high + tl.log(whole))
         place = out + row // (heads * queries) * out_b + row // queries % heads * out_h + row % queries * out_t
-        tl.store(place[:, None] + rv[None, :], (acc / whole[:, None]).to({STORAGE[dtype]}), mask=inside[:, None] & (rv[None, :] < head_v))
+        tl.store(place + rv, (acc / whole).to({STORAGE[dtype]}), mask=rv < head_v)
     """
     scalars = [(f"out_{d}", "i64") for d in "bht"] + [
         (n, "i32") for n in ("runs", "rows", "heads", "queries", "head_v")

@@ -293,6 +293,7 @@ def gemm(
         ]
     finish = indices + finish
     lines = [f"{x} = {x}.to(tl.pointer_type({FLOAT8_TYPES[d]}))" for x, d in (("a", a), ("b", b)) if narrow]
+    ahead: list[str] = []
     lines += [f"tiles_m = tl.cdiv(m, {s.m})", f"tiles_n = tl.cdiv(n, {s.n})", "tiles = tiles_m * tiles_n"]
     if grouped == "rows":
         lines += [
@@ -349,6 +350,8 @@ def gemm(
         ]
         if stored:
             lines.append(tiles("c_tiles", f"c + z * cb_{part}", ("m", "n"), ("cm", "1"), (s.m, s.n), False))
+        if not grouped:  # they are made while the kernels ahead end
+            ahead, lines = lines, []
         work = [
             *place,
             *factors,
@@ -432,7 +435,15 @@ def gemm(
     extra = [("offs", "i32")] if grouped else [("partial", compute)] if s.streamed else []
     extra += [("fa", "f32"), ("fb", "f32")] * bool(blocks)
     return template(
-        target, name, [("a", a), ("b", b), *e.buffers, ("c", c), *extra], scalars, body, s.warps, s.stages, e.module
+        target,
+        name,
+        [("a", a), ("b", b), *e.buffers, ("c", c), *extra],
+        scalars,
+        body,
+        s.warps,
+        s.stages,
+        e.module,
+        ahead,
     )
 
 
@@ -501,7 +512,7 @@ class RowSchedule:
 
 ROW_UNDER_WAY = 64  # elements of B that an invocation loads together
 # Bytes of B that are on their way into the L2 cache before the kernels ahead have ended, at most, and by one instruction.
-ROW_AHEAD, PREFETCHED = 32 << 20, 64
+ROW_AHEAD, PREFETCHED = 4 << 20, 64
 
 
 def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batch: int) -> RowSchedule:
@@ -509,7 +520,7 @@ def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batc
     if b_layout == "n":
         return RowSchedule(8 if n * batch < 16 * target.compute_units else 16, *((512, 4) if k < 2048 else (1024, 8)))
     step = 32 * 16 // DTYPES[dtype].size
-    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step if k < 4096 else 4 * step)
+    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step if k < 4 * step else 4 * step)
 
 
 def row_product(
@@ -517,7 +528,8 @@ def row_product(
 ) -> Kernel:  # fmt: skip
     """gemm() for m = 1 and b_layout "t" or "n": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m
     unused. Grid: row_groups."""
-    e = EpilogueText(target, epilogue, "f32", c)
+    e = EpilogueText(target, epilogue, "f32", c, early=True)
+    finish = e.text("inside", "inside")
     ak, cn = "1" if a_layout == "n" else "ak", "1" if c_layout == "n" else "cn"
     along, bk, bn = (1, "1", "bn") if b_layout == "t" else (0, "bk", "1")
     columns, rows = ("[:, None]", "[None, :]") if along else ("[None, :]", "[:, None]")
@@ -538,9 +550,12 @@ def row_product(
         "z = (tl.program_id(0) // tiles).to(tl.int64)",
         f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
     ]
-    if target.dependent_launch:
-        ahead += _prefetch(s, DTYPES[b].size, b_layout)
+    if target.dependent_launch and along:  # of columns, rows' lines are too many instructions
+        ahead += _prefetch(s, DTYPES[b].size)
     lines = [
+        "ra = tl.zeros([1], tl.int64)",
+        "inside = (rb < n)[None, :]",
+        *e.loads,
         f"rk = tl.arange(0, {s.k})",
         f"pa = a + z * ab + {copies} * {ak}",
         f"pb = b + z * bb + rb{columns} * {bn} + rk{rows} * {bk}",
@@ -552,9 +567,7 @@ def row_product(
         "if done < k:",
         *step("done", f"(done + rk < k){rows}"),
         f"acc = tl.sum(sums, {along})[None, :]",
-        "ra = tl.zeros([1], tl.int64)",
-        "inside = (rb < n)[None, :]",
-        e.text("inside", "inside"),
+        finish,
         f"tl.store(c + z * cb_ + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
     ]
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, False)] + e.scalars
@@ -565,20 +578,14 @@ def row_product(
     )
 
 
-def _prefetch(s: RowSchedule, size: int, b_layout: str) -> list[str]:
-    """Lines of row_product: the program's columns of B, elements of `size` bytes, go to the L2 cache, where other programs' writes to them
-    are seen as well."""
-    lanes = 32 * s.warps
-    if b_layout == "t":  # a line of the cache holds `each` elements of a column
-        each, at_once = PREFETCHED // size, max(lanes // s.columns, 1)
-        place = "tl.minimum(rb, n - 1)[:, None] * bn + tl.minimum(i + rp, k - 1)[None, :]"
-    else:  # and here a row of all the program's columns
-        each, at_once = 1, lanes
-        place = "rb_first + tl.minimum(i + rp, k - 1) * bk"
+def _prefetch(s: RowSchedule, size: int) -> list[str]:
+    """Lines of row_product: the program's columns of B, contiguous ones of elements of `size` bytes, go to the L2 cache, where other programs'
+    writes to them are seen as well."""
+    each, at_once = PREFETCHED // size, max(32 * s.warps // s.columns, 1)
+    place = "tl.minimum(rb, n - 1)[:, None] * bn + tl.minimum(i + rp, k - 1)[None, :]"
     return [
         f"if tl.program_id(0) < {ROW_AHEAD // (s.columns * size)} // k:",
         f"    rp = tl.arange(0, {at_once}) * {each}",
-        *["    rb_first = tl.min(rb, 0)"] * (b_layout == "n"),
         f"    for i in range(0, k, {at_once * each}):",
         f"        line = (b + z * bb + {place}).to(tl.int64)",
         '        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)',
