@@ -54,13 +54,16 @@ IMPORTS = "import triton\nimport triton.language as tl\n"
 
 
 def opening(target: Target, module: str, entry: str, parameters: Sequence[str], ahead: Sequence[str] = ()) -> str:
-    """A kernel's text, after HEADER, up to its first access to memory. Where kernels may start early (Target.dependent_launch), the next
-    one may as soon as all workgroups of this one have, and every workgroup waits until the kernels ahead have ended. ahead: lines that
-    run before, for they read no memory: arithmetic and prefetches."""
+    """A kernel's text, after HEADER, up to its first access to memory. Where kernels may start early (Target.dependent_launch), every
+    workgroup waits until the kernels ahead have ended. ahead: lines that run before, for they read no memory: arithmetic and prefetches.
+    The next kernel may start as soon as this one's workgroups leave room for one of its own on every compute unit; else its workgroups
+    would pile up where these end first."""
     imports, lines = IMPORTS, ahead
     if target.dependent_launch:
         imports += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-        lines = ["gdc_launch_dependents()", *ahead, "gdc_wait()"]
+        workgroups = "tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)"
+        allow = [f"if {workgroups} <= {target.compute_units}:", "    gdc_launch_dependents()"]
+        lines = [*ahead, "gdc_wait()", *allow]
     body = "".join(f"    {line}\n" for line in lines)
     return f"{imports}{module}\n\n@triton.jit\ndef {entry}({', '.join(parameters)}):\n{body}"
 

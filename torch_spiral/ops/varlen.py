@@ -209,8 +209,7 @@ def varlen_forward(
         launch(kernel, [q, k, v, spans, *tables, written, logs], scalars, groups, work)
     if split and t.schedule_class == "block":
         scalars = [*out.strides[:3], runs, heads * queries, heads, queries, v.sizes[3]]
-        groups = (cdiv(heads * queries, block.MERGED), 1, 1)
-        launch(build(block.merge, q.dtype, head_v), [written, logs, out, lse], scalars, groups)
+        launch(build(block.merge, q.dtype, head_v), [written, logs, out, lse], scalars, (heads * queries, 1, 1))
     elif split:
         _merge(written, logs, runs, out, lse)
 

@@ -95,9 +95,11 @@ acc = 0.5 * acc * (1.0 + tl.where(acc < 0, -v, v))"""
 class EpilogueText:
     """Epilogue as Triton text: what turns the tile `acc` of rows ra and columns rb of batch z into the result."""
 
-    def __init__(self, target: Target, epilogue: Epilogue, compute: str, result: str) -> None:
-        """result: the dtype in which the tile is stored."""
+    def __init__(self, target: Target, epilogue: Epilogue, compute: str, result: str, early: bool = False) -> None:
+        """result: the dtype in which the tile is stored. early: text() leaves the loads of operands in `loads`, for a place ahead of the
+        product: then they do not wait for it, but take registers."""
         self.epilogue, self.compute, self.result = epilogue, compute, result
+        self.early, self.loads = early, list[str]()
         self.emitter = TritonEmitter(TRITON, target)
 
     @property
@@ -121,6 +123,9 @@ class EpilogueText:
             else:
                 kind, dtype, shape = step
                 value = self._operand(f"e{i}", kind, dtype, shape, masks.get(shape, inside))
+                if self.early:
+                    self.loads.append(f"e{i}_value = {value}")
+                    value = f"e{i}_value"
                 i += 1
             if number_of_step < folded:  # by vectors: no element repeats the square root
                 if kind.startswith(("rsqrt", "mul")):
