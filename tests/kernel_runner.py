@@ -214,9 +214,12 @@ def _run_wgsl(kernel: Kernel, raw: list[bytes], block: bytes, groups: tuple[int,
 
 
 def run_by_the_interpreter(file: str) -> None:
-    """A file of tests once more, in a process where Triton interprets: that is chosen before Triton is imported."""
+    """A file of tests once more, in a process where Triton interprets: that is chosen before Triton is imported. The process has no CUDA or HIP
+    device, whose kernels would be interpreted as well."""
+    engines = {*os.environ.get("SPIRAL_ENGINE", "opencl,wgpu").split(",")} - {"cuda", "hip"} or {"opencl", "wgpu"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SPIRAL_ENGINE": ",".join(engines)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
+        env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

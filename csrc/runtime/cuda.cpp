@@ -51,9 +51,9 @@ constexpr size_t kMaxGraphNodes = 1 << 15, kNodesOfGraph = 64;
 constexpr int kMaxDrops = 3;
 
 // Launches outside of sequences are held back and reach the driver in batches, which are graphs where they come again with the same
-// kernels: but for the first ones after the device may have run empty. A batch ends behind one kernel in so many, by its name, so that
-// a loop is cut where it was cut the time before.
-constexpr size_t kAtOnce = 8, kMaxBatch = 64, kCut = 16;
+// kernels: but for the first ones after the device may have run empty. A batch ends behind one pair of kernels in so many, by their names,
+// so that a loop is cut where it was cut the time before.
+constexpr size_t kAtOnce = 8, kMaxBatch = 64, kCut = 8;
 constexpr size_t kMaxBatches = 1024;  // that are remembered
 
 size_t max_graph_nodes() {
@@ -172,7 +172,7 @@ struct CudaKernel final : Kernel {
   size_t block;   // bytes of the parameter block
   size_t params;  // bytes of all parameters: the block and Triton's scratch pointers
   size_t scratch;  // bytes a workgroup
-  bool cuts;       // a batch behind it
+  uint64_t name_hash;
   bool waits;      // KernelSource::waits
 };
 
@@ -422,8 +422,10 @@ class Batches {
   }
 
   bool full() const {
-    const size_t count = held_.each.size();
-    return count == kMaxBatch || (count >= kLeastInGraph && held_.each.back().kernel->cuts);
+    const auto& each = held_.each;
+    if (each.size() < kLeastInGraph) return false;
+    const uint64_t before = each[each.size() - 2].kernel->name_hash, last = each.back().kernel->name_hash;
+    return each.size() == kMaxBatch || ((before * 31 + last) * 0x9E3779B97F4A7C15u >> 32) % kCut == 0;
   }
   bool empty() const { return held_.each.empty(); }
   void device_is_idle() { made_at_once_ = 0; }
@@ -614,7 +616,7 @@ class CudaEngine final : public Engine {
     kernel->shared_memory = source.shared_memory;
     kernel->block = source.params_size;
     kernel->scratch = source.scratch;
-    kernel->cuts = std::hash<std::string>()(source.name) % kCut == 0;
+    kernel->name_hash = std::hash<std::string>()(source.name);
     kernel->waits = source.waits;
     kernel->params = params_of(*kernel);
     kernels_.push_back(std::move(kernel));
