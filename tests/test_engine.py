@@ -595,7 +595,9 @@ def test_a_forked_child_gets_an_error_and_does_not_hang(engine):
             lambda: engine.read(memory, 0, 4),
             lambda: engine.write(memory, 0, b"child!"),
             lambda: engine.synchronize(),
-            lambda: compile_axpy(engine),
+            lambda: engine.compile(
+                {"name": "test_empty", "source": "", "entry": "none", "bindings": 0, "params_size": 0}
+            ),
         ):
             try:
                 call()
