@@ -15,6 +15,7 @@
 #include <map>
 #include <mutex>
 #include <sstream>
+#include <string_view>
 
 #ifdef __linux__
 #include <sched.h>
@@ -210,10 +211,6 @@ DeviceProperties query_properties(const Api& api, cl_device_id device) {
       p.subgroup_max = int64_t(*std::max_element(sizes, sizes + count));
     }
   }
-  if (has("cl_nv_device_attribute_query")) {  // what its inline PTX may use
-    const auto part = [&](cl_uint name) { return std::to_string(device_value<cl_uint>(api, device, name)); };
-    p.api_version += ", sm_" + part(CL_DEVICE_COMPUTE_CAPABILITY_MAJOR_NV) + part(CL_DEVICE_COMPUTE_CAPABILITY_MINOR_NV);
-  }
   p.timestamps = device_value<cl_bitfield>(api, device, CL_DEVICE_QUEUE_PROPERTIES) & CL_QUEUE_PROFILING_ENABLE;
   return p;
 }
@@ -226,6 +223,7 @@ struct CLMemory final : Memory {
 struct Compiled {
   cl_kernel handle = nullptr;
   std::vector<uint64_t> bound;  // ids of the memories that the arguments hold now
+  std::string params;           // the parameter block that they hold
 };
 
 struct CLKernel final : Kernel {
@@ -469,8 +467,10 @@ class OpenCLEngine final : public Engine {
       code = api_.clSetKernelArg(compiled.handle, i, sizeof(cl_mem), &memory->handle);
       compiled.bound[i] = code == CL_SUCCESS ? memory->id : 0;
     }
-    if (code == CL_SUCCESS && kernel->params_size > 0) {
-      code = api_.clSetKernelArg(compiled.handle, count, kernel->params_size, params);
+    const std::string_view block(static_cast<const char*>(params), kernel->params_size);
+    if (code == CL_SUCCESS && compiled.params != block) {  // a call on the same memory finds its own: PoCL copies it in 900 instructions
+      code = api_.clSetKernelArg(compiled.handle, count, block.size(), block.data());
+      compiled.params = code == CL_SUCCESS ? block : std::string_view();
     }
     if (code == CL_SUCCESS) {
       const size_t global[3] = {groups[0] * kernel->workgroup[0], groups[1] * kernel->workgroup[1],
