@@ -103,6 +103,7 @@ else:
 
     from torch_spiral.kernels.builder import KernelBuilder
     from torch_spiral.lowering import build, cdiv, empty, fill_bytes, launch, operator
+    from torch_spiral.ops.contraction import product
 
     HIP = os.environ[STAND_IN] == "hip"
     DEVICE = torch.device("spiral")
@@ -244,6 +245,28 @@ else:
             for n in (5, 10, 20, 100):
                 run(n), run(n)
         run(100)
+
+    @operator("stand_in_heads(Tensor row, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)")
+    def heads(row, q, k, v):
+        """A row times three matrices, as a graph of known sizes has them, and times one made of the first result."""
+        a = row.view([1, 1, 40], [40, 40, 1])
+        made = [empty((1, 1, n), "f32") for n in (80, 8, 16, 2)]
+        for w, out, n in zip((q, k, v), made, (80, 8, 16), strict=False):
+            product(a, w.view([1, 40, n], [40 * n, 1, 40]), out)
+        product(a, made[0].view([1, 40, 2], [80, 1, 40]), made[3])
+        return made
+
+    def test_products_of_one_row_are_one_kernel():
+        first = len(gpu.compiled)
+        row, *w = (torch.randn(n, 40) for n in (1, 80, 8, 16))
+        for _ in range(2):
+            got = torch.ops.spiral.stand_in_heads(*(x.to(DEVICE) for x in (row, *w)))
+            want = [row @ x.T for x in w]
+            want.append(row @ want[0].view(2, 40).T)
+            for x, y in zip(got, want, strict=True):
+                assert torch.allclose(x.cpu().flatten(), y.flatten(), rtol=1e-4, atol=1e-4)
+        names = [k.name for k in gpu.compiled[first:] if k.name.startswith("gemm_row")]
+        assert names[-2].endswith("beside3") and names[-1].endswith("beside1")
 
     @operator("stand_in_either(Tensor x, int heedless) -> Tensor", slots=("heedless",))
     def either(x, heedless):

@@ -526,6 +526,22 @@ else:
         tolerance = {"f32": 1e-5, "f16": 2e-3}[dtype]
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
+    @pytest.mark.parametrize("layout", ["t", "n"])
+    def test_row_products_beside_each_other(layout):
+        """Of one row with three matrices, whose rows lie apart."""
+        k, columns = 300, (37, 5, 16)
+        a = torch.randn(1, k, dtype=torch.float16)
+        wide = [torch.randn(n, k + 8) if layout == "t" else torch.randn(k, n + 8) for n in columns]
+        b = [w.half()[:, :k].mT if layout == "t" else w.half()[:, :-8] for w in wide]
+        c = [torch.zeros(n, dtype=torch.float16) for n in columns]
+        s = gemm.row_schedule(TARGET, "f16", layout, sum(columns), k, 1)
+        kernel = gemm.row_product(TARGET, s, "f16", "f16", "f16", "n", layout, "n", Epilogue(), 3)
+        groups = sum(gemm.row_groups(s, n, 1)[0] for n in columns)
+        scalars = [*(x.stride(1 if layout == "t" else 0) for x in b), *columns, k]
+        run(kernel, [a, *(x for pair in zip(b, c) for x in pair)], scalars, (groups, 1, 1))
+        for x, y in zip(b, c):
+            torch.testing.assert_close(y.double(), (a.double() @ x.double())[0], rtol=2e-3, atol=2e-2)
+
     @pytest.mark.parametrize("layouts,split,stored,persistent,streamed", [
         ("nn", False, True, False, False), ("nt", False, False, True, False), ("tn", True, False, False, False),
         ("tt", False, True, True, False), ("nt", False, True, False, True),

@@ -29,6 +29,7 @@ from ..lowering import (
     maximum,
     minimum,
     packed,
+    recorder,
     target,
 )
 from .common import broadcast, contiguous, converted, copy_to, described, map_tensors
@@ -536,6 +537,9 @@ def _block_product(
     own = [_batch_stride(out), out.strides[1], out.strides[2]]
     work = lambda: 2 * m * n * k * batch  # noqa: E731
     if is_one(m) and b_layout in ("t", "n") and compute == "f32" and not narrow and blocks is None:
+        if a_layout == c_layout == "n" and is_one(batch) and not epilogue.steps:
+            _row_beside(a, b, out, b_layout)
+            return
         row = block.row_schedule(t, b.dtype, b_layout, *sizes[1:])
         kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, a_layout, b_layout, c_layout, epilogue)
         named = [*strides(own, c_layout), ("i32", m), ("i32", n), ("i32", k), *extra]
@@ -628,6 +632,51 @@ def _block_product(
     named = [("i64", v) for v in (own if c_layout != "n" else own[:2])] + [("i64", total)]
     named += [*(("i32", v) for v in (m, n, count)), *extra]
     launch(finish, [partial, *operands, out], _ordered(None, named), block.reduce_groups(m, n, batch))
+
+
+@dataclass
+class _Beside:
+    """Products of one row of A that one launch computes, the last step of a plan. key: what they have in common."""
+
+    step: list
+    key: tuple
+    parts: list[tuple[Tensor, Tensor]]  # B and result of each
+
+
+MOST_BESIDE = 4
+
+
+def _row_beside(a: Tensor, b: Tensor, out: Tensor, b_layout: str) -> None:
+    """A product of one row and one batch without an epilogue. Where the step before computes others of the same row, and all results are
+    memory of their own, they become one kernel: queries, keys and values."""
+    r = recorder()
+    key = (a.number, a.offset, *a.sizes, *a.strides, a.dtype, b.dtype, out.dtype, b_layout, r.when, r.note)
+    parts, last = [(b, out)], r.beside
+    joins = (
+        last is not None
+        and r.steps
+        and r.steps[-1] is last.step
+        and all(x is None or isinstance(x, (int, str)) for x in key)
+        and last.key == key
+        and len(last.parts) < MOST_BESIDE
+        and all(y.number >= r.operand_count for _, y in (*parts, *last.parts))
+        and out.number not in (a.number, b.number)
+        and all(out.number not in (x.number, y.number) and b.number != y.number for x, y in last.parts)
+    )
+    if joins:
+        r.steps.pop(), r.kernels.pop()
+        parts = last.parts + parts
+    k, columns = a.sizes[2], [x.sizes[2] for x, _ in parts]
+    total = columns[0] if len(columns) == 1 else sum(columns[1:], columns[0])
+    row = block.row_schedule(target(), b.dtype, b_layout, 1 << about(total), 1 << about(k), 1)
+    kernel = build(block.row_product, row, a.dtype, b.dtype, out.dtype, "n", b_layout, "n", Epilogue(), len(parts))
+    strides = [x.strides[2 if b_layout == "t" else 1] for x, _ in parts]
+    named = [*(("i64", s) for s in strides), *(("i32", n) for n in columns), ("i32", k)]
+    groups = [block.row_groups(row, n, 1)[0] for n in columns]
+    launch(
+        kernel, [a, *(x for part in parts for x in part)], _ordered(None, named), (sum(groups[1:], groups[0]), 1, 1), lambda: 2 * k * total
+    )  # fmt: skip
+    r.beside = _Beside(r.steps[-1], key, parts)
 
 
 # ---- simt: GPUs ---------------------------------------------------------------------------------------------------------

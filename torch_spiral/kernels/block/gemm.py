@@ -524,10 +524,14 @@ def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batc
 
 
 def row_product(
-    target: Target, s: RowSchedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, epilogue: Epilogue
+    target: Target, s: RowSchedule, a: str, b: str, c: str, a_layout: str, b_layout: str, c_layout: str, epilogue: Epilogue,
+    beside: int = 0,
 ) -> Kernel:  # fmt: skip
     """gemm() for m = 1 and b_layout "t" or "n": C[z] = epilogue(A[z] @ B[z]), in float32. Buffers and scalars are gemm()'s, its m
-    unused. Grid: row_groups."""
+    unused. Grid: row_groups.
+
+    beside: so many products of one A without epilogues, of one batch and with unit strides of A and C, in one kernel. Buffers: a, then b
+    and c of each. Scalars: of each the stride of B that is not 1, of each n, then k. Grid: the sum of their row_groups."""
     e = EpilogueText(target, epilogue, "f32", c, early=True)
     finish = e.text("inside", "inside")
     ak, cn = "1" if a_layout == "n" else "ak", "1" if c_layout == "n" else "cn"
@@ -545,11 +549,25 @@ def row_product(
         return [f"    sums += {x} * {y}"]
 
     unrolled = max(ROW_UNDER_WAY * 32 * s.warps // (s.columns * s.k), 1)
-    ahead = [
-        f"tiles = tl.cdiv(n, {s.columns})",
-        "z = (tl.program_id(0) // tiles).to(tl.int64)",
-        f"rb = (tl.program_id(0) % tiles * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)",
-    ]
+    if beside:
+        stride = "bn" if along else "bk"
+        parts = ["b", "c", "n", stride]
+        ahead = [
+            *(f"{x} = {x}0" for x in parts),
+            "first = tl.full([], 0, tl.int32)",
+            f"after = tl.cdiv(n, {s.columns})",
+        ]
+        for i in range(1, beside):
+            ahead += ["if tl.program_id(0) >= after:", *(f"    {x} = {x}{i}" for x in parts), "    first = after"]
+            ahead += [f"after += tl.cdiv(n{i}, {s.columns})"]
+        ahead += ["z, ab, bb, cb_ = 0, 0, 0, 0", "tile = tl.program_id(0) - first"]
+    else:
+        ahead = [
+            f"tiles = tl.cdiv(n, {s.columns})",
+            "z = (tl.program_id(0) // tiles).to(tl.int64)",
+            "tile = tl.program_id(0) % tiles",
+        ]
+    ahead.append(f"rb = (tile * {s.columns} + tl.arange(0, {s.columns})).to(tl.int64)")
     if target.dependent_launch and along:  # of columns, rows' lines are too many instructions
         ahead += _prefetch(s, DTYPES[b].size)
     lines = [
@@ -571,11 +589,15 @@ def row_product(
         f"tl.store(c + z * cb_ + rb[None, :] * {cn}, acc.to({STORAGE[c]}), mask=inside)",
     ]
     scalars = [("cb_" if n == "cb" else n, t) for n, t in gemm_scalars(a_layout, b_layout, c_layout, False)] + e.scalars
+    buffers = [("a", a), ("b", b), *e.buffers, ("c", c)]
     name = f"gemm_row_{a}_{b}_{c}_{a_layout}{b_layout}{c_layout}_{s}_{epilogue}"
+    if beside:
+        each = range(beside)
+        buffers = [("a", a), *((f"{x}{i}", d) for i in each for x, d in (("b", b), ("c", c)))]
+        scalars = [*((f"{stride}{i}", "i64") for i in each), *((f"n{i}", "i32") for i in each), ("k", "i32")]
+        name += f"beside{beside}"
     body = "\n".join(t for t in lines if t)
-    return template(
-        target, name, [("a", a), ("b", b), *e.buffers, ("c", c)], scalars, body, s.warps, 1, e.module, ahead
-    )
+    return template(target, name, buffers, scalars, body, s.warps, 1, e.module, ahead)
 
 
 def _prefetch(s: RowSchedule, size: int) -> list[str]:
