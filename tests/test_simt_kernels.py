@@ -11,6 +11,7 @@ from kernel_runner import run, targets
 from philox import kept
 
 from torch_spiral.kernels import ir, nest
+from torch_spiral.kernels.kernel import Unsupported
 from torch_spiral.kernels.simt import Text
 from torch_spiral.kernels.simt import attention as A
 from torch_spiral.kernels.simt import conv as C
@@ -180,6 +181,30 @@ def test_gemm_schedules(target, schedule):
     if not schedule.fits(target):
         pytest.skip("more than the device has")
     check_gemm(target, schedule, 132, 260, 72, vec=True)
+
+
+FACTORS = [  # of a schedule, apart and together; tiles are small so that a case has several
+    G.Schedule(32, 64, 16, 4, 4, lanes=4, chunk=0, unroll=1, paired=True),
+    G.Schedule(32, 32, 16, 4, 4, chunk=0, unroll=1, slices=4),
+    G.Schedule(32, 32, 16, 4, 4, lanes=8, chunk=32, unroll=1, paired=True, slices=2, raster=3),
+]
+
+
+@pytest.mark.parametrize("shape,layout", [((132, 100, 72), "nn"), ((37, 45, 41), "tt"), ((4, 8, 4), "nt")])
+@pytest.mark.parametrize("schedule", FACTORS, ids=lambda s: s.key)
+def test_gemm_schedule_factors(target, schedule, shape, layout):
+    """Sizes that fill no tile; bands of rows of tiles that are not full."""
+    vec = all(s % 4 == 0 for s in shape)
+    check_gemm(target, schedule, *shape, batch=2, a=layout[0], b=layout[1], vec=vec)
+
+
+def test_gemm_schedule_factors_split(target):
+    check_gemm(target, FACTORS[2], 70, 33, 300, splits=3, batch=2)
+
+
+def test_gemm_slices_that_do_not_fit(target):
+    with pytest.raises(Unsupported, match="slices of 128 invocations"):
+        G.gemm(target, G.Schedule(64, 32, 8, 4, 4, slices=2), "f32", "f32")
 
 
 def reference_epilogue(x, bias, res, beta):

@@ -3,7 +3,6 @@ dtypes."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -135,18 +134,13 @@ class Target:
     max_binding: int = 128 << 20
     compute_units: int = 1
     vendor: str = ""
-    capability: int = 0  # of NVIDIA's devices through CUDA and OpenCL: of sm_90, 90
+    capability: int = 0  # CUDA: of sm_90, 90
 
     @property
     def software(self) -> bool:
         """Whether a `simt` device is a CPU (lavapipe): wide kernels compile slowly there, and memory keeps up with one load at a
         time."""
         return self.compute_units <= 4 or self.vendor.lower() in ("mesa", "llvmpipe")
-
-    @property
-    def asynchronous_copies(self) -> bool:
-        """Whether OpenCL kernels may copy to shared memory past the registers (PTX, compute capability 8.0 and later)."""
-        return self.engine == "opencl" and self.capability >= 80
 
     @property
     def dependent_launch(self) -> bool:
@@ -199,5 +193,5 @@ def target_from_properties(p: Any) -> Target:
         max_binding=capped("max_binding"),
         compute_units=capped("compute_units"),
         vendor=get("vendor"),
-        capability=int(found[1]) if (found := re.search(r"\bsm_(\d+)", get("api_version"))) else 0,
+        capability=int(get("api_version").removeprefix("sm_")) if get("engine") == "cuda" else 0,
     )

@@ -591,7 +591,7 @@ def _simt(
         return
     last = _channels_last(gathered)
     columns_first = _channels_last(out) and mode != "weight"
-    schedule = simt_gemm.default_schedule(t, dtype, bucket(out.sizes[1]), 10)
+    schedule = simt_gemm.default_schedule(t, dtype, bucket(out.sizes[1]), 10, whole=True)
     if mode == "forward" and g.groups == 1 and DTYPES[dtype].compute == "f32":
         flags = ("last" if last else "first") + ("-last" if columns_first else "-first")
         schedule = _tuned(x, out, g, nd, flags, schedule, lambda: simt.candidates(t, dtype))

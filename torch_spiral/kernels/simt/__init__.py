@@ -48,12 +48,6 @@ ushort to_bf16(float x) {
 }""",
 }
 
-# PTX: copies as many of the bytes as the last operand says, and writes zeros for the others.
-_COPY_ASYNCHRONOUS = """
-  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {bytes}, %2;"
-               :: "r"((uint)(size_t)to), "l"((ulong)from), "r"(there ? {bytes}u : 0u) : "memory");
-"""
-
 
 def cdiv(a, b):
     """Ceiling division of ints or Syms."""
@@ -216,12 +210,12 @@ class Text:
         else:
             self.shared_lines.append(f"__local {self.type(dtype, vector)} {name}[{count}];")
 
-    def shared_base(self, name: str, array: str, index: str) -> tuple[str, str]:
-        """Declares a place in a shared array of vec4 of f32: (array, index) to add constants to. In OpenCL a pointer, as what is added to
-        an index that may wrap around can be no part of an instruction."""
+    def shared_base(self, name: str, array: str, index: str, dtype: str = "f32") -> tuple[str, str]:
+        """Declares a place in a shared array of vec4: (array, index) to add constants to. In OpenCL a pointer: a constant that is added
+        to an index that might wrap around cannot be part of a load."""
         if self.wgsl:
             return array, self.let(name, index)
-        self.add(f"__local float4* {name} = {array} + {index};")
+        self.add(f"__local {self.type(dtype, 4)}* {name} = {array} + {index};")
         return name, "0u"
 
     def function(self, name: str) -> None:
@@ -275,31 +269,6 @@ class Text:
 
     def barrier(self) -> None:
         self.add(self.barrier_text)
-
-    # Copies to shared memory past the registers (OpenCL; where the device has none, a plain copy).
-    def copy(self, to: str, source: str, there: str, width: int) -> None:
-        """Begins to copy a float or a float4 from `source`, or zeros unless `there`, to `to`; both are pointers."""
-        name = f"copy{width}"
-        type_ = self.type("f32", width)
-        body = _COPY_ASYNCHRONOUS if self.target.asynchronous_copies else "*to = there ? *from : ({type})(0);"
-        body = (
-            body.replace("{type}", type_)
-            .replace("{bytes}", str(4 * width))
-            .replace("{cache}", "cg" if width == 4 else "ca")
-        )
-        head = f"void {name}(__local {type_}* to, __global const {type_}* from, bool there)"
-        self.module.setdefault(name, f"{head} {{ {body} }}")
-        self.add(f"{name}({to}, (__global const {type_}*)({source}), {there});")
-
-    def copies_end(self) -> None:
-        """Ends a group of copies."""
-        if self.target.asynchronous_copies:
-            self.add('asm volatile("cp.async.commit_group;" ::: "memory");')
-
-    def await_copies(self, groups: int) -> None:
-        """Waits until at most so many of this invocation's groups of copies are under way, the last ones."""
-        if self.target.asynchronous_copies:
-            self.add(f'asm volatile("cp.async.wait_group {groups};" ::: "memory");')
 
     # Subgroups
     def subgroup_lanes(self, dtype: str) -> int:

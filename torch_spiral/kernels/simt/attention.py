@@ -21,7 +21,6 @@ paged (forward with varlen): k and v are pages [pages, kv_heads, page, head], wh
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,8 +37,8 @@ LOWEST = "-3.4028234e38"  # the lowest finite number: a mask of less hides
 class Schedule:
     """A workgroup owns block_q queries and walks over the keys block_k at a time (backward for keys: the reverse).
 
-    thread_q x thread_k scores an invocation (backward: thread_k is 4); chunk: how much of a contraction is in shared memory at a time;
-    resident: so are a tile's queries as long as it walks (forward). paired: as in gemm.Schedule (forward).
+    thread_q x 4 scores an invocation; chunk: how much of a contraction is in shared memory at a time; resident: so are a tile's
+    queries as long as it walks (forward). paired: as in gemm.Schedule (forward).
     """
 
     block_q: int
@@ -48,17 +47,11 @@ class Schedule:
     chunk: int = 16
     unroll: int = 0
     resident: bool = False
-    thread_k: int = 4
     paired: bool = False
 
     @property
-    def lanes_k(self) -> int:
-        """Invocations that share the scores of a query."""
-        return self.block_k // self.thread_k
-
-    @property
     def threads(self) -> int:
-        return self.block_q // self.thread_q * self.lanes_k
+        return self.block_q // self.thread_q * (self.block_k // 4)
 
     @property
     def key(self) -> str:
@@ -66,13 +59,12 @@ class Schedule:
             f"{self.block_q}x{self.block_k}_{self.thread_q}_c{self.chunk}"
             + (f"_u{self.unroll}" if self.unroll else "")
             + ("_r" if self.resident else "")
-            + (f"_k{self.thread_k}" if self.thread_k != 4 else "")
             + ("_q" if self.paired else "")
         )
 
     def workgroup_memory(self, head: int = 64, head_v: int = 64) -> int:
         """Bytes of the forward kernel, by head_class() of the heads."""
-        lanes = self.lanes_k
+        lanes = self.block_k // 4
         staging = self.chunk * max(self.block_k + 4 + (0 if self.resident else self.block_q + 4), padded(head_v, lanes))
         queries = head * (self.block_q + 4) if self.resident else 0
         return 4 * (self.block_k * (self.block_q + 4) + staging + queries + self.block_q * (lanes + 1))
@@ -95,8 +87,11 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(128, 32, 8, 16),
     Schedule(64, 64, 8, 8),
     Schedule(64, 32, 4, 32),
-    Schedule(64, 32, 4, 16, resident=True),
-    Schedule(64, 64, 8, 16, resident=True),
+    Schedule(64, 32, 4, 16, resident=True, paired=True),
+    Schedule(64, 64, 8, 16, resident=True, paired=True),
+    Schedule(64, 32, 4, 16, paired=True),
+    Schedule(64, 32, 4, 32, paired=True),
+    Schedule(64, 64, 8, 8, paired=True),
 )
 
 
@@ -104,14 +99,14 @@ def default_schedule(target: Target, head: int, head_v: int, queries_bucket: int
     """Of forward(), by head_class() of the heads and floor(log2(queries)), within the target's limits."""
     wide = queries_bucket >= 6 and not target.software and head_v <= 128
     if target.language == "wgsl":  # Vulkan's compilers on NVIDIA do worse with more in shared memory
-        wanted = [Schedule(64, 32, 4, 32), Schedule(64, 32, 4, 16)]
+        wanted = [Schedule(64, 32, 4, 32, paired=True), Schedule(64, 32, 4, 16, paired=True)]
     else:
         wanted = [
-            Schedule(64, 64, 8, 16, resident=True),
-            Schedule(64, 32, 4, 16, resident=True),
-            Schedule(64, 32, 4, 16),
+            Schedule(64, 64, 8, 16, resident=True, paired=True),
+            Schedule(64, 32, 4, 16, resident=True, paired=True),
+            Schedule(64, 32, 4, 16, paired=True),
         ]
-    for s in [*wanted, Schedule(64, 32, 4, 8)] if wide else []:
+    for s in [*wanted, Schedule(64, 32, 4, 8, paired=True)] if wide else []:
         if s.fits(target, head, head_v):
             return s
     return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head_v) else SCHEDULES[1]
@@ -120,7 +115,7 @@ def default_schedule(target: Target, head: int, head_v: int, queries_bucket: int
 def backward_schedule(target: Target, head: int, rows_bucket: int) -> Schedule:
     """Of the backward kernels; head: the larger of both."""
     wide = rows_bucket >= 6 and not target.software and head <= 128
-    for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide else ():
+    for s in (Schedule(64, 32, 4, 16, paired=True), Schedule(64, 32, 4, 8, paired=True)) if wide else ():
         if s.fits(target, head, head):
             return s
     return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head) else SCHEDULES[1]
@@ -143,7 +138,7 @@ class _Scores:
 
     def __init__(self, t: Text, s: Schedule, vec: bool):
         self.t, self.s, self.vec = t, s, vec
-        self.lanes_k, self.lanes_q = s.lanes_k, s.block_q // s.thread_q
+        self.lanes_k, self.lanes_q = s.block_k // 4, s.block_q // s.thread_q
 
     def product(self, name: str, a: str, b: str, a_base: str, b_base: str, row0: str, col0: str, size: str,
                 rows_end: str = "queries", cols_end: str = "keys", paged: bool = False) -> None:  # fmt: skip
@@ -159,7 +154,7 @@ class _Scores:
         pa = kind(self.loader(a, s.block_q), f"{name}a", "0u")
         pb = (_Paged if paged else kind)(lb, f"{name}b", f"{offset}u")
         loaders = [pb] if s.resident else [pa, pb]
-        acc = Accumulators(t, name, s.thread_q, s.thread_k, "f32")
+        acc = Accumulators(t, name, s.thread_q, 4, "f32")
         acc.declare()
         t.open()
         if not s.resident:
@@ -249,7 +244,7 @@ class _Prefixed(TileLoader):
         self.shared = self.prefix
         super().load(k0, k_end)
 
-    def store(self, tile: tuple[str, str] | None = None) -> None:
+    def store(self) -> None:
         t = self.t
         for step in range(self.loads):
             row, k = self.place(step)
@@ -313,7 +308,7 @@ class _Turned(_Prefixed):
             t.end()
             t.add(*(f"{p}_i{step}_{j} += {self.tile_k}u;" for j in range(4)))
 
-    def store(self, tile: tuple[str, str] | None = None) -> None:
+    def store(self) -> None:
         t = self.t
         for step in self.steps:
             row, k = self._place(step)
@@ -604,7 +599,7 @@ def forward(
         t.scalar("table_row", "page", "pages")
     if dropout:
         _declare_dropout(t)
-    lanes_k, lanes_q = s.lanes_k, s.block_q // s.thread_q
+    lanes_k, lanes_q = s.block_k // 4, s.block_q // s.thread_q
     columns = padded(head_v, lanes_k)
     pitch_p = s.block_q // 4 + 1
     scores = _Scores(t, s, vec)
@@ -665,8 +660,6 @@ def forward(
     o.declare()
     quads, rows = s.thread_q // 4, range(s.thread_q)
     row = [f"(ty * 4u + {(i // 4) * lanes_q * 4 + i % 4}u)" for i in rows]
-    vectors = range(s.thread_k // 4)
-    key = [f"(tx + {v * lanes_k}u) * 4u" for v in vectors]
     never, zero = t_float(t, NEVER), t_float(t, "0.0")
     for i in rows:
         t.var(f"max{i}", never, "f32")
@@ -684,27 +677,20 @@ def forward(
     )
     if not mask:  # most blocks have no score that does not count
         t.open(_all_count(t, s, causal, varlen, end))
-        for i, v in itertools.product(rows, vectors):
-            t.add(f"s{i}_{v} = s{i}_{v} * {t.splat('scale')};")
+        for i in rows:
+            t.add(f"s{i}_0 = s{i}_0 * {t.splat('scale')};")
         t.add("} else {")
-    for i, v in itertools.product(rows, vectors):
+    for i in rows:
         t.open()
         t.let("query", f"q0 + {row[i]}")
-        t.let("key", f"k0 + {key[v]}")
+        t.let("key", "k0 + tx * 4u")
         for j, c in enumerate(COMPONENTS):
-            _score(t, mask, causal, f"s{i}_{v}.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
-        t.add(f"s{i}_{v} = {t.vector([f'e{j}' for j in range(4)])};")
+            _score(t, mask, causal, f"s{i}_0.{c}", "query", f"(key + {j}u)", f"e{j}", varlen, keys_end=end)
+        t.add(f"s{i}_0 = {t.vector([f'e{j}' for j in range(4)])};")
         t.end()
     if not mask:
         t.end()
-    highest = []
-    for i in rows:
-        four = f"s{i}_0"
-        for v in vectors[1:]:
-            four = f"max({four}, s{i}_{v})"
-        if len(vectors) > 1:
-            four = t.let(t.fresh(), four, "f32", 4)
-        highest.append(f"max(max({four}.x, {four}.y), max({four}.z, {four}.w))")
+    highest = [f"max(max(s{i}_0.x, s{i}_0.y), max(s{i}_0.z, s{i}_0.w))" for i in rows]
     if near:
         for i in rows:
             t.var(f"new{i}", f"max(max{i}, {highest[i]})", "f32")
@@ -728,23 +714,19 @@ def forward(
             t.let(f"m{i}", f"row_max[ty + {i * lanes_q}u]", "f32", 4)
         for i in rows:
             t.let(f"new{i}", f"m{i // 4}.{COMPONENTS[i % 4]}", "f32")
-    for i, v in itertools.product(range(quads), vectors):
+    for i in range(quads):
         if dropout:
-            _kept(t, i * len(vectors) + v, f"q0 + (ty + {i * lanes_q}u) * 4u", f"k0 + {key[v]}")
+            _kept(t, i, f"q0 + (ty + {i * lanes_q}u) * 4u", "k0 + tx * 4u")
     for i in rows:
         t.open()
         t.let("factor", f"exp(max{i} - new{i})", "f32")
-        t.add(f"max{i} = new{i};", f"sum{i} = sum{i} * factor;")
-        for v in vectors:
-            t.open()
-            for j, c in enumerate(COMPONENTS):
-                score = f"s{i}_{v}.{c}"
-                t.let(f"e{j}", t.select(f"exp({score} - new{i})", zero, f"{score} <= {never}"), "f32")
-            t.add(f"sum{i} = sum{i} + ((e0 + e1) + (e2 + e3));")
-            kept = i // 4 * len(vectors) + v
-            parts = [_dropped(t, f"e{j}", kept, i % 4, j) if dropout else f"e{j}" for j in range(4)]
-            t.add(f"s{i}_{v} = {t.vector(parts)};")
-            t.end()
+        t.add(f"max{i} = new{i};")
+        for j, c in enumerate(COMPONENTS):
+            v = f"s{i}_0.{c}"
+            t.let(f"e{j}", t.select(f"exp({v} - new{i})", zero, f"{v} <= {never}"), "f32")
+        t.add(f"sum{i} = sum{i} * factor + ((e0 + e1) + (e2 + e3));")
+        parts = [_dropped(t, f"e{j}", i // 4, i % 4, j) if dropout else f"e{j}" for j in range(4)]
+        t.add(f"s{i}_0 = {t.vector(parts)};")
         for column in range(o.v):
             t.add(f"o{i}_{column} = o{i}_{column} * {t.splat('factor')};")
         t.end()
@@ -945,17 +927,16 @@ def _tile_sizes(t: Text, s: Schedule, columns: int) -> tuple[int, int, int]:
     t.shared("stage", "f32", s.chunk * max(s.block_q // 4 + s.block_k // 4 + 2, columns // 4))
     pitch = s.block_q // 4 + 1
     t.shared("weights", "f32", s.block_k * pitch)
-    t.let("tx", f"lid % {lanes}u")
-    t.let("ty", f"lid / {lanes}u")
+    thread_layout(t, lanes, lanes_m, lanes if s.paired else 0, s.paired)
     return lanes, lanes_m, pitch
 
 
 def _share(t: Text, s: Schedule, name: str, lanes_m: int, pitch: int) -> None:
     """The registers name[row][column] to weights[column][row]."""
-    for i, v in itertools.product(range(s.thread_q // 4), range(s.thread_k // 4)):
+    for i in range(s.thread_q // 4):
         for j, c in enumerate(COMPONENTS):
-            parts = t.vector([f"{name}{i * 4 + step}_{v}.{c}" for step in range(4)])
-            t.add(f"weights[((tx + {v * s.lanes_k}u) * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
+            parts = t.vector([f"{name}{i * 4 + step}_0.{c}" for step in range(4)])
+            t.add(f"weights[(tx * 4u + {j}u) * {pitch}u + {i * lanes_m}u + ty] = {parts};")
 
 
 def _probability(t: Text, score: str, lse: str, mask: str) -> str:

@@ -176,12 +176,13 @@ def conv(
     (channels), which are then the fast dimension of the result, are stored together (channels_last).
     split: the result is partial sums, f32, contiguous (splits, groups, m, n) of runs of k_span(schedule, k, splits)
     along k; finish with gemm.split_reduce. No epilogue then; the c strides are unused.
-    Schedules: gemm.SCHEDULES (prefetch and lanes apply; f32, f16, bf16), gemm.WIDE_SCHEDULE for f64.
+    Schedules: gemm.SCHEDULES without slices (tiles, lanes and pairs apply; f32, f16, bf16), gemm.WIDE_SCHEDULE for f64.
 
     Buffers: g, w, epilogue operands, c. Scalars: scalar_names(nd, split), then the epilogue's factors. Grid:
     conv_groups().
     """
     s, acc = schedule, ACCUMULATOR[dtype]
+    assert s.slices == 1
     if split:
         out_dtype, epilogue = acc, NO_EPILOGUE
     flags = ("d" if divided else "") + ("t" if taps_last else "c") + gather_unit + ("s" if columns_first else "")
@@ -204,7 +205,7 @@ def conv(
     table = max(s.tile_k, min(64, s.threads) // s.tile_k * s.tile_k)  # k indices that are split at a time
     for n in ("k_offset", "k_w", *(f"k_at{i}" for i in range(nd))):
         t.shared(n, "u32", table, 1)
-    thread_layout(t, lanes_n, lanes_m, s.lanes)
+    thread_layout(t, lanes_n, lanes_m, s.lanes, s.paired)
     t.let("tiles_c", f"(n + {gm - 1}u) / {gm}u")
     t.let("tiles_r", f"(m + {wn - 1}u) / {wn}u")
     t.loop("tile", t.group, "tiles_c * tiles_r * groups" + (" * splits" if split else ""), t.groups)

@@ -7,7 +7,6 @@ a batch stride of 0 broadcasts. f16 and bf16 accumulate in f32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..kernel import Kernel, Target, Unsupported
@@ -38,11 +37,8 @@ class Schedule:
     (lavapipe).
     paired: neighbours of a workgroup's invocations alternate along m, then along n, so that both operands' fragments are shared by
     neighbours: NVIDIA's shared memory then serves 16 invocations at a time where it served 8.
-    stages: tiles in shared memory at a time. From two on there is one barrier a step, not two.
-    asynchronous: tiles are copied to shared memory past the registers, stages - 1 tiles ahead (Target.asynchronous_copies).
     slices: invocations are dealt to as many slices of each tile along k, whose sums are added at the end.
     raster: tiles are taken in bands of as many rows of tiles (0: row by row), whose operands stay in the cache.
-    ahead: where the next tile is loaded, "early" or "late": before or after the barrier ("": what is better in the language).
     """
 
     tile_m: int
@@ -55,11 +51,8 @@ class Schedule:
     chunk: int = 32
     unroll: int = 0
     paired: bool = False
-    stages: int = 1
-    asynchronous: bool = False
     slices: int = 1
     raster: int = 0
-    ahead: str = ""
 
     @property
     def lanes_of_slice(self) -> int:
@@ -80,16 +73,13 @@ class Schedule:
             + f"_c{self.chunk}"
             + (f"_u{self.unroll}" if self.unroll else "")
             + ("_q" if self.paired else "")
-            + (f"_s{self.stages}" if self.stages > 1 else "")
-            + ("_a" if self.asynchronous else "")
             + (f"_x{self.slices}" if self.slices > 1 else "")
             + (f"_r{self.raster}" if self.raster else "")
-            + (f"_{self.ahead}" if self.ahead else "")
         )
 
     def workgroup_memory(self, itemsize: int = 4) -> int:
-        """Bytes, at most: a vector of padding to each row of a tile."""
-        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4) * self.stages
+        """Bytes, at most (one vector of padding a row of A and of B)."""
+        return itemsize * self.tile_k * (self.tile_m + 4 + self.tile_n + 4)
 
     def fits(self, target: Target, itemsize: int = 4) -> bool:
         return (
@@ -112,9 +102,9 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(128, 128, 16, 8, 8, lanes=8),
     Schedule(128, 256, 8, 8, 16, lanes=8),
     Schedule(256, 128, 8, 16, 8, lanes=8),
-    Schedule(128, 128, 16, 8, 8, lanes=16, chunk=0),
-    Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0),
-    Schedule(64, 128, 16, 4, 8, chunk=0),
+    Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, raster=4),
+    Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0, paired=True),
+    Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, slices=2),
 )
 # Software adapters (lavapipe): larger register tiles; unrolling triples the time of compiling (0.9 to 2.9 s) and
 # gains nothing.
@@ -123,8 +113,8 @@ SOFTWARE = Schedule(64, 64, 16, 8, 8, prefetch=False, unroll=1)
 WIDE_SCHEDULE = Schedule(32, 32, 8, 4, 4, prefetch=False, chunk=0, unroll=1)
 
 
-def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -> Schedule:
-    """A schedule by size buckets (floor(log2) of m and n), within the target's limits."""
+def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int, whole: bool = False) -> Schedule:
+    """A schedule by size buckets (floor(log2) of m and n), within the target's limits. whole: without slices."""
     if ACCUMULATOR[dtype] != "f32":
         return WIDE_SCHEDULE
     area = m_bucket + n_bucket
@@ -132,20 +122,18 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int) -
         return SOFTWARE if area >= 12 and SOFTWARE.fits(target) else SCHEDULES[0]
     nvidia = target.language == "opencl" and "NVIDIA" in target.vendor  # whose invocations may have 255 registers
     if min(m_bucket, n_bucket) >= 10 and area >= 22 and nvidia:
-        wanted = Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0)
+        wanted = Schedule(128, 256, 8, 8, 16, lanes=8, chunk=0, paired=True)
     elif area >= 22:
-        wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0)
+        wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, raster=4)
+    elif area >= 19 and (nvidia or n_bucket >= m_bucket) and n_bucket >= 7:
+        # Vulkan's compilers do worse with slices.
+        wanted = Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, slices=2 if nvidia and not whole else 1)
     elif area >= 19:
-        wide = (
-            Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0)
-            if target.language == "wgsl"
-            else Schedule(64, 128, 16, 4, 8, chunk=0)
-        )
-        wanted = wide if n_bucket >= m_bucket else Schedule(128, 64, 16, 8, 4, chunk=0)
+        wanted = Schedule(128, 64, 16, 8, 4, lanes=8, chunk=0, paired=True)
     elif area >= 15:
-        wanted = Schedule(64, 64, 16, 4, 4, chunk=0)
+        wanted = Schedule(64, 64, 16, 4, 4, lanes=8, chunk=0, paired=True)
     else:
-        wanted = Schedule(32, 32, 16, 4, 4, chunk=0)
+        wanted = Schedule(32, 32, 16, 4, 4, lanes=8, chunk=0, paired=True)
     return wanted if wanted.fits(target) else SCHEDULES[0]
 
 
@@ -191,7 +179,7 @@ def candidates(target: Target, dtype: str, m: int, n: int, k: int, batch: int) -
                 for chunk in (0, 32, 64):
                     if rm * rn * (2 if chunk else 1) > 128:  # registers
                         continue
-                    s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, unroll=1 if software else 0)
+                    s = Schedule(tm, tn, tk, rm, rn, lanes, prefetch, chunk, 1 if software else 0, paired=lanes > 0)
                     if s.fits(target):
                         found += [
                             Choice(s, splits) for splits in split_counts(target, cdiv(m, tm) * cdiv(n, tn) * batch, k)
@@ -241,8 +229,8 @@ class TileLoader:
         self.width = width
         self.size = tile_k * self.pitch
 
-    def declare(self, stages: int = 1) -> None:
-        self.t.shared(self.shared, self.dtype, self.size * stages)
+    def declare(self) -> None:
+        self.t.shared(self.shared, self.dtype, self.size)
 
     def place(self, step: int) -> tuple[str, str]:
         """(row, k) of this invocation's l-th load, within the tile."""
@@ -291,57 +279,25 @@ class TileLoader:
                 t.add(f"{p}_v{step} = {value};")
             t.add(f"{p}_i{step} += {advance};")
 
-    def vector_place(self, step: int) -> str:
-        """Of vec4 along rows: the index within the tile."""
-        row, k = self.place(step)
-        return f"{k} * {self.pitch}u + {row} / 4u"
-
-    def store(self, tile: tuple[str, str] | None = None) -> None:
-        """Registers to shared memory. tile: an array and where in it the tile begins (None: the beginning of the loader's own)."""
+    def store(self) -> None:
+        """Registers to shared memory."""
         t, p = self.t, self.shared
-        array, start = (tile[0], f"{tile[1]} + ") if tile else (p, "")
         for step in range(self.loads):
             row, k = self.place(step)
             guarded = self.partial and step == self.loads - 1
             if guarded:
                 t.open(f"lid < {self.count - step * t.threads}u")
             if self.vec and self.unit == "r":
-                t.add(f"{array}[{start}{self.vector_place(step)}] = {p}_v{step};")
+                t.add(f"{p}[{k} * {self.pitch}u + {row} / 4u] = {p}_v{step};")
             elif self.vec:
                 for j, c in enumerate(COMPONENTS):
                     t.put_component(
-                        array,
-                        f"{start}({k} + {j}u) * {self.pitch}u + {row} / 4u",
-                        f"({row} % 4u)",
-                        f"{p}_v{step}.{c}",
-                        self.dtype,
+                        p, f"({k} + {j}u) * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}.{c}", self.dtype
                     )
             else:
-                t.put_component(
-                    array, f"{start}{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype
-                )
+                t.put_component(p, f"{k} * {self.pitch}u + {row} / 4u", f"({row} % 4u)", f"{p}_v{step}", self.dtype)
             if guarded:
                 t.end()
-
-    def copy(self, k0: str, k_end: str, array: str, start: str) -> None:
-        """Begins to copy this invocation's share of the tile at k0 to `array`, from `start` on, and moves on by a tile (OpenCL, float32;
-        vec4 along rows, or elements)."""
-        t, p = self.t, self.shared
-        assert self.unit == "r" or not self.vec
-        advance = f"{self.tile_k}u" if self.unit_stride and self.unit == "k" else f"{self.tile_k}u * {self.stride_k}"
-        for step in range(self.loads):
-            row, _ = self.place(step)
-            guarded = self.partial and step == self.loads - 1
-            if guarded:
-                t.open(f"lid < {self.count - step * t.threads}u")
-            there = f"{k0} < {k_end}" if self.full_k else f"{k0} + {p}_k{step} < {k_end}"
-            to = f"{array} + {start} + {self.vector_place(step)}"
-            if not self.vec:
-                to = f"(__local float*)({to}) + {row} % 4u"
-            t.copy(to, f"{self.base} + {p}_i{step}", there, self.width)
-            if guarded:
-                t.end()
-            t.add(f"{p}_i{step} += {advance};")
 
 
 class Accumulators:
@@ -600,17 +556,10 @@ def gemm(
         out.declare_scalars()
 
     lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
-    asynchronous = s.asynchronous and dtype == b_dtype == "f32" and not t.wgsl
-    unit_a, unit_b = "r" if a == "t" else "k", "k" if b == "t" else "r"
-    la = TileLoader(
-        t, "a", "ta", s.tile_m, s.tile_k, unit_a, vec_a and not (asynchronous and unit_a == "k"), a != "s", full_k
-    )
-    lb = TileLoader(
-        t, "b", "tb", s.tile_n, s.tile_k, unit_b, vec_b and not (asynchronous and unit_b == "k"), b != "s", full_k
-    )
-    assert s.prefetch or s.stages == 1
-    la.declare(s.stages)
-    lb.declare(s.stages)
+    la = TileLoader(t, "a", "ta", s.tile_m, s.tile_k, "r" if a == "t" else "k", vec_a, a != "s", full_k)
+    lb = TileLoader(t, "b", "tb", s.tile_n, s.tile_k, "k" if b == "t" else "r", vec_b, b != "s", full_k)
+    la.declare()
+    lb.declare()
     chunked = s.chunk > 0 and acc == "f32"
     c_acc = Accumulators(t, "c", s.thread_m, s.thread_n, acc, chunked)
 
@@ -657,12 +606,48 @@ def gemm(
     la.begin("a_base", "row0", rows_end, "a_row", "a_col", "k_begin")
     lb.begin("b_base", "col0", "n", "b_col", "b_row", "k_begin")
     c_acc.declare()
+    if s.prefetch:
+        t.open("k_begin < k_end")
+        la.load("k_begin", "k_end")
+        lb.load("k_begin", "k_end")
+        t.end()
     if chunked:
         t.var("run", "0u")
-    if asynchronous:
-        _steps_asynchronous(t, s, la, lb, lambda: _multiply(t, s, c_acc, la, lb, chunked))
-    else:
-        _steps(t, s, la, lb, lambda: _multiply(t, s, c_acc, la, lb, chunked))
+    t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
+    if not s.prefetch:
+        la.load("k0", "k_end")
+        lb.load("k0", "k_end")
+    la.store()
+    lb.store()
+    # OpenCL compilers move loads down to where they are used, behind the products, but across no barrier: NVIDIA's takes 0.79 of the
+    # time for 128 x 256 tiles. Vulkan's leave loads where they are, and do better with them after the barrier.
+    early = not t.wgsl
+    if not early:
+        t.barrier()
+    if s.prefetch:
+        t.let("k1", f"k0 + {s.tile_k}u")
+        t.open("k1 < k_end")
+        la.load("k1", "k_end")
+        lb.load("k1", "k_end")
+        t.end()
+    if early:
+        t.barrier()
+    ta, tb = ("ta", "ty"), ("tb", "tx")
+    steps = s.tile_k // s.slices
+    if s.slices > 1:
+        ta = t.shared_base("ta_at", "ta", f"slice_k * {steps * la.pitch}u + ty", acc)
+        tb = t.shared_base("tb_at", "tb", f"slice_k * {steps * lb.pitch}u + tx", acc)
+    c_acc.multiply(ta[0], la.pitch, lanes_m, tb[0], lb.pitch, lanes_n, steps, ta[1], tb[1], s.unroll)
+    if chunked:
+        runs = s.chunk // s.tile_k
+        if runs > 1:
+            t.add("run += 1u;")
+            t.open(f"run % {runs}u == 0u")
+        c_acc.fold()
+        if runs > 1:
+            t.end()
+    t.barrier()
+    t.end()
     c_acc.finish()
     if s.slices > 1:
         _add_slices(t, s, c_acc, lb)
@@ -681,105 +666,9 @@ def gemm(
     return t.finish()
 
 
-def _multiply(t: Text, s: Schedule, acc: Accumulators, la: TileLoader, lb: TileLoader, chunked: bool) -> None:
-    """Adds the products of a step. With several stages, those of stage `stage`."""
-    lanes_n, lanes_m = s.tile_n // s.thread_n, s.tile_m // s.thread_m
-    steps = s.tile_k // s.slices
-    places = []
-    for loader, lane in ((la, "ty"), (lb, "tx")):
-        at = lane
-        if s.slices > 1:
-            at += f" + slice_k * {steps * loader.pitch}u"
-        if s.stages > 1:
-            at += f" + stage * {loader.size}u"
-        plain = s.slices == s.stages == 1
-        places.append((loader.shared, lane) if plain else t.shared_base(f"{loader.shared}_at", loader.shared, at))
-    (ta, ty), (tb, tx) = places
-    acc.multiply(ta, la.pitch, lanes_m, tb, lb.pitch, lanes_n, steps, ty, tx, s.unroll)
-    if chunked:
-        runs = s.chunk // s.tile_k
-        if runs > 1:
-            t.add("run += 1u;")
-            t.open(f"run % {runs}u == 0u")
-        acc.fold()
-        if runs > 1:
-            t.end()
-
-
-def _steps(t: Text, s: Schedule, la: TileLoader, lb: TileLoader, multiply: Callable[[], None]) -> None:
-    """The walk along k. Tiles go through registers; with two stages a tile is stored while the one before is multiplied."""
-    several = s.stages > 1
-    if s.prefetch:
-        t.open("k_begin < k_end")
-        la.load("k_begin", "k_end")
-        lb.load("k_begin", "k_end")
-        if several:
-            la.store()
-            lb.store()
-        t.end()
-    if several:
-        t.var("stage", "0u")
-    t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
-    if not s.prefetch:
-        la.load("k0", "k_end")
-        lb.load("k0", "k_end")
-    if not several:
-        la.store()
-        lb.store()
-    # OpenCL compilers move loads down to where they are used, behind the products, but across no barrier: NVIDIA's takes 0.79 of the
-    # time for 128 x 256 tiles. Vulkan's leave loads where they are, and do better with them after the barrier.
-    early = s.ahead == "early" if s.ahead else not t.wgsl
-    if not early:
-        t.barrier()
-    if s.prefetch:
-        t.let("k1", f"k0 + {s.tile_k}u")
-        t.open("k1 < k_end")
-        la.load("k1", "k_end")
-        lb.load("k1", "k_end")
-        t.end()
-    if early:
-        t.barrier()
-    multiply()
-    if several:
-        t.add("stage = (stage + 1u) % 2u;")
-        t.open("k1 < k_end")
-        for loader in (la, lb):
-            loader.store(t.shared_base(f"{loader.shared}_free", loader.shared, f"stage * {loader.size}u"))
-        t.end()
-    else:
-        t.barrier()
-    t.end()
-    if several:
-        t.barrier()  # the next tile of C is stored where this one is read
-
-
-def _steps_asynchronous(t: Text, s: Schedule, la: TileLoader, lb: TileLoader, multiply: Callable[[], None]) -> None:
-    """The walk along k with stages - 1 tiles on their way to shared memory."""
-    ahead = s.stages - 1
-    for i in range(ahead):
-        t.let(f"k_ahead{i}", f"k_begin + {i * s.tile_k}u")
-        for loader in (la, lb):
-            loader.copy(f"k_ahead{i}", "k_end", loader.shared, f"{i * loader.size}u")
-        t.copies_end()
-    t.var("stage", "0u")
-    t.loop("k0", "k_begin", "k_end", f"{s.tile_k}u")
-    t.await_copies(ahead - 1)
-    t.barrier()  # all invocations' copies are there, and the stage to be copied to has been read by all
-    t.let("k1", f"k0 + {ahead * s.tile_k}u")
-    t.let("free", f"(stage + {ahead}u) % {s.stages}u")
-    for loader in (la, lb):
-        loader.copy("k1", "k_end", *t.shared_base(f"{loader.shared}_free", loader.shared, f"free * {loader.size}u"))
-    t.copies_end()
-    multiply()
-    t.add(f"stage = (stage + 1u) % {s.stages}u;")
-    t.end()
-    t.await_copies(0)
-    t.barrier()
-
-
 def _add_slices(t: Text, s: Schedule, acc: Accumulators, lb: TileLoader) -> None:
     """Adds the sums of all slices to the first one's, through the shared memory of B's tiles."""
-    at_once = lb.size * s.stages // s.lanes_of_slice
+    at_once = lb.size // s.lanes_of_slice
     if not at_once:
         raise Unsupported(f"{t.name}: slices of {s.lanes_of_slice} invocations do not fit in a tile")
     sums = [f"{acc.name}{m}_{v}" for m, v in acc.each()]
