@@ -195,7 +195,7 @@ def graph_overhead(device: torch.device) -> float:
 
 def parts_in_turn(device: torch.device) -> float:
     """The two parts one after the other: they take as long as the whole call, more than their sum, as each evicts the other's code and data
-    from the processor's first caches."""
+    from the second-level cache (neither fits the first)."""
     graph = _graph(device)
     return _call_time(device, _through_dynamo(device), graph)
 
