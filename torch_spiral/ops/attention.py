@@ -306,7 +306,7 @@ def _block_forward(
     flags = "rows" + ("-exact" if vec == 2 else "")
     if not drop[0]:
         s = _tuned(
-            flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows, plain),
+            flags, s, q, k, v, mask, causal, head, head_v, rows, lambda: block.candidates(q.dtype, max(head, head_v), rows),
         )  # fmt: skip
     kernel = build(block.forward, s, *_block_key(q, mask, causal, head, head_v, vec), dropout=bool(drop[0]))
     masks = [mask] if mask is not None else []

@@ -32,19 +32,17 @@ LOG2E = 1.4426950408889634
 @dataclass(frozen=True)
 class Schedule:
     """Tiles of queries x keys. registers: of an invocation at most, so that more programs run on a unit at a time (0: any,
-    as it is where the compute capability is not 9.0). overlap: the product of a tile's probabilities and values is made with the next
-    tile's scores, and runs under their exponentials; it takes registers (without mask, dropout or varlen)."""
+    as it is where the compute capability is not 9.0)."""
 
     queries: int
     keys: int
     warps: int
     stages: int
     registers: int = 0
-    overlap: bool = False
 
     def __str__(self) -> str:
         limit = f"r{self.registers}" if self.registers else ""
-        return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}{limit}{'o' * self.overlap}"
+        return f"{self.queries}x{self.keys}w{self.warps}s{self.stages}{limit}"
 
 
 def forward_schedule(dtype: str, head: int, rows: int, mask: bool = False, plain: bool = False) -> Schedule:
@@ -79,8 +77,8 @@ def backward_schedule(dtype: str, head: int, keys: bool) -> Schedule:
     return Schedule(32, 64, 4, 2) if keys else Schedule(64, 32, 4, 2)
 
 
-def candidates(dtype: str, head: int, rows: int, plain: bool = False) -> list[Schedule]:
-    """What a tuner may choose from for forward(), as forward_schedule() is asked."""
+def candidates(dtype: str, head: int, rows: int) -> list[Schedule]:
+    """What a tuner may choose from for forward()."""
     queries = (64, 128) if rows >= 6 else (32, 64) if rows >= 5 else (16,)
     found = [
         Schedule(q, k, warps, stages)
@@ -92,8 +90,6 @@ def candidates(dtype: str, head: int, rows: int, plain: bool = False) -> list[Sc
     ]
     if dtype != "f32" and head <= 64 and rows >= 4:  # four, and five programs on a unit
         found += [Schedule(64, 64, 4, 3, 128), Schedule(64, 32, 4, 3, 96)]
-    if dtype != "f32" and 64 < head <= 128 and rows >= 4 and plain:
-        found += [Schedule(64, 64, 4, 3, overlap=True), Schedule(64, 32, 4, 3, overlap=True)]
     return found
 
 
@@ -367,25 +363,15 @@ def forward(
     # An invocation of NVIDIA's has two columns of eight: it adds up its own, and what others have is added once, at the end.
     apart = fold and dtype != "f32" and target.engine != "hip" and s.queries >= 16 * s.warps
 
-    assert not s.overlap or (fold and not dropout and not split)
-
-    def product(rows: str) -> list[str]:
-        """Adds the probabilities times the values of a tile. rows: a mask of them."""
-        return [
-            "acc = acc * alpha[:, None]",
-            f"vt = tl.load(v_base + v_at{_mask(rows, in_v)})",
-            f"acc = tl.dot({p}, vt, acc{ip})",
-        ]
-
     def body(edge: bool) -> list[str]:
         in_k = _mask(in_d.format(":, None"), "(x[None, :] < keys)" if edge else "")
-        need_x = edge or mask or dropout or paged == "rows" or s.overlap
+        in_x = _mask("(x[:, None] < keys)" if edge else "", in_v)
+        need_x = edge or mask or dropout or paged == "rows"
         lines = [
             *([f"x = j + tl.arange(0, {s.keys})"] if need_x else []),
             *(_page(paged, s.keys) if paged else []),
             f"kt = tl.load(k_base + k_at{in_k})",
             f"s = tl.dot(q_tile, kt{ip})",
-            *(product(f"(x[:, None] >= {s.keys})") if s.overlap else []),  # of the tile before, if there is one
             *_score(mask, causal, "rq", "x", edge=edge, varlen=varlen, limit="limit" if causal and not varlen else "")[fold:],
             f"m_new = tl.maximum(m_i, tl.max(s, 1){' * scale2' * fold})",
             *([] if fold else ["m_safe = tl.where(m_new == float('-inf'), 0.0, m_new)"]),
@@ -395,7 +381,9 @@ def forward(
             if apart
             else "l_i = l_i * alpha + tl.sum(p, 1)",
             *([*_kept(s, "start", "x", "bh"), "p = tl.where(kept, p, 0.0)"] if dropout else []),
-            *(product("(x[:, None] < keys)" if edge else "") if not s.overlap else []),
+            "acc = acc * alpha[:, None]",
+            f"vt = tl.load(v_base + v_at{in_x})",
+            f"acc = tl.dot({p}, vt, acc{ip})",
             "m_i = m_new",
             *([f"k_base += {s.keys} * k_t", f"v_base += {s.keys} * v_t"] if not paged else []),
         ]  # fmt: skip
@@ -436,14 +424,11 @@ def forward(
         f"l_i = tl.zeros([{s.queries}{', 8' * apart}], tl.float32)",
         f"acc = tl.zeros([{s.queries}, {dv}], tl.float32)",
         *(["k_base += begin.to(tl.int64) * k_t", "v_base += begin.to(tl.int64) * v_t"] if (varlen or split) and not paged else []),
-        *([f"p = tl.zeros([{s.queries}, {s.keys}], tl.float32)", f"alpha = tl.full([{s.queries}], 1.0, tl.float32)",
-           f"v_base -= {s.keys} * v_t"] if s.overlap else []),
         f"full = {full}",
         f"for j in range(begin, full, {s.keys}):",
         *body(False),
         f"for j in range(full, last, {s.keys}):",
         *body(True),
-        *([f"x = (last - 1) // {s.keys} * {s.keys} + tl.arange(0, {s.keys})", *product("(x[:, None] < keys)")] if s.overlap else []),
         *(["l_i = tl.sum(l_i, 1)"] if apart else []),
         "l_safe = tl.where(l_i == 0.0, 1.0, l_i)",
         *(["acc = acc * drop_scale"] if dropout else []),
