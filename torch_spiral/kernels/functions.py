@@ -438,8 +438,8 @@ def _quadrant(x: Node) -> tuple[Node, Node]:
     parts = split(PI / 2, x.dtype, by_dtype(x, 9, 32), 4)
     n = ir.rint(x * float(2 / PI))
     r = x
-    for p in parts:
-        r = r - n * p
+    for p in parts:  # by fma: NVIDIA's Vulkan compiler makes x - n * p - n * q of float64 into x - n * (p + q)
+        r = ir.fma(n, -p, r)
     return ir.and_(ir.cast(n, "i32"), 3), r
 
 
