@@ -54,29 +54,49 @@ def cases(engine: str) -> Iterator[tuple[tuple[Any, ...], str, dict[str, Any]]]:
             yield ("mm", *product, F16, True), "default", {}
         yield ("mm", 4096, 4096, 4096, F32, True), "default", {}
         for head in (64, 128):
-            for queries, keys, warps, stages in ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3)):
-                a = block_attention.Schedule(queries, keys, warps, stages)
+            for queries, keys, warps, stages, registers in (
+                (64, 64, 4, 3, 128),
+                (64, 64, 4, 3, 0),
+                (64, 32, 4, 3, 96),
+                (128, 64, 4, 3, 0),
+                (128, 64, 8, 3, 128 if head == 64 else 0),
+            ):
+                a = block_attention.Schedule(queries, keys, warps, stages, registers)
                 yield ("attention", F16, head), str(a), {"forward_schedule": _always(a)}
         yield ("attention", F32, 64), "default", {}
         return
     for size in (1024, 2048, 4096, 8192):
         work = ("mm", size, size, size, F32, False)
         yield work, "default", {}
-        for shape in (
+        for m, n, k, rows, columns, lanes in (
             (128, 128, 16, 8, 8, 8),
             (128, 128, 8, 8, 8, 8),
             (128, 256, 8, 8, 16, 8),
-            (64, 128, 16, 4, 8, 0),
+            (64, 128, 16, 4, 8, 8),
             (64, 128, 16, 8, 8, 8),
         ):
-            for chunk in (0, 32):
-                m, n, k, rows, columns, lanes = shape
-                t = simt.Schedule(m, n, k, rows, columns, lanes, chunk=chunk)
+            hows: tuple[dict[str, Any], ...] = (
+                {},
+                {"paired": True},
+                {"paired": True, "raster": 4},
+                {"paired": True, "slices": 2},
+                {"chunk": 32},
+            )
+            for how in hows:
+                t = simt.Schedule(m, n, k, rows, columns, lanes, **{"chunk": 0, **how})
                 yield work, t.key, {"default_schedule": _always(t), "default_splits": _always(1)}
     yield ("attention", F32, 64), "default", {}
-    for queries, keys, rows, depth in ((64, 64, 8, 16), (64, 32, 4, 16), (32, 64, 4, 16)):
-        u = simt_attention.Schedule(queries, keys, rows, depth)
-        yield ("attention", F32, 64), u.key, {"default_schedule": _always(u)}
+    for queries, keys, rows, depth in (
+        (64, 64, 8, 16),
+        (64, 64, 8, 8),
+        (64, 32, 4, 32),
+        (64, 32, 4, 16),
+        (32, 64, 4, 16),
+    ):
+        for paired in (False, True):
+            for resident in (False, True):
+                u = simt_attention.Schedule(queries, keys, rows, depth, resident=resident, paired=paired)
+                yield ("attention", F32, 64), u.key, {"default_schedule": _always(u)}
 
 
 def _always(value: Any) -> Callable[..., Any]:

@@ -391,6 +391,11 @@ ATTENTION = {  # batch, heads, kv heads, queries, keys, head, head_v, dtype, mas
     "wide": (1, 1, 1, 33, 35, 72, 100, "bf16", "", False),
 }
 
+ATTENTION_SCHEDULES = {
+    "causal": A.Schedule(32, 16, 4, 8, 1, paired=True),  # lanes of a row are a subgroup's
+    "mask": A.Schedule(32, 32, 4, 8, 1, resident=True, paired=True),
+}
+
 
 def attention_reference(q, k, v, mask, causal, scale, g):
     """(out, lse, dq, dk, dv, ds) in float64."""
@@ -425,7 +430,7 @@ def test_attention(target, case, vec):
     if target.language == "opencl" and (vec or case != "bool"):
         pytest.skip("PoCL compiles one of these kernels for 15 s")
     rng = np.random.default_rng(4)
-    schedule, scale = A.SCHEDULES[1], 0.3
+    schedule, scale = ATTENTION_SCHEDULES.get(case, A.SCHEDULES[1]), 0.3
     shapes = [
         (batch, heads, queries, head),
         (batch, kv_heads, keys, head),
@@ -507,6 +512,7 @@ def test_attention(target, case, vec):
         [batch, heads, queries, head_v, *gs, *gs],
         -(-lse.size // 64),
     )[2]
+    schedule = dataclasses.replace(schedule, resident=False)
     kernel = A.backward_query(target, schedule, dtype, *sizes, mask_dtype, causal, vec, bool(mask_dtype))
     ds = [np.zeros((batch, heads, queries, keys), np.float32)] if mask_dtype else []
     inputs = [q, k, v, g, *extra, lse, delta]
