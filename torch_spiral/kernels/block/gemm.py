@@ -516,11 +516,15 @@ ROW_AHEAD, PREFETCHED = 4 << 20, 64
 
 
 def row_schedule(target: Target, dtype: str, b_layout: str, n: int, k: int, batch: int) -> RowSchedule:
-    """For about n columns and k products of each, by measurement: long reductions have more loads under way."""
+    """For about n columns and k products of each, by measurement in graphs, with weights from memory: with few columns, all loads of one are
+    under way together."""
+    size, few = DTYPES[dtype].size, n * batch < 8 * target.compute_units
+    if b_layout == "n" and few:
+        return RowSchedule(8, 2048 // size, 4) if k < 2048 else RowSchedule(8, 4096 // size, 8)
     if b_layout == "n":
-        return RowSchedule(8 if n * batch < 16 * target.compute_units else 16, *((512, 4) if k < 2048 else (1024, 8)))
-    step = 32 * 16 // DTYPES[dtype].size
-    return RowSchedule(8 if n * batch >= 32 * target.compute_units else 4, step if k < 4 * step else 4 * step)
+        return RowSchedule(16, 512, 4) if k < 2048 else RowSchedule(16, 1024, 8)
+    step, many = 32 * 16 // size, n * batch >= 32 * target.compute_units
+    return RowSchedule(8 if many else 4, 4 * step if k >= (4096 if many else 4 * step) else step)
 
 
 def row_product(
