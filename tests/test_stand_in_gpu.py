@@ -292,6 +292,26 @@ else:
         return out
 
     @pytest.mark.skipif(HIP, reason="HIP has no graphs here")
+    def test_an_optimizers_step_is_two_kernels():
+        """The counters, and all parameters, whatever their sizes: pointers are chosen in the kernel."""
+
+        def step(device, **options):
+            torch.manual_seed(0)
+            parameters = [torch.randn(s).to(device).requires_grad_() for s in ((8, 16), (33,), (), (40, 31)) * 2]
+            for p in parameters:
+                p.grad = torch.randn(p.shape).to(device)
+            optimizer = torch.optim.AdamW(parameters, lr=0.01, **options)
+            run = torch.compile(optimizer.step, backend="spiral") if options else optimizer.step
+            run()
+            with torch.spiral.telemetry() as t:
+                run()
+                torch.spiral.synchronize()
+            return [p.detach().cpu() for p in parameters], len(t.launches)
+
+        got, launches = step(DEVICE, foreach=True, capturable=True)
+        torch.testing.assert_close(got, step("cpu")[0], rtol=1e-5, atol=1e-6)
+        assert launches == 2
+
     def test_early_starts():
         """Kernels start before those ahead of them have ended where they wait by themselves, and the driver can: another kernel in the
         same place starts when it may (the driver here counts as a mistake what does not)."""

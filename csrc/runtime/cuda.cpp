@@ -150,7 +150,7 @@ DeviceProperties query_properties(const Api& api, DeviceHandle device) {
   p.total_memory = static_cast<int64_t>(memory);
   p.max_allocation = p.max_binding = p.total_memory;
   p.max_params = kMaxParams - kScratchPointers;
-  p.max_bindings = p.max_params / static_cast<int64_t>(sizeof(void*)) / 2;
+  p.max_bindings = p.max_params / static_cast<int64_t>(sizeof(void*));
   p.compute_units = attribute(api, device, d.multiprocessors);
   p.max_workgroup_size = attribute(api, device, d.max_threads);
   p.max_workgroup_memory = attribute(api, device, d.shared_memory);

@@ -8,8 +8,8 @@ check[site](index, size[, mask]), an index that is reported and clamped when it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels import ir
@@ -19,7 +19,7 @@ from ..kernels.kernel import DTYPES, Kernel, Target
 from ..kernels.nest import SIMT_ELEMENTS, SIMT_WORKGROUP, TASK_ELEMENTS, Rows, lanes_for
 from ..kernels.nest.columns import for_columns, for_rows
 from ..kernels.nest.elementwise import a_workgroup_apart, four_neighbours, whole_blocks
-from ..kernels.nest.operands import BLOCK_LANES, product, unravel
+from ..kernels.nest.operands import BLOCK_LANES, cdiv, product, unravel
 
 MANY_ROWS = 512  # a compute unit of a GPU, of which each invocation takes one
 SHORT = 32  # reduced elements whose totals fit registers anyway
@@ -64,15 +64,16 @@ class Program:
     along_rows: bool = False
     sites: int = 0
     windows: dict[str, int] = field(default_factory=dict)
+    parts: tuple[Program, ...] = ()  # pointwise programs on these buffers, instead of rows and stores
 
 
 @dataclass(frozen=True)
 class Built:
     """A kernel and what its launch must know: schedule, vector lanes (of "columns", those of a task; of "elements", those of
-    an invocation)."""
+    an invocation; of "parts", its workgroups)."""
 
     kernel: Kernel
-    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "beside" | "invocation"
+    schedule: str  # "tasks" | "elements" | "lanes_d" | "lanes_r" | "columns" | "workgroup" | "beside" | "invocation" | "parts"
     lanes: int
 
 
@@ -240,12 +241,7 @@ class _Evaluation:
 
 class _Pointwise(_Evaluation):
     def __init__(self, program: Program, target: Target) -> None:
-        self.program, self.each = program, 1
-        if target.schedule_class == "simt" and not target.software and program.rows and not self._scalar_only():
-            nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
-            if len(nodes) <= LONG:
-                self.each = SIMT_ELEMENTS
-                self._by_four("x0", program.rows[0] if len(program.rows) > 1 else None)
+        self._plan(program, target)
         self._begin(program, target)
         k = self.k
         vector = target.schedule_class == "vector"
@@ -253,12 +249,7 @@ class _Pointwise(_Evaluation):
         self.sizes = [self._size(n) for n in program.rows] or [ir.const(1, "u32")]
         if vector:
             assert per_task is not None
-            lanes = self._lanes("x0")
-            inner = size_of(program.rows[0]) if program.rows else 1
-            if inner is not None:
-                while lanes > 1 and inner < lanes:
-                    lanes //= 2
-            self._tasks(per_task, lanes, inner)
+            lanes = self._tasks(per_task)
             self.built = Built(k.finish((1, 1, 1)), "tasks", lanes)
         else:
             block = target.schedule_class == "block"
@@ -270,23 +261,33 @@ class _Pointwise(_Evaluation):
                 self._simt(n, workgroup)
             self.built = Built(k.finish((workgroup, 1, 1)), "elements", self.each)
 
-    def _simt(self, n: Node, workgroup: int) -> None:
+    def _plan(self, program: Program, target: Target) -> None:
+        """How many elements an invocation of a GPU computes, and which of them by four."""
+        self.program, self.each, self.fours, self.loads4 = program, 1, frozenset(), ()
+        if target.schedule_class == "simt" and not target.software and program.rows and not self._scalar_only():
+            nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
+            if len(nodes) <= LONG:
+                self.each = SIMT_ELEMENTS
+                self._by_four("x0", program.rows[0] if len(program.rows) > 1 else None)
+
+    def _simt(self, n: Node, workgroup: int, group: Node | None = None) -> None:
+        """Elements of a workgroup; group: as of whole_blocks."""
         k = self.k
+        i = k.global_id(workgroup) if group is None else k.let(group * workgroup + k.local_id())
         if self.each == 1:
-            i = k.global_id(workgroup)
             with k.If(i < n):
                 self._element(i)
             return
         if not self.fours:
-            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element)
+            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element, group)
             return
         off: Any = ir.const(0, "u32")
         for name in sorted(self.fours):
             off = ir.or_(off, self.buffers[name].misaligned())
         with k.If(ir.eq(off, 0)):
-            four_neighbours(k, k.let(k.global_id(workgroup) * 4), n, self._four, self._element)
+            four_neighbours(k, k.let(i * 4), n, self._four, self._element)
         with k.Else():
-            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element)
+            a_workgroup_apart(k, n, workgroup, self.each, self._read, self._element, group)
 
     def _element(self, i: Node) -> None:
         self._stores(self.program.stores, self._leaves(unravel(self.k, self.sizes, i)), {})
@@ -319,16 +320,21 @@ class _Pointwise(_Evaluation):
     def _leaves(coordinates: Sequence[Any]) -> dict[str, Any]:
         return {f"x{d}": ir.cast(c, "i32") for d, c in enumerate(coordinates)}
 
-    def _tasks(self, per_task: Node, lanes: int, inner: int | None) -> None:
-        """Rows cut into chunks; a task takes several of them. As nest.pointwise on CPU devices."""
-        k, size = self.k, self.sizes[0]
-        chunks = k.let(ir.idiv(size + (TASK_ELEMENTS - 1), TASK_ELEMENTS))
-        items: Any = chunks
-        for s in self.sizes[1:]:
-            items = items * s
+    def _tasks(self, per_task: Node) -> int:
+        """Rows cut into chunks; a task takes several of them. As nest.pointwise on CPU devices. Gives the vectors' lanes."""
+        k = self.k
+        chunks = k.let(ir.idiv(self.sizes[0] + (TASK_ELEMENTS - 1), TASK_ELEMENTS))
         k.stream(product(self.sizes))
         first = k.let(k.group_index() * per_task)
-        last = k.let(ir.minimum(first + per_task, items))
+        last = k.let(ir.minimum(first + per_task, product([chunks, *self.sizes[1:]])))
+        return self._chunks(chunks, first, last)
+
+    def _chunks(self, chunks: Node, first: Node, last: Node) -> int:
+        """Chunks first .. last of the rows, each of which has `chunks`."""
+        k, size = self.k, self.sizes[0]
+        lanes, inner = self._lanes("x0"), size_of(self.program.rows[0]) if self.program.rows else 1
+        while lanes > 1 and inner is not None and inner < lanes:
+            lanes //= 2
         with k.For(first, last) as item:
             if chunks.op == "const" and chunks.attr == 1:
                 row, start, stop = item, ir.const(0, "i32"), ir.cast(size, "i32")
@@ -343,6 +349,126 @@ class _Pointwise(_Evaluation):
                     at = j.as_node() + k.lanes(width)
                     self._stores(self.program.stores, self._leaves([at, *rest]), {})
                     j.set(j + width)
+        return lanes
+
+
+class _Parts(_Pointwise):
+    """Programs without symbols that have nothing to do with each other, of any sizes: a workgroup computes elements of one of them, a task of a CPU
+    of those that its share of all elements lies in."""
+
+    def __init__(self, program: Program, target: Target) -> None:
+        plans = []
+        for part in program.parts:
+            self._plan(part, target)
+            plans.append((part, self.each, self.fours, self.loads4))
+        self.fours = frozenset(name for _, _, fours, _ in plans for name in fours)
+        self._begin(program, target)
+        self.plans = plans
+        groups = {"vector": self._shares, "simt": self._branches, "block": self._choices}[target.schedule_class]()
+        self.built = Built(self.k.finish((self.workgroup, 1, 1)), "parts", groups)
+
+    def _enter(self, number: int) -> list[int]:
+        """Turns to a part; its sizes."""
+        self.program, self.each, self.fours, self.loads4 = self.plans[number]
+        sizes = [int(n.attr) for n in self.program.rows] or [1]
+        self.sizes = [ir.const(n, "u32") for n in sizes]
+        return sizes
+
+    def _shares(self) -> int:
+        """Tasks of CPUs. A task has the chunks that begin in its share of all elements."""
+        k, self.workgroup = self.k, 1
+        begin = k.let(k.group_index() * TASK_ELEMENTS)
+        before = 0
+        for number in range(len(self.plans)):
+            sizes = self._enter(number)
+            chunks = cdiv(sizes[0], TASK_ELEMENTS)
+            count, each = chunks * product(sizes[1:]), min(sizes[0], TASK_ELEMENTS)
+
+            def at(position: Node, count: int = count, each: int = each, before: int = before) -> Node:
+                """How many of the chunks begin before a position."""
+                place = ir.maximum(position, before) - before
+                return k.let(ir.minimum(ir.idiv(place + (each - 1), each), count))
+
+            self._chunks(ir.const(chunks, "u32"), at(begin), at(begin + TASK_ELEMENTS))
+            before += count * each
+        return cdiv(before, TASK_ELEMENTS)
+
+    def _branches(self) -> int:
+        """Workgroups of GPUs."""
+        self.workgroup = min(SIMT_WORKGROUP, self.target.max_workgroup_size)
+        ends = [0]
+        for number, (_, each, _, _) in enumerate(self.plans):
+            ends.append(ends[-1] + cdiv(product(self._enter(number)), self.workgroup * each))
+        group = self.k.group_index()
+
+        def body(number: int) -> None:
+            n = product(self._enter(number))
+            self._simt(ir.const(n, "u32"), self.workgroup, self.k.let(group - ends[number]))
+
+        self._branch(group, ends, 0, len(self.plans), body)
+        return ends[-1]
+
+    def _branch(self, group: Node, ends: Sequence[int], first: int, last: int, body: Callable[[int], None]) -> None:
+        """body(i) in the workgroups ends[i] .. ends[i + 1], of i from first to last."""
+        if last - first == 1:
+            with self.k.If(group < ends[last]):
+                body(first)
+            return
+        middle = (first + last) // 2
+        with self.k.If(group < ends[middle]):
+            self._branch(group, ends, first, middle, body)
+        with self.k.Else():
+            self._branch(group, ends, middle, last, body)
+
+    def _choices(self) -> int:
+        """Blocks of Triton. Parts that differ in their buffers and in how many elements they have are one piece of code, for which pointers are chosen."""
+        k, self.workgroup = self.k, BLOCK_LANES
+        alike: dict[Any, list[tuple[list[str], int]]] = {}
+        programs: dict[Any, Program] = {}
+        for number, (part, *_) in enumerate(self.plans):
+            slots = {name: f"slot{i}" for i, (name, _, _) in enumerate(part.buffers)}
+            renamed = with_buffers(part, slots)
+            key = (tuple(part.rows[:-1]), tuple(b[1:] for b in part.buffers), tuple(renamed.stores))
+            alike.setdefault(key, []).append(([name for name, _, _ in part.buffers], product(self._enter(number))))
+            programs[key] = renamed
+        ends = [0]
+        for rows in alike.values():
+            ends.append(ends[-1] + sum(cdiv(n, BLOCK_LANES) for _, n in rows))
+        group, everything = k.group_index(), self.buffers
+
+        def body(number: int) -> None:
+            key = list(alike)[number]
+            rows, start = [], ends[number]
+            for names, n in alike[key]:
+                rows.append(([everything[name] for name in names], [start, n]))
+                start += cdiv(n, BLOCK_LANES)
+            self.program = programs[key]
+            chosen, (begin, n) = k.choose(group, [numbers[0] for _, numbers in rows], rows)  # type: ignore[attr-defined]
+            self.buffers = dict(zip((name for name, _, _ in self.program.buffers), chosen, strict=True))
+            self.sizes = [*map(self._size, key[0]), n]
+            whole_blocks(k, n, BLOCK_LANES, self._element, k.let(group - begin))
+
+        self._branch(group, ends, 0, len(alike), body)
+        return ends[-1]
+
+
+def with_buffers(program: Program, names: Mapping[str, str]) -> Program:
+    """A program with other names for its buffers."""
+    memo: dict[Node, Any] = {}
+
+    def rename(n: Node) -> Any:
+        if n.op != "load":
+            return None
+        args = [ir.substitute(a, rename, memo) for a in n.args]
+        return Node("load", n.dtype, *args, attr=names[n.attr])
+
+    stores = [
+        replace(
+            s, buffer=names[s.buffer], **{f: ir.substitute(getattr(s, f), rename, memo) for f in ("index", "value")}
+        )
+        for s in program.stores
+    ]
+    return replace(program, buffers=[(names[n], dtype, mode) for n, dtype, mode in program.buffers], stores=stores)
 
 
 def columns_beside(target: Target, rows: int | None, first: int | None) -> int:
@@ -701,7 +827,7 @@ class _Reduction(_Evaluation, Rows):
 
 def build(program: Program, target: Target) -> Built:
     """The kernel of a fused group; kernels.kernel.Unsupported where the target cannot compute it."""
-    return (_Reduction if program.reduced else _Pointwise)(program, target).built
+    return (_Parts if program.parts else _Reduction if program.reduced else _Pointwise)(program, target).built
 
 
-__all__ = ["DTYPES", "Built", "Callable", "Program", "Store", "build"]
+__all__ = ["DTYPES", "Built", "Callable", "Program", "Store", "build", "columns_beside", "with_buffers"]

@@ -164,24 +164,32 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _group(r: Any) -> FusedGroup:
-    sizes = [*r.program.rows, *r.program.reduced]
+    costs = [_cost(p) for p in r.program.parts or (r.program,)]
+    known = [c for c in costs if c is not None]
+    moved, flops = map(sum, zip(*known, strict=True)) if len(known) == len(costs) else (None, None)
+    return FusedGroup(r.kernel.name, r.origins, r.kernel.source, moved, flops)
+
+
+def _cost(program: Any) -> tuple[int, int] | None:
+    """(bytes, floating-point operations) of a program of known sizes."""
+    sizes = [*program.rows, *program.reduced]
     if not all(s.op == "const" for s in sizes):
-        return FusedGroup(r.kernel.name, r.origins, r.kernel.source, None, None)
-    rows, elements = (math.prod(s.attr for s in part) for part in (r.program.rows, sizes))
-    dtypes = {name: dtype for name, dtype, _ in r.program.buffers}
-    stores = [n for s in r.program.stores for n in (s.index, s.value)]
+        return None
+    rows, elements = (math.prod(s.attr for s in part) for part in (program.rows, sizes))
+    dtypes = {name: dtype for name, dtype, _ in program.buffers}
+    stores = [n for s in program.stores for n in (s.index, s.value)]
     nodes = ir.walk(*stores)
     inner = _inner(nodes)
     moved = sum(itemsize(dtypes[n.attr]) * (elements if n in inner else rows) for n in nodes if n.op == "load")
     moved += sum(
-        itemsize(dtypes[s.buffer]) * (elements if s.per_element or not r.program.reduced else rows)
-        for s in r.program.stores
+        itemsize(dtypes[s.buffer]) * (elements if s.per_element or not program.reduced else rows)
+        for s in program.stores
     )
     free = ("const", "leaf", "load", "check", "cast")
     flops = sum(
         elements if n in inner or n.op == "red" else rows for n in nodes if n.dtype in ir.FLOATS and n.op not in free
     )
-    return FusedGroup(r.kernel.name, r.origins, r.kernel.source, moved, flops)
+    return moved, flops
 
 
 def _inner(nodes: list[ir.Node]) -> set[ir.Node]:

@@ -57,6 +57,8 @@ class Fused:
         if self.schedule == "lanes_r":
             items = cdiv(rows[0], self.lanes) * product(rows[1:])
             return (cdiv(items, self._per_task(rows, reduced)), 1, 1)
+        if self.schedule == "parts":
+            return fold_groups(low.target(), self.lanes)
         if self.schedule == "beside":
             return fold_groups(low.target(), cdiv(rows[0], self.lanes) * product(rows[1:]))
         if self.schedule == "columns":

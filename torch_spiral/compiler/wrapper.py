@@ -23,7 +23,7 @@ from . import attention, compat, prologue
 from .codegen import summary
 from .compat import V
 from .epilogue import Extent, Operand, match, split
-from .loops import Built, Program, build
+from .loops import Built, Program, build, with_buffers
 from .ops import dtype_name
 from .report import Step
 from .runtime import OUT_EXTERNS
@@ -645,12 +645,13 @@ class _Cutter:
         taken = [i for i, (name, _, _) in enumerate(program.buffers) if name in used]
         program = dataclasses.replace(program, buffers=[program.buffers[i] for i in taken])
         buffers: Any = call.args[0]
-        return self._made(program, (), self.wrapper.fused_origins[whole], [buffers.elts[i] for i in taken], call)
+        sizes = list(map(ast.unparse, call.args[1:]))
+        return self._made(program, (), self.wrapper.fused_origins[whole], [buffers.elts[i] for i in taken], sizes)
 
     def _made(
-        self, program: Program, sites: Sequence[str], origins: str, buffers: Sequence[ast.expr], like: ast.Call
+        self, program: Program, sites: Sequence[str], origins: str, buffers: Sequence[ast.expr], sizes: Sequence[str]
     ) -> ast.stmt:
-        """A launch of a kernel for a program on buffers, with the sizes of another launch."""
+        """A launch of a kernel for a program on buffers. sizes: symbols, rows and reduced dimensions, as text."""
         launch = {
             "buffers": [name for name, _, _ in program.buffers],
             "written": [name for name, _, mode in program.buffers if mode != "r"],
@@ -658,15 +659,15 @@ class _Cutter:
         built = build(program, Target.of(self.wrapper.device_index))
         name = self.wrapper.define(f"{built!r}{list(sites)!r}", built, sites, launch, program, lambda: origins)
         listed = "".join(f"{ast.unparse(b)}, " for b in buffers)
-        return ast.parse(f"{name}(({listed}), {', '.join(map(ast.unparse, like.args[1:]))})").body[0]
+        return ast.parse(f"{name}(({listed}), {', '.join(sizes)})").body[0]
 
     # ---- small kernels side by side ---------------------------------------------------------------------------------------
 
     def _combinations(self) -> None:
-        """Small pointwise kernels of equal sizes that have nothing to do with each other become one: the writes of keys and of values to a
-        cache, the counters of all layers."""
+        """Pointwise kernels that have nothing to do with each other become one, where they are small or write inputs of the graph: the writes of keys
+        and of values to a cache, an optimizer's step. (Of large ones that make something new, the first had better stay near what reads it.)"""
         bindings = int(_C.device_properties(self.wrapper.device_index)["max_bindings"])
-        most = min(bindings - 1, MOST_BUFFERS)  # one is for errors
+        most = bindings - 1 if self._block else min(bindings - 1, MOST_BUFFERS)  # one is for errors
         names: dict[str, str] = {}  # of views: what they are views of
         for s in self.statements:
             if isinstance(s, ast.Assign) and _views(s.value):
@@ -679,7 +680,7 @@ class _Cutter:
             return everything, {names.get(n, n) for n in self._written(s)}
 
         for index in range(len(self.statements)):
-            if not self._small(self.statements[index]):
+            if not self._part(self.statements[index]):
                 continue
             together, (touched, written) = [index], used(self.statements[index])
             buffers = self._buffers(index)
@@ -701,23 +702,24 @@ class _Cutter:
                 if writes & touched or written & all_of:
                     break
                 more = buffers | self._buffers(at)
-                if self._small(s) and self._alike(index, at) and len(more) <= most:
+                if self._part(s) and self._alike(index, at) and len(more) <= most:
                     together.append(at)
                     touched, written, buffers = touched | all_of, written | writes, more
             if len(together) > 1:
                 self._combine(together)
 
-    def _small(self, s: ast.stmt) -> bool:
-        """Whether a statement launches a pointwise kernel whose time is mostly that of a launch."""
+    def _part(self, s: ast.stmt) -> bool:
+        """Whether a statement launches a pointwise kernel of known sizes that may be part of another: its time is mostly that of a launch, or all
+        that it writes are inputs of the graph."""
         found = _call(s.value) if isinstance(s, ast.Expr) else None
         program = self.wrapper.programs.get(found[0]) if found else None
-        if program is None or program.reduced or program.scalars or program.windows:
+        if program is None or program.reduced or program.scalars or program.windows or program.parts:
             return False
         sizes = [n.attr for n in program.rows if n.op == "const"]
         nodes = ir.walk(*(n for s in program.stores for n in (s.index, s.value)))
         return (
             len(sizes) == len(program.rows)
-            and math.prod(sizes) <= SMALL
+            and (math.prod(sizes) <= SMALL or set(self._written(s)) <= set(V.graph.graph_input_names))
             and len(nodes) <= 200
             and all(s.mode is None for s in program.stores)
         )
@@ -727,50 +729,35 @@ class _Cutter:
         return {ast.unparse(e) for e in found[1].args[0].elts} if found and found[0] in self.wrapper.programs else set()  # type: ignore[attr-defined]
 
     def _alike(self, a: int, b: int) -> bool:
-        """Whether the kernels that two statements launch have one range and report the same of indices."""
+        """Whether the kernels that two statements launch report the same of indices."""
         calls = [_call(self.statements[i].value) for i in (a, b)]  # type: ignore[attr-defined]
-        assert calls[0] is not None and calls[1] is not None
-        one, other = (self.wrapper.programs[c[0]] for c in calls if c)
-        return (
-            one.rows == other.rows
-            and one.along_rows == other.along_rows
-            and self.wrapper.sites[calls[0][0]] == self.wrapper.sites[calls[1][0]]
-            and [ast.unparse(x) for x in calls[0][1].args[1:]] == [ast.unparse(x) for x in calls[1][1].args[1:]]
-        )
+        one, other = (self.wrapper.sites[c[0]] for c in calls if c)
+        return one == other
 
     def _combine(self, together: Sequence[int]) -> None:
         """One kernel, in the place of the last of these launches."""
         places: dict[str, tuple[str, str, str]] = {}  # buffers as written in the launches
         listed: list[ast.expr] = []
-        stores, origins = [], []
+        parts, origins = [], []
         for at in together:
             found = _call(self.statements[at].value)  # type: ignore[attr-defined]
             assert found is not None
             name, call = found
-            renamed = {}
-            for (inner, dtype, mode), e in zip(self.wrapper.programs[name].buffers, call.args[0].elts, strict=True):  # type: ignore[attr-defined]
+            part, names = self.wrapper.programs[name], {}
+            for (inner, dtype, mode), e in zip(part.buffers, call.args[0].elts, strict=True):  # type: ignore[attr-defined]
                 text = ast.unparse(e)
                 if text not in places:
                     places[text] = (f"b{len(places)}", dtype, mode)
                     listed.append(e)
-                renamed[inner] = places[text][0]
-            memo: dict[ir.Node, Any] = {}
-
-            def rename(n: ir.Node, renamed: dict[str, str] = renamed, memo: dict[ir.Node, Any] = memo) -> Any:
-                if n.op != "load":
-                    return None
-                args = [ir.substitute(a, rename, memo) for a in n.args]
-                return ir.Node("load", n.dtype, *args, attr=renamed[n.attr])
-
-            for store in self.wrapper.programs[name].stores:
-                index, value = (ir.substitute(n, rename, memo) for n in (store.index, store.value))
-                stores.append(dataclasses.replace(store, buffer=renamed[store.buffer], index=index, value=value))
+                names[inner] = places[text][0]
+            parts.append(with_buffers(part, names))
             origins.append(self.wrapper.fused_origins[name])
-        program = dataclasses.replace(self.wrapper.programs[name], buffers=list(places.values()), stores=stores)
+        buffers, sites = list(places.values()), self.wrapper.sites[name]
+        program = Program("fused", buffers, [], [], [], [], sites=len(sites), parts=tuple(parts))
         text = "\n".join(dict.fromkeys(origins))
         for at in together[:-1]:
             self.statements[at] = ast.parse("None").body[0]
-        self.statements[together[-1]] = self._made(program, self.wrapper.sites[name], text, listed, call)
+        self.statements[together[-1]] = self._made(program, sites, text, listed, ["()"] * 3)
 
     # ---- what a graph may hold ----------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ class Triton(Language):
         if op in ("lane", "lo", "hi", "extract"):
             raise Unsupported("explicit vectors are of the schedule class `vector`")
         del source
-        return None
+        return f"{emitter.function(node, 1)}({', '.join(args)})"
 
     # ---- memory -----------------------------------------------------------------------------------------------
 
@@ -657,6 +657,30 @@ class TritonBuilder(KernelBuilder):
         return [self.let(ir.ne(n, 0)) if t == "bool" else n for n, t in zip(out, dtypes, strict=True)]
 
     # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, value: Node, starts: Sequence[int], rows: Sequence[tuple[Sequence[Buffer], Sequence[int]]]
+    ) -> tuple[list[Buffer], list[Node]]:
+        """The buffers and numbers (u32) of the last of `rows` that starts no later than a value that all lanes share."""
+        e = self.emitter
+        text, chosen = e.value(self.let(ir.cast(value, "u32"))), rows[0][0]
+        pointers, numbers = ([e.fresh("c") for _ in part] for part in rows[0])
+
+        def assign(first: int, last: int) -> None:
+            if last - first > 1:
+                middle = (first + last) // 2
+                for head, *part in ((f"if {text} < {starts[middle]}:", first, middle), ("else:", middle, last)):
+                    with e.block(str(head)):
+                        assign(*part)
+                return
+            for name, b in zip(pointers, rows[first][0], strict=True):
+                e.line(f"{name} = {b.decl.name}")
+            for name, n in zip(numbers, rows[first][1], strict=True):
+                e.line(f"{name} = tl.full([], {n}, tl.uint32)")
+
+        assign(0, len(rows))
+        found = [Buffer(self, dataclasses.replace(b.decl, name=name)) for b, name in zip(chosen, pointers, strict=True)]
+        return found, [Node("tmp", "u32", attr=name) for name in numbers]
 
     def index(self, index: Any) -> Node:
         node = super().index(index)

@@ -23,7 +23,7 @@ from .elementwise import SCALAR_TYPES, as_dtype
 LANES = 16
 TASK = 16384  # elements that one workgroup of a CPU device handles
 PER_INVOCATION = 4  # elements, elsewhere
-MOST_BINDINGS = 48  # in WGSL, where each row has its own copy of the body
+MOST_BINDINGS = {"wgsl": 48, "triton": 255}  # where each row has its own copy of the body
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ def _most_rows(t: Target, operands: int, shared: int, values: int, row_values: i
     from ..lowering import recorder
 
     bindings = int(_C.device_properties(recorder().device)["max_bindings"])
+    bindings = min(bindings, MOST_BINDINGS.get(t.language, bindings))
     if t.language == "wgsl":
-        return max((min(bindings, MOST_BINDINGS) - shared - 1) // operands, 1)
+        return max((bindings - shared - 1) // operands, 1)
     most = (bindings - shared - 1) // operands
     room = t.max_params - 8 * shared - size * values - 8
     return max(min(most, room // (8 * operands + 4 + size * row_values)), 1)

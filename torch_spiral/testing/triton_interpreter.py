@@ -60,6 +60,18 @@ def _halves(self: Any, values: Any) -> Any:
 
 interpreter.ReduceOps.generic_reduce = _halves
 
+_splat = interpreter.InterpreterBuilder.create_splat
+
+
+def _splat_of_bool(self: Any, kind: Any, x: Any) -> Any:
+    """The interpreter gives the result of a comparison the dtype of what was compared, and makes a scalar one a number where it is spread."""
+    if x.data.dtype == bool:
+        return interpreter.TensorHandle(numpy.full(kind.shape, x.data), x.dtype.scalar)
+    return _splat(self, kind, x)
+
+
+interpreter.InterpreterBuilder.create_splat = _splat_of_bool
+
 _cast = interpreter.InterpreterBuilder.cast_impl
 
 

@@ -85,10 +85,13 @@ class Context:
     position: Node
 
 
-def whole_blocks(k: KernelBuilder, n: Node, lanes: int, element: Callable[[Node], None]) -> None:
-    """element(i) for i below n in a Triton kernel: whole blocks without a mask, so that loads are wide; the last one with."""
+def whole_blocks(
+    k: KernelBuilder, n: Node, lanes: int, element: Callable[[Node], None], group: Node | None = None
+) -> None:
+    """element(i) for i below n in a Triton kernel: whole blocks without a mask, so that loads are wide; the last one with. group: of those
+    that share the range, by default the workgroup's index."""
     k.num_warps = lanes // 256  # type: ignore[attr-defined]
-    first = k.let(k.group_index() * lanes)
+    first = k.let((k.group_index() if group is None else group) * lanes)
     i = k.let(first + k.local_id())
     with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(lanes, "u32"), n - first))):
         element(i)
@@ -103,12 +106,13 @@ def a_workgroup_apart(
     each: int,
     read: Callable[[Node], Callable[[], None]],
     element: Callable[[Node], None],
+    group: Node | None = None,
 ) -> None:
     """Elements below n (u32), `each` of an invocation: all read before the first is written, since a store may touch what a
     later load reads, as far as a compiler knows. read(e) computes element e and gives what stores it; element(e) does
-    both."""
+    both. group: as of whole_blocks."""
     span = workgroup * each
-    first = k.let(k.group_index() * span)
+    first = k.let((k.group_index() if group is None else group) * span)
     i = k.let(first + k.local_id())
     with k.If(ir.and_(ir.le(first, n), ir.le(ir.const(span, "u32"), n - first))):
         for store in [read(k.let(i + j * workgroup) if j else i) for j in range(each)]:
