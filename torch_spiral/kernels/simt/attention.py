@@ -115,7 +115,7 @@ def default_schedule(target: Target, head: int, head_v: int, queries_bucket: int
 def backward_schedule(target: Target, head: int, rows_bucket: int) -> Schedule:
     """Of the backward kernels; head: the larger of both."""
     wide = rows_bucket >= 6 and not target.software and head <= 128
-    for s in (Schedule(64, 32, 4, 16, paired=True), Schedule(64, 32, 4, 8, paired=True)) if wide else ():
+    for s in (Schedule(64, 32, 4, 16), Schedule(64, 32, 4, 8)) if wide else ():
         if s.fits(target, head, head):
             return s
     return SCHEDULES[0] if SCHEDULES[0].fits(target, head, head) else SCHEDULES[1]

@@ -126,8 +126,10 @@ def default_schedule(target: Target, dtype: str, m_bucket: int, n_bucket: int, w
     elif area >= 22:
         wanted = Schedule(128, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, raster=4)
     elif area >= 19 and (nvidia or n_bucket >= m_bucket) and n_bucket >= 7:
-        # Vulkan's compilers do worse with slices.
-        wanted = Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, slices=2 if nvidia and not whole else 1)
+        if nvidia and whole:
+            wanted = Schedule(64, 128, 16, 4, 8, lanes=8, chunk=0, paired=True)
+        else:  # Vulkan's compilers do worse with slices
+            wanted = Schedule(64, 128, 16, 8, 8, lanes=8, chunk=0, paired=True, slices=2 if nvidia else 1)
     elif area >= 19:
         wanted = Schedule(128, 64, 16, 8, 4, lanes=8, chunk=0, paired=True)
     elif area >= 15:
