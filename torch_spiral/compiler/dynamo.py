@@ -115,4 +115,11 @@ def complete_traces() -> None:
         module.unique_id = functools.partial(unique_id, with_uuid=True)
 
 
-__all__ = ["call_directly", "compiles_ahead", "complete_traces", "forget_saved_tensors_hooks", "forget_stream", "keeps_traces"]
+__all__ = [
+    "call_directly",
+    "compiles_ahead",
+    "complete_traces",
+    "forget_saved_tensors_hooks",
+    "forget_stream",
+    "keeps_traces",
+]
