@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from torch._inductor import compile_fx, config
+from torch._inductor import codecache, compile_fx, config
 
 from torch_spiral.compiler import backend, direct
 
@@ -137,3 +137,26 @@ def test_graphs_that_write_or_have_more_to_a_call_are_not_kept(device, kept):
     with torch.no_grad():
         compile(lambda x, w: (x @ w).sin())(x, w.detach())
     assert len(kept()) == 1
+
+
+def test_a_damaged_module_of_inductors_is_written_again(device, tmp_path, recwarn):
+    def g(x):
+        return (x.sort()[0] + 1).relu()  # not kept by us: sizes are symbols
+
+    def run(x):
+        torch._dynamo.reset()
+        codecache.PyCodeCache.modules_no_attr.clear()
+        with torch.no_grad():
+            got = torch.compile(g, backend="spiral", dynamic=True)(x.to(device))
+        torch.testing.assert_close(got.cpu(), g(x))
+
+    x = torch.randn(5, 8)
+    run(x)
+    (module,) = tmp_path.rglob("*.py")
+    text = module.read_text()
+    for again in (lambda: run(x), lambda: codecache.PyCodeCache.write(text)):  # found in a cache, and compiled anew
+        for damage in (text[:100], "", text + "?"):
+            module.write_text(damage)
+            again()
+            assert module.read_text() == text
+    assert not [w for w in recwarn if "eagerly" in str(w.message)]

@@ -19,7 +19,7 @@ from torch._dynamo.device_interface import DeviceInterface, get_interface_for_de
 from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext
-from torch._inductor import compile_fx, config, lowering, metrics, scheduler, utils
+from torch._inductor import codecache, compile_fx, config, lowering, metrics, scheduler, utils
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.common import (
     CSE,
@@ -174,6 +174,36 @@ def align_loops() -> None:
         return self.score_fusion_memory(node1, node2) if reordered else score
 
     scheduler.Scheduler.shared_data_after_reordering_loop = shared_data_after_reordering_loop
+
+
+def mend_modules() -> None:
+    """Has Inductor write a generated module again where the file of its name is damaged: upstream writes none that exists, and runs the
+    graph eagerly ever after."""
+    write = codecache.PyCodeCache.write.__func__
+
+    def mend(path: str, text: str) -> None:
+        with open(path, "rb") as file:
+            whole = file.read().strip() == text.strip().encode()
+        if not whole:
+            codecache.write_atomic(path, text)
+
+    def write_module(cls: type, source_code: str, *args: Any, **kwargs: Any) -> tuple[str, str]:
+        key, path = write(cls, source_code, *args, **kwargs)
+        mend(path, source_code)
+        return key, path
+
+    codecache.PyCodeCache.write = classmethod(write_module)
+    upstream = getattr(CompiledFxGraph, "write_to_disk", None)
+    if upstream is None:
+        return
+
+    @functools.wraps(upstream)
+    def write_to_disk(self: Any) -> str:
+        path = upstream(self)
+        mend(path, self.source_code)
+        return path
+
+    CompiledFxGraph.write_to_disk = write_to_disk
 
 
 def save_random_results() -> None:
@@ -518,6 +548,7 @@ __all__ = [
     "lookup_backend",
     "lowerings",
     "make_fallback",
+    "mend_modules",
     "metrics",
     "multiple_of",
     "new_variable",

@@ -126,6 +126,7 @@ def register() -> None:
     compat.compile_as_for_gpus()
     compat.split_reductions(pieces, passes.reads_again)
     compat.align_loops()
+    compat.mend_modules()
     compat.store_marked()
     dynamo.call_directly(_C.GraphCall)
     compat.save_random_results()
