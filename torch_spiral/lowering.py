@@ -457,7 +457,9 @@ class Recorder:
         self.steps: list[list] = []
         self.kernels: list[str] = []  # names of what is launched, for reports
         self.when = NONE
-        self.beside: Any = None  # the product launched last, if others with its left operand may become part of its kernel
+        self.beside: Any = (
+            None  # the product launched last, if others with its left operand may become part of its kernel
+        )
         self.note = ""  # which schedule the launches have and why, for traces
         self.expires = 0  # replays until the plan is recorded anew; 0: never
 

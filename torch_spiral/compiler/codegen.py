@@ -18,7 +18,9 @@ from .compat import V
 from .loops import Built, Program, Store, build, columns_beside
 from .ops import TORCH, Overrides, Value, dtype_name, index_node, node
 
-READ_AGAIN = 1 << 16  # elements that one workgroup reads several times in no more than several launches take
+# Elements that one workgroup reads several times in no more than several launches take, of columns; of a row, which is cut well, half
+# (H200).
+READ_AGAIN = 1 << 16
 MIN_RUN = 16  # neighbours for which a dimension of their own pays
 
 
@@ -437,7 +439,8 @@ def pieces(device: torch.device, reduced: int, results: int, inner: bool, again:
     target = Target.of(device.index)
     vector = target.schedule_class == "vector"
     beside = 1 if inner else lanes_for(["f32"]) if vector else max(columns_beside(target, results, results), 1)
-    if again and (reduced * min(beside, results) <= READ_AGAIN or cdiv(results, beside) >= target.compute_units):
+    most = READ_AGAIN // 2 if inner else READ_AGAIN
+    if again and (reduced * min(beside, results) <= most or cdiv(results, beside) >= target.compute_units):
         return 1
     if vector:
         tasks, busy, least = results if inner else results // 1024, 4 * target.compute_units, nest.TASK_ELEMENTS
