@@ -63,6 +63,7 @@ def test_decoding_with_a_static_cache(device: torch.device) -> None:
             results += [[*steps, *(t.cpu().double() for x in cache.layers for t in (x.keys, x.values))]]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
-    # Norms (two a layer and the last), queries' rotation, what is cached; the mask and all counters (by 2.11 not in one kernel).
+    # Norms (two a layer and the last), queries' rotation, what is cached; the mask and all counters in one kernel (by 2.11 in up to three).
     (names,) = {graph.kernels for graph in runtime.recorded}
-    assert sum(n.startswith("fused_") for n in names) == 2 * 4 + (3 if torch.__version__ >= (2, 12) else 4), names
+    fused = sum(n.startswith("fused_") for n in names)
+    assert fused == 10 if torch.__version__ >= (2, 12) else 10 <= fused <= 12, names

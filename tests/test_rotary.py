@@ -17,7 +17,7 @@ def rotary(q, k, cos, sin):
 
 
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_one_kernel_each(device, backward):
+def test_one_kernel_for_both(device, backward):
     batch, tokens, d = 2, 7, 64
     arguments = [torch.randn(batch, tokens, n * d) for n in (4, 2)] + [torch.randn(batch, tokens, d) for _ in range(2)]
     compiled = torch.compile(rotary, backend="spiral")
@@ -40,6 +40,6 @@ def test_one_kernel_each(device, backward):
     got, forward, back = step(compiled, device)
     for x, want in zip(got, step(rotary, "cpu")[0]):
         torch.testing.assert_close(x.cpu(), want, rtol=1e-5, atol=1e-5)
-    assert len(forward.launches) == 2
+    assert len(forward.launches) == 1
     copies = 0 if torch.__version__ >= "2.12" else 2  # 2.11 hands over gradients as contiguous
-    assert back is None or len(back.launches) == 2 + copies
+    assert back is None or len(back.launches) == 1 + copies
